@@ -1,0 +1,45 @@
+# Two commands do everything, from a bare clone: `make reproduce` and `make test`.
+PYTHON  ?= python3
+PROFILE ?= tiny
+PY      := .venv/bin/python
+STAMP   := .venv/.installed
+EXTRAS  := cpu,track,onnx,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce test readme notebooks lab clean
+
+help:
+	@echo "make reproduce   the whole companion at PROFILE=$(PROFILE) -> reports/$(PROFILE)/index.html"
+	@echo "make test        notebooks, pytest, nbdev checks, a papermill run"
+	@echo "make lab         JupyterLab on the notebooks"
+	@echo "make readme      README.md from nbs/index.ipynb"
+	@echo "make notebooks   nbdev_export + nbdev_clean (before every commit)"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cion_nb needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $(STAMP)
+
+reproduce: $(STAMP)
+	$(PY) -m cion_nb.reproduce --profile $(PROFILE)
+
+test: $(STAMP)
+	@$(PY) .ci/test.py
+
+readme: $(STAMP)
+	$(PY) .ci/readme.py
+
+notebooks: $(STAMP)
+	$(PY) -c "from nbdev.export import nbdev_export; nbdev_export()"
+	$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
+
+lab: $(STAMP)
+	$(PY) -m jupyter lab nbs
+
+clean:
+	rm -rf .venv runs reports/tiny reports/small build *.egg-info
