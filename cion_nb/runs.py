@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPES', 'METHODS', 'PACKAGES', 'INPUTS', 'project_root', 'resolve', 'runs_dir', 'atomic', 'write_json',
-           'read_json', 'progress', 'fingerprint', 'recipe', 'table5', 'environment', 'git_commit', 'MissingRun',
-           'dependencies', 'run_hash', 'Run', 'check_parameters']
+           'read_json', 'progress', 'fingerprint', 'recipe', 'table5', 'environment', 'git_commit', 'is_main_process',
+           'MissingRun', 'dependencies', 'run_hash', 'Run', 'recipe_from_arguments', 'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
 import ast, copy, difflib, hashlib, json, os, platform, subprocess, sys, time
@@ -120,11 +120,11 @@ def _hash_file(path, h, whole=64 << 20, end=1 << 20):
             h.update(f.read(end)); f.seek(-end, os.SEEK_END); h.update(f.read(end))
 
 # %% ../nbs/01_runs.ipynb #e4560733
-PROFILES = ("tiny", "small", "paper")
+PROFILES = ("smoke", "tiny", "small", "paper")
 RECIPES: dict[str, dict[str, dict]] = {}
 
 # The embedded data set (room `pedestrians`); there is no `paper` size of it.
-RECIPES["world"] = dict(paper=dict(size="small", seed=0, bank="A"), small=dict(size="small"), tiny=dict(size="tiny"))
+RECIPES["world"] = dict(paper=dict(size="small", seed=0, bank="A"), small=dict(size="small"), tiny=dict(size="tiny"), smoke=dict(size="smoke"))
 
 # Features of a table of images. `model`: a run, or a file of `save_backbone`.
 RECIPES["extract"] = dict(
@@ -132,12 +132,13 @@ RECIPES["extract"] = dict(
                batch_size=256, precision="float16"),
     small=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"))),
     tiny=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"))))
+RECIPES["extract"]["smoke"] = RECIPES["extract"]["tiny"]
 
 # Eq. 4-7. The paper's thresholds belong to the paper's extractor; ours were chosen on world B, whose people and cameras no table uses.
 RECIPES["denoise"] = dict(
     paper=dict(features=dict(stage="extract"), sigma_cst=0.20, sigma_drm=0.18, half_width=1000,
                levels=["tracklet", "video", "cross"], link="threshold"),
-    small={}, tiny={})
+    small={}, tiny={}, smoke={})
 
 # %% ../nbs/01_runs.ipynb #9eb4f611
 # Identity-guided self-distillation. Epochs are counted from 0; a schedule's position is the share of images seen.
@@ -164,6 +165,7 @@ RECIPES["pretrain"] = dict(
         epochs=10, images_per_epoch=480, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],
         out_dim=256, head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], lr=2e-3, warmup_epochs=1, freeze_last_layer_epochs=0,
         queue=512, precision="auto", workers=0, checkpoint_minutes=2))
+RECIPES["pretrain"]["smoke"] = RECIPES["pretrain"]["tiny"] | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1], queue=96)
 
 # What a method changes, before the caller's own changes. All share crops and budget; LUP-style has its own views (two, no colour jitter, erasing).
 METHODS = dict(
@@ -188,11 +190,12 @@ RECIPES["finetune"] = dict(
                epochs=60, warmup_epochs=6, pad=5, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny", image_size=[64, 32],
               epochs=30, images_per_epoch=640, warmup_epochs=3, lr=0.1, pad=3, precision="auto", workers=0, checkpoint_minutes=2))
+RECIPES["finetune"]["smoke"] = RECIPES["finetune"]["tiny"] | dict(epochs=2, images_per_epoch=128, warmup_epochs=1)
 
 # %% ../nbs/01_runs.ipynb #b326ddbb
 def recipe(
     stage: str,             # one of `RECIPES`
-    profile: str = "tiny",  # "tiny", "small" or "paper"
+    profile: str = "tiny",  # "smoke", "tiny", "small" or "paper"
     **changes,              # values to change; unknown names are refused
 ) -> dict:
     "A recipe with every value filled in: the paper's values, then the profile's, then the method's, then `changes`."
@@ -255,7 +258,12 @@ def git_commit() -> str | None:
     if head.returncode: return None
     return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
 
-# %% ../nbs/01_runs.ipynb #34ec8ed3
+# %% ../nbs/01_runs.ipynb #b65756ad
+def is_main_process() -> bool:
+    "True in the first of the processes that a launcher started, and where nothing launched several."
+    return int(os.environ.get("RANK", 0)) == 0
+
+# %% ../nbs/01_runs.ipynb #fd099fcf
 INPUTS = ("data_root", "annotation", "weights", "model")      # recipe values that may name files
 
 class MissingRun(LookupError):
@@ -283,7 +291,7 @@ def run_hash(recipe: dict) -> str:
     inputs = {k: _input_print(v) for k, v in recipe.items() if k in INPUTS and isinstance(v, (str, Path)) and v != "imagenet"}
     return fingerprint(dict(recipe=flat, inputs=inputs), 10)
 
-# %% ../nbs/01_runs.ipynb #0f469f66
+# %% ../nbs/01_runs.ipynb #2a8344c6
 class Run:
     "A folder named by its recipe: `recipe.json`, `environment.json`, `log.jsonl`, checkpoints, and `result.json` when done."
     def __init__(self,
@@ -323,6 +331,7 @@ class Run:
                  ):                 # yields True when there is work to do, False when the run is done
         "Hold the run's lock while computing; a second process that asks for the same run is told so instead of racing."
         if self.is_done: yield False; return
+        if not is_main_process(): yield True; return
         self.request()
         lock = FileLock(self.folder / ".lock", timeout=wait)
         try: lock.acquire()
@@ -348,13 +357,39 @@ class Run:
 
     def finish(self, result: dict) -> "Run":
         "Write `result.json` (last of all files): from here on the run is done."
+        if not is_main_process(): return self
         stamp = dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), seconds=round(time.time() - getattr(self, "_started", time.time()), 1))
         write_json(self.folder / "result.json", dict(result) | stamp)
         return self
 
     def __repr__(self): return f"Run({self.name}, {'done' if self.is_done else 'not computed'})"
 
-# %% ../nbs/01_runs.ipynb #a2eb8a35
+# %% ../nbs/01_runs.ipynb #e235b26b
+def recipe_from_arguments(
+    stage: str,
+    argv: list[str] | None = None,  # None: this process's arguments
+) -> dict:
+    "The recipe that a command line asks for; values after `--set` are JSON, anything else is text."
+    import argparse
+    parser = argparse.ArgumentParser(prog=f"python -m cion_nb.{stage}", description=f"Run the stage `{stage}` (resumes or reuses a run of the same recipe).")
+    parser.add_argument("--recipe", help="a recipe.json; the other arguments then change it")
+    parser.add_argument("--profile", default="tiny", help=f"one of {', '.join(PROFILES)}")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings to change")
+    args = parser.parse_args(argv)
+    changes = {}
+    for item in args.set:
+        name, sign, value = item.partition("=")
+        if not sign: parser.error(f"--set {item!r}: write NAME=VALUE")
+        try: changes[name] = json.loads(value)
+        except json.JSONDecodeError: changes[name] = value
+    try:
+        if not args.recipe: return recipe(stage, args.profile, **changes)
+        base = read_json(args.recipe)
+        if base.get("stage") != stage: parser.error(f"{args.recipe} is a recipe of stage {base.get('stage')!r}, not {stage!r}")
+        return recipe(**base | changes)
+    except (ValueError, OSError) as e: parser.error(str(e))
+
+# %% ../nbs/01_runs.ipynb #fb146537
 def check_parameters(
     namespace: dict,  # `globals()` of the notebook
 ) -> None:

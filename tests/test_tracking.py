@@ -1,0 +1,497 @@
+"""Room `tracking`: damaged and empty videos, kills, detectors end to end, scores against the reference implementation."""
+import json, os, shutil, signal, subprocess, sys, time, urllib.error, warnings
+from pathlib import Path
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings as hsettings, strategies as st
+
+cv2 = pytest.importorskip("cv2", reason="needs the extra [track]")
+pytest.importorskip("trackers", reason="needs the extra [track]")
+from cion_nb import tracking as T
+from cion_nb.samples import as_samples, read_samples
+
+COLOURS = [(40, 40, 220), (40, 200, 40), (220, 60, 30), (30, 200, 220)]   # BGR
+N, W, H = 90, 320, 240
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def box_at(person, frame):
+    "Left, top, width, height of a walking rectangle, or None once it has left."
+    x = (10 + 2.5 * frame) if person % 2 == 0 else (W - 40 - 2.5 * frame)
+    return (int(x), 10 + 55 * person, 24, 54 - 4 * person) if -10 < x < W - 14 else None
+
+
+def write_street(path, n=N, people=4, fourcc="MJPG", seed=0):
+    "A video of coloured rectangles over noise, and its truth (frames from 0)."
+    back = np.random.default_rng(seed).integers(90, 120, (H, W, 3), np.uint8)
+    video, rows = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 15, (W, H)), []
+    assert video.isOpened()
+    for f in range(n):
+        frame = back.copy()
+        for p in range(people):
+            if (box := box_at(p, f)) is None: continue
+            x, y, w, h = box
+            frame[y:y + h, max(x, 0):x + w] = COLOURS[p]
+            rows.append((f, p + 1, x, y, w, h, 1, -1, -1))
+        video.write(frame)
+    video.release()
+    return pd.DataFrame(rows, columns=list(T.MOT_COLUMNS))
+
+
+class ColourDetector:
+    "Finds the rectangles by their colour: a detector as a user would write one."
+    calls = 0
+    def __init__(self, pause=0.0): self.pause, self.settings = pause, dict(detector="colour")
+    def detect(self, frames):
+        self.calls += len(frames); time.sleep(self.pause * len(frames))
+        return [self._one(f) for f in frames]
+    def _one(self, frame):
+        boxes = []
+        for colour in COLOURS:
+            near = (np.abs(frame.astype(int) - colour).max(-1) < 60).astype(np.uint8)
+            x, y, w, h = cv2.boundingRect(near)
+            if w > 8 and h > 20: boxes.append((x, y, x + w, y + h))
+        return np.array(boxes, float).reshape(-1, 4), np.full(len(boxes), 0.9)
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory):
+    path = tmp_path_factory.mktemp("street") / "street.avi"
+    return path, write_street(path)
+
+
+OPTIONS = dict(detector=ColourDetector(), min_height=20, tracker="bytetrack")
+
+
+def content(out):
+    "Everything that counts in a finished folder."
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted((out / "crops").rglob("*.jpg"))}
+
+
+# ---------------------------------------------------------------- the chain
+
+@pytest.mark.parametrize("tracker", list(T.TRACKERS))
+def test_every_tracker_follows_the_rectangles(street, tmp_path, tracker):
+    samples = T.track(street[0], tmp_path, ColourDetector(), tracker, min_height=20)
+    scores = T.tracking_scores(samples, street[1])
+    assert scores["IDF1"] > 0.9 and scores["MOTA"] > 0.85 and scores["people"] == 4
+    person = T.match_truth(samples, street[1])
+    assert (person > 0).mean() > 0.98
+    assert pd.Series(person).groupby(samples["tracklet"].to_numpy()).nunique().max() <= 2
+
+
+def test_table_is_valid_and_matches_its_crops(street, tmp_path):
+    samples = T.track(street[0], tmp_path, camid=3, video_name="a b/c", first_tracklet=100, **OPTIONS)
+    pd.testing.assert_frame_equal(samples, as_samples(samples))
+    pd.testing.assert_frame_equal(samples, read_samples(tmp_path / "samples.parquet"))
+    assert list(samples.columns[-5:]) == list(T.BOX_COLUMNS) and samples["pid"].eq(-1).all() and samples["camid"].eq(3).all() and samples["video"].eq("a b/c").all()
+    ids = samples["tracklet"].unique()
+    assert sorted(ids) == list(range(100, 100 + len(ids)))
+    assert not samples.duplicated(["tracklet", "frame"]).any() and samples["path"].is_unique
+    assert samples[["tracklet", "frame"]].apply(tuple, axis=1).is_monotonic_increasing
+    for row in samples.iloc[::37].itertuples():
+        assert T.open_image(tmp_path / row.path).size == (row.w, row.h)
+    inside = (samples[["x", "y"]] >= 0).all(axis=None) and (samples["x"] + samples["w"] <= W).all() and (samples["y"] + samples["h"] <= H).all()
+    assert inside and samples["h"].min() >= 20
+
+
+def test_crops_show_what_the_box_says(street, tmp_path):
+    samples = T.track(street[0], tmp_path, **OPTIONS)
+    person = T.match_truth(samples, street[1])
+    for p in range(1, 5):
+        row = samples[person == p].iloc[len(samples[person == p]) // 2]
+        middle = np.asarray(T.open_image(tmp_path / row["path"]))[10:-10, 6:-6].mean((0, 1))[::-1]
+        assert np.abs(middle - COLOURS[p - 1]).max() < 25
+
+
+@pytest.mark.parametrize("stride", [1, 2, 7])
+def test_stride_keeps_the_file_s_frame_numbers(street, tmp_path, stride):
+    samples = T.track(street[0], tmp_path, stride=stride, **OPTIONS)
+    assert (samples["frame"] % stride == 0).all() and samples["frame"].max() > N - 3 * stride - 1
+    scores = T.tracking_scores(samples, street[1], frames=range(0, N, stride))
+    assert scores["IDF1"] > (0.9 if stride < 7 else 0.4) and scores["precision"] > 0.95
+    report = json.loads((tmp_path / "tracking.json").read_text())
+    assert report["counts"]["frames"] == -(-N // stride) and report["video"]["read"] == N
+
+
+def test_bad_stride(street, tmp_path):
+    with pytest.raises(ValueError, match="stride 0"): T.track(street[0], tmp_path, stride=0, **OPTIONS)
+
+
+def test_size_and_score_limits(street, tmp_path):
+    tall = T.track(street[0], tmp_path / "a", ColourDetector(), min_height=50)
+    assert len(tall) and tall["h"].min() >= 50
+    wide = T.track(street[0], tmp_path / "b", ColourDetector(), min_height=20, min_width=23)
+    assert wide["w"].min() >= 23
+    none = T.track(street[0], tmp_path / "c", ColourDetector(), min_height=20, min_score=0.95)
+    assert len(none) == 0
+    counts = json.loads((tmp_path / "a/tracking.json").read_text())["counts"]
+    assert counts["crops"] == len(tall) and counts["tracked"] == len(tall) + counts["too_small"]
+
+
+# ---------------------------------------------------------------- resuming
+
+def test_a_finished_folder_is_read_not_made_again(street, tmp_path):
+    first, detector = T.track(street[0], tmp_path, **OPTIONS), ColourDetector()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.jpg")}
+    again = T.track(street[0], tmp_path, **{**OPTIONS, "detector": detector})
+    pd.testing.assert_frame_equal(first, again)
+    assert detector.calls == 0 and before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.jpg")}
+
+
+def test_a_lost_crop_comes_back(street, tmp_path):
+    first, wanted = T.track(street[0], tmp_path, **OPTIONS), None
+    wanted = content(tmp_path)
+    for p in first["path"][5:9]: (tmp_path / p).unlink()
+    pd.testing.assert_frame_equal(first, T.track(street[0], tmp_path, **OPTIONS))
+    assert content(tmp_path) == wanted
+
+
+def test_other_settings_replace_the_crops_and_reuse_the_detections(street, tmp_path):
+    T.track(street[0], tmp_path, **OPTIONS)
+    detector = ColourDetector()
+    other = T.track(street[0], tmp_path, detector, "ocsort", min_height=50)
+    assert detector.calls == 0 and set(content(tmp_path)) == set(other["path"])
+    fresh = T.track(street[0], tmp_path, detector, "ocsort", min_height=50, resume=False)
+    assert detector.calls == N
+    pd.testing.assert_frame_equal(other, fresh)
+
+
+def test_another_video_in_the_same_folder_is_refused(street, tmp_path):
+    T.track(street[0], tmp_path / "out", **OPTIONS)
+    write_street(tmp_path / "other.avi", n=20, seed=1)
+    with pytest.raises(ValueError, match="another video"): T.track(tmp_path / "other.avi", tmp_path / "out", **OPTIONS)
+    assert T.track(tmp_path / "other.avi", tmp_path / "out", resume=False, **OPTIONS)["video"].eq("other").all()
+
+
+def test_a_foreign_crops_folder_is_not_touched(street, tmp_path):
+    (tmp_path / "crops").mkdir(); (tmp_path / "crops/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not written by"): T.track(street[0], tmp_path, **OPTIONS)
+    assert (tmp_path / "crops/mine.txt").read_text() == "mine"
+
+
+def test_two_processes_do_not_share_a_folder(street, tmp_path):
+    from filelock import FileLock
+    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="another process"): T.track(street[0], tmp_path, **OPTIONS)
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {tests!r}); sys.path.insert(0, {root!r})
+import test_tracking as t
+from cion_nb import tracking as T
+detect = t.ColourDetector(pause={detect_pause})
+if {crop_pause}:
+    write = T._write_crop
+    T._write_crop = lambda *a: (time.sleep({crop_pause}), write(*a))
+T.track({video!r}, {out!r}, detect, "bytetrack", min_height=20)
+"""
+
+
+def run_and_kill(video, out, when, detect_pause=0.0, crop_pause=0.0):
+    "Track in a process of its own and SIGKILL it as soon as `when()` holds."
+    code = CHILD.format(tests=str(Path(__file__).parent), root=str(ROOT), video=str(video), out=str(out), detect_pause=detect_pause, crop_pause=crop_pause)
+    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
+    end = time.time() + 60
+    while not when() and child.poll() is None and time.time() < end: time.sleep(0.005)
+    assert child.poll() is None, "the child ended before it could be killed"
+    child.send_signal(signal.SIGKILL); child.wait()
+
+
+def test_survives_sigkill_while_detecting_and_while_cutting(tmp_path):
+    video, out, whole = tmp_path / "long.avi", tmp_path / "out", tmp_path / "whole"
+    write_street(video, n=150)
+    wanted = T.track(video, whole, **OPTIONS)
+    run_and_kill(video, out, lambda: len(list(out.rglob("*.npz"))) >= 1, detect_pause=0.02)
+    assert not (out / "samples.parquet").exists()
+    blocks = len([p for p in out.rglob("*.npz") if not p.name.startswith(".")])
+    assert blocks == 1
+    detector = ColourDetector()
+    run_and_kill(video, out, lambda: len(list(out.rglob("*.jpg"))) >= 30, crop_pause=0.01)
+    n_crops = len(list(out.rglob("*.jpg")))
+    assert 30 <= n_crops < len(wanted) and not (out / "samples.parquet").exists()
+    got = T.track(video, out, **{**OPTIONS, "detector": detector})
+    pd.testing.assert_frame_equal(got, wanted)
+    assert content(out) == content(whole) and detector.calls == 0
+    assert json.loads((out / "tracking.json").read_text())["counts"]["crops_written"] <= len(wanted) - n_crops + 1
+
+
+def test_a_damaged_block_is_detected_again(street, tmp_path):
+    first = T.track(street[0], tmp_path, **OPTIONS)
+    block = sorted(tmp_path.rglob("000001.npz"))[0]
+    block.write_bytes(block.read_bytes()[:100])
+    (tmp_path / "samples.parquet").unlink()
+    detector = ColourDetector()
+    pd.testing.assert_frame_equal(first, T.track(street[0], tmp_path, **{**OPTIONS, "detector": detector}))
+    assert detector.calls == N - 64
+
+
+# ---------------------------------------------------------------- bad and empty videos
+
+def test_nobody_gives_an_empty_valid_table(tmp_path):
+    write_street(tmp_path / "empty.avi", n=12, people=0)
+    for tracker in T.TRACKERS:
+        samples = T.track(tmp_path / "empty.avi", tmp_path / tracker, ColourDetector(), tracker)
+        assert len(samples) == 0 and list(samples.columns[-5:]) == list(T.BOX_COLUMNS)
+        pd.testing.assert_frame_equal(samples, read_samples(tmp_path / tracker / "samples.parquet"))
+        assert samples["tracklet"].dtype == "int64" and samples["score"].dtype == "float32"
+    again = T.track(tmp_path / "empty.avi", tmp_path / "sort", ColourDetector(), "sort")
+    assert len(again) == 0
+    assert T.contact_sheet(samples, tmp_path).size[0] > 0 and len(T.match_truth(samples, write_street(tmp_path / "t.avi", n=3))) == 0
+    assert T.tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
+
+
+@pytest.mark.parametrize("name,data,reason", [
+    ("gone.mp4", None, "no such file"), ("empty.mp4", b"", "zero bytes"), ("text.avi", b"I am no video at all. " * 50, "no video format"),
+    ("half.mp4", b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41\0\0\0\x08free" + b"\0" * 4000, "moov"),
+    ("half.mkv", b"\x1aE\xdf\xa3" + bytes(range(256)) * 8, "damaged|no video format")])
+def test_what_is_no_video_says_why(tmp_path, name, data, reason):
+    if data is not None: (tmp_path / name).write_bytes(data)
+    with pytest.raises(T.UnreadableVideo, match=reason) as error: T.track(tmp_path / name, tmp_path / "out", **OPTIONS)
+    assert name in str(error.value) and error.value.path.endswith(name) and not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_video(tmp_path):
+    with pytest.raises(T.UnreadableVideo, match="a folder"): T.Video(tmp_path)
+
+
+def test_a_missing_codec_says_so(street, tmp_path):
+    odd = tmp_path / "odd.avi"
+    odd.write_bytes(street[0].read_bytes().replace(b"MJPG", b"ZZZ9"))
+    with pytest.raises(T.UnreadableVideo, match="codec"): T.track(odd, tmp_path / "out", **OPTIONS)
+
+
+def test_a_container_without_frames(tmp_path):
+    video = cv2.VideoWriter(str(tmp_path / "none.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 15, (W, H))
+    video.release()
+    with pytest.raises(T.UnreadableVideo): T.track(tmp_path / "none.avi", tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_truncated_file_gives_what_was_there_and_a_warning(street, tmp_path, stride):
+    data = street[0].read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[:len(data) // 2])
+    with pytest.warns(UserWarning, match=rf"cut.avi: (\d+) of the {N} announced frames") as caught:
+        samples = T.track(tmp_path / "cut.avi", tmp_path / "out", stride=stride, **OPTIONS)
+    n = json.loads((tmp_path / "out/tracking.json").read_text())["video"]["read"]
+    assert f" {n} of the {N}" in str(caught[0].message) and N // 3 < n < 2 * N // 3
+    assert len(samples) and n - 2 * stride <= samples["frame"].max() < n
+    with pytest.warns(UserWarning, match="announced"): T.track(tmp_path / "cut.avi", tmp_path / "out", stride=stride, **OPTIONS)   # also when it is read back
+
+
+def test_one_frame(tmp_path):
+    write_street(tmp_path / "one.avi", n=1)
+    samples = T.track(tmp_path / "one.avi", tmp_path / "out", ColourDetector(), "bytetrack", min_height=20, tracker_settings=dict(minimum_consecutive_frames=1))
+    assert len(samples) <= 4
+
+
+# ---------------------------------------------------------------- many videos
+
+def test_many_videos_share_no_tracklet(street, tmp_path):
+    write_street(tmp_path / "second.avi", n=40, seed=2); write_street(tmp_path / "empty.avi", n=5, people=0)
+    (tmp_path / "bad.avi").write_bytes(b"no")
+    videos = [street[0], tmp_path / "second.avi", tmp_path / "empty.avi", tmp_path / "bad.avi"]
+    with pytest.raises(T.UnreadableVideo): T.track_videos(videos, tmp_path / "out", **OPTIONS)
+    with pytest.warns(UserWarning, match="skipped"): samples = T.track_videos(videos, tmp_path / "out", camids=[4, 5, 6, 7], on_unreadable="skip", **OPTIONS)
+    assert set(samples["video"]) == {"street", "second"} and samples.groupby("tracklet")["video"].nunique().max() == 1
+    assert samples.groupby("video")["camid"].first().to_dict() == dict(street=4, second=5)
+    assert all((tmp_path / "out" / p).exists() for p in samples["path"])
+    pd.testing.assert_frame_equal(samples, read_samples(tmp_path / "out/samples.parquet"))
+    with pytest.raises(ValueError, match="dict name"): T.track_videos([street[0], street[0]], tmp_path / "o", **OPTIONS)
+    assert len(T.track_videos([], tmp_path / "none", **OPTIONS)) == 0
+
+
+# ---------------------------------------------------------------- detectors
+
+def yolox_file(path, batch, size=64, hit=None):
+    "An ONNX file whose output is the same for any picture: one person of log size 1 in cell `hit` of the stride-8 grid."
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto as P, helper as h, numpy_helper
+    cells = (size // 8) ** 2 + (size // 16) ** 2 + (size // 32) ** 2
+    raw = np.zeros((1, cells, 7), np.float32)
+    if hit is not None:
+        raw[0, hit] = [0.5, 0.25, 1, 2, 0.9, 0.1, 0.8]
+        raw[0, hit + 1] = [-0.5, 0.25, 1, 2, 0.8, 0.1, 0.8]     # nearly the same box from the next cell: suppressed
+    nodes = [h.make_node("ReduceMean", ["x", "axes"], ["m"], keepdims=0), h.make_node("Mul", ["m", "zero"], ["z"]),
+             h.make_node("Reshape", ["z", "shape"], ["r"]), h.make_node("Add", ["raw", "r"], ["y"])]
+    init = [numpy_helper.from_array(a, n) for a, n in ((np.array([1, 2, 3]), "axes"), (np.zeros(1, np.float32), "zero"), (np.array([-1, 1, 1]), "shape"), (raw, "raw"))]
+    graph = h.make_graph(nodes, "g", [h.make_tensor_value_info("x", P.FLOAT, [batch, 3, size, size])], [h.make_tensor_value_info("y", P.FLOAT, [batch, cells, 7])], init)
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)]); model.ir_version = 9
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 4, "n"])
+def test_onnx_detector_decodes_and_suppresses(tmp_path, batch):
+    detector = T.create_detector(str(yolox_file(tmp_path / "y.onnx", batch, hit=8 * 2 + 3)))
+    detector.person = 1
+    out = detector.detect([np.zeros((128, 64, 3), np.uint8)] * 5)            # scale 1/2
+    centre, size = np.array([3.5, 2.25]) * 8 * 2, np.exp([1, 2]) * 8 * 2
+    for boxes, scores in out:
+        assert len(boxes) == 1 and np.isclose(scores[0], 0.72)
+        np.testing.assert_allclose(boxes[0], [*(centre - size / 2), *(centre + size / 2)], rtol=1e-5)
+
+
+def test_onnx_detector_refuses_other_files(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto as P, helper as h
+    with pytest.raises(FileNotFoundError, match="no such detector"): T.create_detector(str(tmp_path / "none.onnx"))
+    graph = h.make_graph([h.make_node("Relu", ["x"], ["y"])], "g", [h.make_tensor_value_info("x", P.FLOAT, [1, 256, 128, 3])], [h.make_tensor_value_info("y", P.FLOAT, [1, 256, 128, 3])])
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)]); model.ir_version = 9
+    onnx.save(model, str(tmp_path / "other.onnx"))
+    with pytest.raises(ValueError, match="YOLOX-style"): T.OnnxDetector(tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="not YOLOX"): T.OnnxDetector(yolox_file(tmp_path / "y.onnx", 1), person=7).detect([np.zeros((64, 64, 3), np.uint8)])
+
+
+def test_torchvision_detector(tmp_path, monkeypatch):
+    import torch, torchvision
+    torch.manual_seed(0)
+    detector = T.TorchvisionDetector(weights=None, min_score=0.0)
+    torch.save(detector._model.state_dict(), tmp_path / "w.pth")
+    frames = [np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)] * 2
+    loaded = T.TorchvisionDetector(weights=tmp_path / "w.pth", min_score=0.0)
+    for (b, s), (b2, s2) in zip(detector.detect(frames), loaded.detect(frames)):
+        assert b.shape == (len(s), 4)
+        np.testing.assert_allclose(b, b2)
+    assert detector.settings != loaded.settings
+    def offline(*args, **kw): raise urllib.error.URLError("Name or service not known")
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(RuntimeError, match="could not be fetched.*weights=PATH"): T.create_detector("torchvision")
+
+
+def test_hog_runs_on_any_size(tmp_path):
+    hog = T.create_detector("hog")
+    for shape in ((240, 320, 3), (60, 40, 3)):
+        (boxes, scores), = hog.detect([np.full(shape, 128, np.uint8)])
+        assert boxes.shape == (len(scores), 4)
+
+
+def test_mot_detections(street, tmp_path):
+    truth, file = street[1], tmp_path / "det.txt"
+    truth.assign(frame=truth["frame"] + 1, id=-1, score=0.9).to_csv(file, header=False, index=False)
+    samples = T.track(street[0], tmp_path / "out", str(file), min_height=20)
+    assert T.tracking_scores(samples, truth)["IDF1"] > 0.9
+    assert T.MotDetections(file).detect([10 ** 6])[0][0].shape == (0, 4)
+    truth.assign(frame=truth["frame"] + 1, score=np.linspace(-2, 60, len(truth))).to_csv(file, header=False, index=False)
+    with pytest.warns(UserWarning, match="stretched"): detector = T.MotDetections(file)
+    assert 0 <= min(s.min() for _, s in detector._of.values()) and max(s.max() for _, s in detector._of.values()) <= 1
+    truth.assign(frame=truth["frame"] + 1, score=-1).to_csv(file, header=False, index=False)
+    assert all((s == 1).all() for _, s in T.MotDetections(file)._of.values())
+    with pytest.raises(FileNotFoundError): T.MotDetections(tmp_path / "none.txt")
+
+
+def test_read_mot_names_the_bad_line(tmp_path):
+    (tmp_path / "a.txt").write_text("1,1,0,0,5,5,1\n\n1,2,zero,0,5,5,1\n")
+    with pytest.raises(ValueError, match="line 3"): T.read_mot(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("0,1,0,0,5,5,1\n")
+    with pytest.raises(ValueError, match="line 1.*frames from 1"): T.read_mot(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("")
+    assert len(T.read_mot(tmp_path / "a.txt")) == 0
+    (tmp_path / "a.txt").write_text("3 7 1 2 5 6\r\n")
+    row = T.read_mot(tmp_path / "a.txt").iloc[0]
+    assert (row["frame"], row["id"], row["score"], row["class"]) == (2, 7, 1, -1)
+
+
+def test_a_detector_that_answers_nonsense_is_named(street, tmp_path):
+    class Short:
+        def detect(self, frames): return [(np.zeros((1, 4)), np.ones(1))] * (len(frames) - 1)
+    with pytest.raises(ValueError, match="Short.detect returned"): T.track(street[0], tmp_path, Short())
+    class Nan:
+        def detect(self, frames): return [(np.array([[np.nan] * 4, [5, 5, 40, 80]]), np.array([.9, .9])) for _ in frames]
+    assert T.track(street[0], tmp_path / "nan", Nan(), "bytetrack")["x"].eq(5).all()
+    with pytest.raises(ValueError, match="not known"): T.track(street[0], tmp_path / "no", "yolo")
+    with pytest.raises(ValueError, match="known: bytetrack"): T.track(street[0], tmp_path / "no", ColourDetector(), "deepsort")
+    with pytest.raises(ValueError, match="its settings are"): T.track(street[0], tmp_path / "no", ColourDetector(), "sort", tracker_settings=dict(buffer=3))
+
+
+# ---------------------------------------------------------------- optional parts
+
+def test_missing_parts_say_what_to_install(monkeypatch):
+    def missing(name): raise ModuleNotFoundError(f"No module named {name!r}")
+    monkeypatch.setattr(T.importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=r"cion_nb\[track\]"): T.Video(__file__)
+    def no_gl(name): raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")
+    monkeypatch.setattr(T.importlib, "import_module", no_gl)
+    with pytest.raises(ImportError, match="apt-get install -y libgl1"): T.Video(__file__)
+
+
+def test_import_is_light():
+    code = "import sys, cion_nb.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', 'onnxruntime', 'torchvision', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- boxes and scores
+
+boxes_ = st.lists(st.tuples(*[st.integers(0, 30)] * 2, *[st.integers(1, 20)] * 2), max_size=6)
+
+
+@given(boxes_, boxes_)
+@hsettings(deadline=None, max_examples=60)
+def test_iou_counts_pixels(a, b):
+    def mask(box): m = np.zeros((60, 60), bool); x, y, w, h = box; m[y:y + h, x:x + w] = True; return m
+    def ltrb(boxes): return np.array([(x, y, x + w, y + h) for x, y, w, h in boxes], float).reshape(-1, 4)
+    want = np.array([[(mask(p) & mask(q)).sum() / (mask(p) | mask(q)).sum() for q in b] for p in a]).reshape(len(a), len(b))
+    np.testing.assert_allclose(T.box_iou(ltrb(a), ltrb(b)), want)
+
+
+def random_mot(seed, classes):
+    "Truth with flags and classes, and a noisy answer to it with wrong ids, misses and false boxes."
+    rng, gt, mine = np.random.default_rng(seed), [], []
+    for person in range(1, 9):
+        kind = int(rng.choice([1, 1, 1, 7, 8, 12, 3])) if classes else -1
+        x, y = rng.uniform(0, 400, 2)
+        for f in range(rng.integers(0, 10), 30):
+            x, y = x + rng.normal(3, 1), y + rng.normal(0, 1)
+            gt.append((f, person, x, y, 40, 100, int(kind in (1, -1) and rng.random() > 0.1), kind, 1.0))
+            if rng.random() < 0.85:
+                mine.append((f, person + (100 if f > 15 and person % 3 == 0 else 0), x + rng.normal(0, 6), y + rng.normal(0, 6), 40, 100, 0.9))
+            if rng.random() < 0.1: mine.append((f, 1000 + person, *rng.uniform(0, 400, 2), 40, 100, 0.5))
+    mine = pd.DataFrame(mine, columns=["frame", "tracklet", "x", "y", "w", "h", "score"]).drop_duplicates(["frame", "tracklet"])
+    return pd.DataFrame(gt, columns=list(T.MOT_COLUMNS)).round(2), mine.round(2).assign(video="v").sort_values(["tracklet", "frame"], ignore_index=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("benchmark", ["MOT15", "MOT17"])
+def test_scores_equal_the_reference_run_from_files(tmp_path, seed, benchmark):
+    import trackeval
+    gt, mine = random_mot(seed, benchmark == "MOT17")
+    folder = tmp_path / "gt" / "SEQ"
+    (folder / "gt").mkdir(parents=True); (tmp_path / "res/ours/data").mkdir(parents=True)
+    gt.assign(frame=gt["frame"] + 1).to_csv(folder / "gt/gt.txt", header=False, index=False)
+    T.tracklets_to_mot(mine, tmp_path / "res/ours/data/SEQ.txt")
+    (folder / "seqinfo.ini").write_text(f"[Sequence]\nname=SEQ\nseqLength=30\n")
+    quiet = dict(PRINT_CONFIG=False)
+    data = trackeval.datasets.MotChallenge2DBox(dict(GT_FOLDER=str(tmp_path / "gt"), TRACKERS_FOLDER=str(tmp_path / "res"), BENCHMARK=benchmark, SEQ_INFO={"SEQ": None}, SKIP_SPLIT_FOL=True, **quiet))
+    evaluator = trackeval.Evaluator(dict(PRINT_RESULTS=False, OUTPUT_SUMMARY=False, OUTPUT_DETAILED=False, PLOT_CURVES=False, TIME_PROGRESS=False, LOG_ON_ERROR=None, BREAK_ON_ERROR=True, **quiet))
+    result, _ = evaluator.evaluate([data], [trackeval.metrics.CLEAR(quiet), trackeval.metrics.Identity(quiet), trackeval.metrics.HOTA()])
+    want = result["MotChallenge2DBox"]["ours"]["SEQ"]["pedestrian"]
+    got = T.tracking_scores(mine, folder / "gt/gt.txt", frames=range(30))
+    assert got["MOTA"] == pytest.approx(want["CLEAR"]["MOTA"], abs=1e-9) and got["switches"] == want["CLEAR"]["IDSW"]
+    assert got["IDF1"] == pytest.approx(want["Identity"]["IDF1"], abs=1e-9) and got["HOTA"] == pytest.approx(np.mean(want["HOTA"]["HOTA"]), abs=1e-6)
+
+
+def test_perfect_and_empty_scores():
+    gt, _ = random_mot(0, False)
+    gt = gt.assign(score=1.0)
+    perfect = gt.rename(columns=dict(id="tracklet")).assign(video="v")
+    scores = T.tracking_scores(perfect, gt)
+    assert scores["MOTA"] == scores["IDF1"] == 1 and scores["HOTA"] == pytest.approx(1)
+    assert (T.match_truth(perfect, gt) == gt["id"]).all()
+    nobody = T.tracking_scores(perfect, gt[:0])
+    assert nobody["recall"] == 0 and nobody["truth_boxes"] == 0
+    with pytest.raises(ValueError, match="one video"): T.tracking_scores(pd.concat([perfect, perfect.assign(video="w")]), gt)
+
+
+def test_matching_is_one_to_one():
+    gt = pd.DataFrame([(0, 1, 0, 0, 10, 20, 1, -1, -1), (0, 2, 3, 0, 10, 20, 1, -1, -1)], columns=list(T.MOT_COLUMNS))
+    mine = pd.DataFrame(dict(frame=[0, 0, 0], x=[1, 2, 100], y=0, w=10, h=20))
+    assert T.match_truth(mine, gt).tolist() == [1, 2, -1]
+
+
+def test_mot_round_trip(street, tmp_path):
+    samples = T.track(street[0], tmp_path, **OPTIONS)
+    back = T.read_mot(T.tracklets_to_mot(samples, tmp_path / "r.txt"))
+    want = samples.sort_values(["frame", "tracklet"], ignore_index=True)
+    assert (back["frame"] == want["frame"]).all() and (back["id"] == want["tracklet"]).all()
+    np.testing.assert_allclose(back[list(T.BOX_COLUMNS)], want[list(T.BOX_COLUMNS)], atol=1e-4)
