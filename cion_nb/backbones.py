@@ -113,7 +113,7 @@ def list_backbones(
     if family not in set(table.family): raise ValueError(f"no family {family!r}; there are {sorted(set(table.family))}")
     return table[table.family == family].reset_index(drop=True)
 
-# %% ../nbs/04_backbones.ipynb #36325077
+# %% ../nbs/04_backbones.ipynb #a2fca583
 class IBN(nn.Module):
     "IBN-a: instance norm on the first half of the channels, batch norm on the rest."
     def __init__(
@@ -128,7 +128,7 @@ class IBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor: # (n, C, h, w) -> the same shape
         return torch.cat([self.IN(x[:, :self.half]), self.BN(x[:, self.half:])], dim=1)
 
-# %% ../nbs/04_backbones.ipynb #b34e90a0
+# %% ../nbs/04_backbones.ipynb #2cdc855b
 def _use_ibn(model: nn.Module) -> None:
     "Replace the first norm of every block of layers 1-3 by IBN-a."
     for layer in (model.layer1, model.layer2, model.layer3):
@@ -149,7 +149,7 @@ def _resnet(arch, image_size, **kw):
     if arch.name.endswith("_ibn"): _use_ibn(model)
     return model
 
-# %% ../nbs/04_backbones.ipynb #b05ca599
+# %% ../nbs/04_backbones.ipynb #c68244ad
 class ConvStem(nn.Module):
     "ViT patch embedding by convolutions with IBN: (n, 3, h, w) -> (n, h/16, w/16, D)."
     def __init__(
@@ -172,7 +172,7 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return self.proj(self.conv(x)).permute(0, 2, 3, 1)
     def feat_ratio(self, as_scalar=True): return self.patch_size[0] if as_scalar else self.patch_size
 
-# %% ../nbs/04_backbones.ipynb #a73f4529
+# %% ../nbs/04_backbones.ipynb #111c4a33
 def _resize_grid(
     grid: Tensor, # (1, H, W, D)
     height: int,
@@ -184,7 +184,7 @@ def _resize_grid(
     scale = ((height + 0.1) / old[0], (width + 0.1) / old[1])
     return F.interpolate(grid.permute(0, 3, 1, 2), scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1)
 
-# %% ../nbs/04_backbones.ipynb #111c4a33
+# %% ../nbs/04_backbones.ipynb #02fccefa
 class _ViT(timm.models.vision_transformer.VisionTransformer):
     "timm's ViT with position embeddings resized to each input's grid."
     def _pos_embed(self, x: Tensor) -> Tensor: # (n, H, W, D) -> (n, 1 + H * W, D)
@@ -197,7 +197,7 @@ def _vit(arch, image_size, **kw):
     return _ViT(img_size=image_size, embed_dim=arch.embed_dim, num_heads=arch.embed_dim // 64, depth=12, num_classes=0,
                 dynamic_img_size=True, embed_layer=ConvStem, **kw)
 
-# %% ../nbs/04_backbones.ipynb #02fccefa
+# %% ../nbs/04_backbones.ipynb #e8d031c4
 class _VOLO(timm.models.volo.VOLO):
     "timm's VOLO, which has its position embedding after the outlooker blocks, resized to each input's grid."
     def forward_tokens(self, x: Tensor) -> Tensor: # (n, H, W, C) -> (n, H' * W', D)
@@ -212,7 +212,7 @@ _VOLO_SIZES = dict(volo_d1=dict(layers=(4, 4, 8, 2), embed_dims=(192, 384, 384, 
 
 def _volo(arch, image_size, **kw): return _VOLO(img_size=image_size, num_classes=0, **_VOLO_SIZES[arch.name], **kw)
 
-# %% ../nbs/04_backbones.ipynb #2dffaf95
+# %% ../nbs/04_backbones.ipynb #f14ec96a
 def _swin(arch, image_size, **kw):
     return timm.create_model(arch.timm, num_classes=0, img_size=image_size, window_size=8, always_partition=True, strict_img_size=False, **kw)
 
@@ -225,7 +225,7 @@ def _repvit(arch, image_size, **kw):
 
 def _as_is(arch, image_size, **kw): return timm.create_model(arch.timm, num_classes=0, **kw)
 
-# %% ../nbs/04_backbones.ipynb #ea8c10f4
+# %% ../nbs/04_backbones.ipynb #b0ef2925
 @dataclass(frozen=True)
 class Family:
     "How a family is built, and which images it takes."
@@ -239,7 +239,7 @@ FAMILIES: dict[str, Family] = dict(
     fastvit=Family(_as_is), resnet=Family(_resnet), convnext=Family(_as_is, smallest=32), volo=Family(_volo, multiple=16),
     vit=Family(_vit, multiple=16), swin=Family(_swin, multiple=4, drop_path=0.1))
 
-# %% ../nbs/04_backbones.ipynb #b0ef2925
+# %% ../nbs/04_backbones.ipynb #3f7c54ab
 def _architecture(name: str) -> Architecture:
     if name in ARCHITECTURES: return ARCHITECTURES[name]
     close = difflib.get_close_matches(str(name).lower().replace("-", "_"), ARCHITECTURES, n=4, cutoff=0.5)
@@ -254,7 +254,7 @@ def _check_size(arch: Architecture, image_size) -> tuple:
                          f"and multiples of {family.multiple}")
     return height, width
 
-# %% ../nbs/04_backbones.ipynb #3f7c54ab
+# %% ../nbs/04_backbones.ipynb #2456ac19
 def create_backbone(
     name: str,                             # one of `list_backbones().name`
     image_size: tuple[int, int] = (256, 128), # (height, width) in pixels; half of it works too
@@ -272,7 +272,7 @@ def create_backbone(
     elif weights is not None: load_backbone_weights(model, weights)
     return model
 
-# %% ../nbs/04_backbones.ipynb #c8d2ab70
+# %% ../nbs/04_backbones.ipynb #05d4263b
 _RENAMES: dict[str, list[tuple[str, str]]] = dict( # family -> (pattern, replacement), applied in this order
     convnext=[(r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
               (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."), (r"\.dwconv\.", ".conv_dw."), (r"\.pwconv", ".mlp.fc"), (r"^norm\.", "head.norm.")],
@@ -299,7 +299,7 @@ def _repvit_renames(depths):
     return flat + [(r"token_mixer\.0\.", "token_mixer."), (r"token_mixer\.1\.conv_reduce", "se.fc1"), (r"token_mixer\.1\.conv_expand", "se.fc2"),
                    (r"(channel_mixer|ffn)\.m\.0\.", r"\1.conv1."), (r"(channel_mixer|ffn)\.m\.2\.", r"\1.conv2.")]
 
-# %% ../nbs/04_backbones.ipynb #05d4263b
+# %% ../nbs/04_backbones.ipynb #f5b07153
 def _released_name(
     arch: Architecture,
 ) -> Callable[[str], str]: # a released entry's name -> ours; "" for a constant that our model computes itself
@@ -312,7 +312,7 @@ def _released_name(
         return name
     return rename
 
-# %% ../nbs/04_backbones.ipynb #8e616633
+# %% ../nbs/04_backbones.ipynb #119a33e4
 def _read_checkpoint(
     path: Path,
     allow: tuple = (), # classes that may be unpickled besides tensors and containers
@@ -334,7 +334,7 @@ def _foreign_classes(path):
     try: return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception: return []  # not a zip file: an old or broken one
 
-# %% ../nbs/04_backbones.ipynb #119a33e4
+# %% ../nbs/04_backbones.ipynb #8f0685c2
 def _tensor_tables(
     x,                # a checkpoint or a part of it
     place: tuple = (), # keys that lead to it
@@ -345,7 +345,7 @@ def _tensor_tables(
     if tensors: yield place, tensors
     for k, v in x.items(): yield from _tensor_tables(v, place + (str(k),))
 
-# %% ../nbs/04_backbones.ipynb #8f0685c2
+# %% ../nbs/04_backbones.ipynb #6e2dc17b
 def _fit(
     value: Tensor,  # from the file
     target: Tensor, # the model's entry
@@ -369,7 +369,7 @@ def _grid_of(patches: int) -> tuple | None:
         columns = round((patches / ratio) ** 0.5)
         if ratio * columns ** 2 == patches: return ratio * columns, columns
 
-# %% ../nbs/04_backbones.ipynb #75959471
+# %% ../nbs/04_backbones.ipynb #45af4561
 @dataclass
 class LoadReport:
     "What a checkpoint gave to a model. `missing`, `mismatched`: of the model; `unexpected`: of the file, under the prefix."
@@ -394,7 +394,7 @@ class LoadReport:
         return "\n".join(lines + [f"  {what}: {some(getattr(self, what))}" for what in ("missing", "mismatched", "resized", "unexpected") if getattr(self, what)])
     __repr__ = __str__
 
-# %% ../nbs/04_backbones.ipynb #45af4561
+# %% ../nbs/04_backbones.ipynb #64d001e9
 def _prefixes(
     names,      # of a table of tensors
     least: int, # entries a prefix must cover
@@ -411,7 +411,7 @@ def _preference(place, prefix) -> int:
     words = set(".".join((*place, prefix)).split("."))
     return 0 if words & {"teacher", "encoder_q", "ema", "model_ema", "state_dict_ema"} else 2 if words & {"student", "encoder_k"} else 1
 
-# %% ../nbs/04_backbones.ipynb #64d001e9
+# %% ../nbs/04_backbones.ipynb #384288c8
 def _match(
     model: nn.Module,
     tensors: dict,    # name -> tensor, of one table of the file
@@ -436,7 +436,7 @@ def _match(
     report.matched, report.missing = [n for n in counted if n in found], [n for n in counted if n not in found and n not in odd]
     return found
 
-# %% ../nbs/04_backbones.ipynb #384288c8
+# %% ../nbs/04_backbones.ipynb #cd927b33
 def load_backbone_weights(
     model: nn.Module,          # from `create_backbone`; changed in place
     path: str | Path | Mapping, # .pth, .pt or .safetensors file, or an already loaded checkpoint
@@ -462,7 +462,7 @@ def load_backbone_weights(
     model.weights = source
     return report
 
-# %% ../nbs/04_backbones.ipynb #cd927b33
+# %% ../nbs/04_backbones.ipynb #39266718
 def _refuse_bad(model, report, found, min_matched):
     "Raise rather than train from weights that are mostly random."
     if report.share < min_matched:
@@ -472,14 +472,15 @@ def _refuse_bad(model, report, found, min_matched):
     if bad: raise ValueError(f"{report.path}: {len(bad)} entries hold NaN or infinity, nothing was loaded: {', '.join(bad[:6])}")
     if report.missing or report.mismatched: warnings.warn(f"loaded, but not completely\n{report}", stacklevel=3)
 
-# %% ../nbs/04_backbones.ipynb #6b4d8669
+# %% ../nbs/04_backbones.ipynb #74a1694b
 def load_imagenet_weights(
     model: nn.Module, # from `create_backbone`; changed in place
 ) -> LoadReport:
     "timm's default supervised weights, fetched on first use; `model.weights` keeps their tag and `model.input` their normalisation."
     arch = _architecture(model.name)
     config = timm.get_pretrained_cfg(arch.timm, allow_unregistered=True) if arch.in_paper else None
-    if isinstance(getattr(model, "bn1", None) and model.layer1[0].bn1, IBN) or arch.family in ("vit", "repvit") or not (config and config.has_weights):
+    differs = arch.family == "repvit" or any(isinstance(m, IBN) for m in model.modules()) # from timm's network of that name
+    if differs or not (config and config.has_weights):
         raise ValueError(f"timm has no ImageNet weights for {model.name} as the zoo defines it; load a file with weights=path")
     tag, kw = f"{arch.timm}.{config.tag}", {}
     if arch.family == "swin": kw = dict(img_size=(model.input.height, model.input.width), window_size=8, always_partition=True, strict_img_size=False)
@@ -492,7 +493,7 @@ def load_imagenet_weights(
     model.input = replace(model.input, mean=config.mean, std=config.std)
     return report
 
-# %% ../nbs/04_backbones.ipynb #40d63b4e
+# %% ../nbs/04_backbones.ipynb #d341704f
 def save_backbone(
     model: nn.Module,      # from `create_backbone`
     path: str | Path,      # ends in .safetensors; the card goes beside it as .json

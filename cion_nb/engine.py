@@ -124,7 +124,8 @@ def loader(
 ) -> Iterable[tuple[Position, Any]]:
     "Load batches in order; how many workers there are changes nothing but the speed."
     return torch.utils.data.DataLoader(_Loaded(task), sampler=positions, batch_size=None, num_workers=workers, pin_memory=pin,
-                                       collate_fn=_same, prefetch_factor=2 if workers else None)
+                                       collate_fn=_same, prefetch_factor=2 if workers else None,
+                                       generator=torch.Generator())      # its own: a loader draws one number when it starts, and a resumed run starts one more
 
 def _same(item): return item
 

@@ -123,8 +123,9 @@ def _hash_file(path, h, whole=64 << 20, end=1 << 20):
 PROFILES = ("smoke", "tiny", "small", "paper")
 RECIPES: dict[str, dict[str, dict]] = {}
 
-# The embedded data set (room `pedestrians`); there is no `paper` size of it.
-RECIPES["world"] = dict(paper=dict(size="small", seed=0, bank="A"), small=dict(size="small"), tiny=dict(size="tiny"), smoke=dict(size="smoke"))
+# The embedded data set: `make_world(size, seed, bank=bank, **values)` of room `pedestrians`.
+RECIPES["world"] = dict(paper=dict(size="paper", seed=0, bank="A", values={}), small=dict(size="small"), tiny=dict(size="tiny"),
+                        smoke=dict(size="tiny", values=dict(pretrain_people=8, appearances=2, walks_per_video=4, train_people=8, test_people=6, distractors=12)))
 
 # Features of a table of images. `model`: a run, or a file of `save_backbone`.
 RECIPES["extract"] = dict(
@@ -147,7 +148,7 @@ RECIPES["pretrain"] = dict(
         method="cion", data="cion_al", data_root=None, annotation=None, identities="pid",
         backbone="resnet50_ibn", image_size=[256, 128], local_size=[128, 64], n_local=8,
         global_scale=[0.4, 1.0], local_scale=[0.05, 0.4], aspect=[0.375, 0.667],       # assumed: DINO's, aspect times w/h
-        augmentation="dino", loss="identity", variant="paper", teacher="step", centre="ema",
+        augmentation="paper", loss="identity", variant="paper", teacher="step", centre="ema",
         epochs=100, images_per_epoch=None, batch_size=960, accumulate=1,
         n_id=[2, 4, 6, 8], n_id_epochs=[0, 40, 60, 80],
         out_dim=65536, head_hidden=2048, head_bottleneck=256, student_temp=0.1, teacher_temp=0.04, centre_momentum=0.9,
@@ -333,9 +334,9 @@ class Run:
         if self.is_done: yield False; return
         if not is_main_process(): yield True; return
         self.request()
-        lock = FileLock(self.folder / ".lock", timeout=wait)
+        lock = FileLock(self.folder / ".run.lock", timeout=wait)
         try: lock.acquire()
-        except Timeout: raise RuntimeError(f"run {self.name} is being computed by another process (lock {self.folder / '.lock'}); wait for it or stop that process") from None
+        except Timeout: raise RuntimeError(f"run {self.name} is being computed by another process (lock {self.folder / '.run.lock'}); wait for it or stop that process") from None
         try:
             if not self.is_done: write_json(self.folder / "environment.json", environment())
             self._started = time.time()

@@ -97,14 +97,17 @@ def make_samples(
 ) -> pd.DataFrame:
     "A samples table from columns; a single value stands for all rows."
     if isinstance(path, (str, Path)): path = [path]
-    path = [p.as_posix() if isinstance(p, Path) else p for p in path]
+    table = {"path": pd.Series([p.as_posix() if isinstance(p, Path) else p for p in path], dtype="string")}
     columns = dict(pid=pid, camid=camid, video=video, tracklet=tracklet, frame=frame, split=split, **extra)
-    table = {"path": pd.Series(path, dtype="string")}
-    for name, values in columns.items():
-        if np.ndim(values) and len(values) != len(path):
-            raise ValueError(f"column '{name}' has {len(values)} rows, 'path' has {len(path)}")
-        table[name] = pd.Series(list(values) if np.ndim(values) else [values] * len(path), dtype=None if len(path) else COLUMNS.get(name))
-    return as_samples(pd.DataFrame(table))
+    return as_samples(pd.DataFrame(table | {name: _column(name, values, len(table["path"])) for name, values in columns.items()}))
+
+def _column(name: str, values, n: int) -> pd.Series:
+    "`n` values, or one for all rows, as a column."
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        return pd.Series(values, index=pd.RangeIndex(n), dtype=None if n else COLUMNS.get(name))
+    if len(values) != n: raise ValueError(f"column '{name}' has {len(values)} rows, 'path' has {n}")
+    if isinstance(values, pd.Series): values = values.array
+    return pd.Series(values if getattr(values, "ndim", 0) == 1 else list(values), dtype=None if n else COLUMNS.get(name))
 
 # %% ../nbs/00_samples.ipynb #63a0f329
 @contextmanager
@@ -323,6 +326,10 @@ def _require_files(home: Path, paths: pd.Series, folders: tuple) -> None:
     missing = [p for p in paths if p not in there]
     if missing: raise FileNotFoundError(f"{len(missing):,} of {len(paths):,} listed images are not under {home}: {_some(missing)}")
 
+def _n(n: int, one: str, many: str = "") -> str:
+    "`n` things, in words that agree."
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
 def _some(values, n=3) -> str:
     "The first few of `values`, for a message."
     values = list(values)
@@ -496,7 +503,7 @@ def _count_problems(samples: pd.DataFrame, counts: pd.DataFrame) -> list:
     wrong = [f"{split}: {row[kind]:,} {kind}, published are {row[f'published {kind}']:,}" for split, row in counts.iterrows()
              for kind in ("images", "people") if pd.notna(row[f"published {kind}"]) and row[kind] != row[f"published {kind}"]]
     junk, facts = samples.attrs.get("junk"), DATASETS[samples.attrs["dataset"]]
-    if junk is not None and junk != facts.junk: wrong.append(f"{junk:,} junk images (pid -1) were dropped, published are {facts.junk:,}")
+    if junk is not None and junk != facts.junk: wrong.append(f"{_n(junk, 'junk image')} (pid -1) dropped, published are {facts.junk:,}")
     return wrong
 
 # %% ../nbs/00_samples.ipynb #67fad346
@@ -521,18 +528,18 @@ def _people_findings(samples: pd.DataFrame) -> tuple[list, list, dict]:
     problems, notes, details = [], [], {}
     in_train, in_test = (set(samples["pid"][m]) for m in (samples["split"] == "train", samples["split"].isin(["query", "gallery"])))
     both = sorted((in_train & in_test) - {-1, _distractor(samples)})
-    if both: problems.append(f"{len(both):,} people are in train and in test: {_some(both)}"); details["train_and_test"] = both
+    if both: problems.append(f"{_n(len(both), 'person is', 'people are')} in train and in test: {_some(both)}"); details["train_and_test"] = both
     lost = _unmatched(samples)
     if len(lost):
         who = pd.unique(lost["pid"]).tolist()
-        problems.append(f"{len(lost):,} queries have no match in another camera; people: {_some(who)}"); details["unmatched_queries"] = lost
+        problems.append(f"{_n(len(lost), 'query has', 'queries have')} no match in another camera; people: {_some(who)}"); details["unmatched_queries"] = lost
     single = _one_camera(samples).tolist()
-    if single: notes.append(f"{len(single):,} people are seen by one camera only: {_some(single)}"); details["one_camera"] = single
+    if single: notes.append(f"{_n(len(single), 'person is', 'people are')} seen by one camera only: {_some(single)}"); details["one_camera"] = single
     for c, what in (("pid", "person"), ("camid", "camera")):
         n = int((samples[c] < 0).sum())
         if n: notes.append(f"{n:,} of {len(samples):,} images have no {what} id")
     again = samples["path"].duplicated()
-    if again.any(): problems.append(f"{int(again.sum()):,} paths are in the table more than once: {_some(samples['path'][again])}")
+    if again.any(): problems.append(f"{_n(int(again.sum()), 'path is', 'paths are')} in the table more than once: {_some(samples['path'][again])}")
     return problems, notes, details
 
 # %% ../nbs/00_samples.ipynb #e089c291
@@ -561,19 +568,19 @@ def _file_findings(samples: pd.DataFrame, files: pd.DataFrame) -> tuple[list, li
     "Problems, notes and details about missing, unreadable and doubled files."
     problems, notes, details = [], [], {}
     missing, broken = files.index[files["reason"] == "no such file"], files[~files["reason"].isin(["", "no such file"])]
-    if len(missing): problems.append(f"{len(missing):,} images are missing: {_some(missing)}"); details["missing"] = missing.tolist()
+    if len(missing): problems.append(f"{_n(len(missing), 'image is', 'images are')} missing: {_some(missing)}"); details["missing"] = missing.tolist()
     if len(broken):
-        problems.append(f"{len(broken):,} images cannot be read: {_some(f'{p} ({r})' for p, r in broken['reason'].items())}"); details["unreadable"] = broken["reason"]
+        problems.append(f"{_n(len(broken), 'image')} cannot be read: {_some(f'{p} ({r})' for p, r in broken['reason'].items())}"); details["unreadable"] = broken["reason"]
     rows = samples.assign(hash=files["hash"].reindex(samples["path"]).to_numpy())
     rows = rows[rows["hash"].ne("") & ~rows.duplicated(["path", "split"])]
     same = rows[rows["hash"].duplicated(keep=False)]
     groups = same.groupby("hash")
-    for name, is_bad, text, to in (("across_splits", groups["split"].transform("nunique") > 1, "pictures are in two splits", problems),
-                                   ("two_people", groups["pid"].transform("nunique") > 1, "pictures have two person ids", problems),
-                                   ("duplicates", groups["path"].transform("nunique") > 1, "pictures are stored more than once", notes)):
+    for name, is_bad, one, many, to in (("across_splits", groups["split"].transform("nunique") > 1, "picture is in two splits", "pictures are in two splits", problems),
+                                   ("two_people", same["pid"].where(same["pid"] >= 0).groupby(same["hash"]).transform("nunique") > 1, "picture has two person ids", "pictures have two person ids", problems),
+                                   ("duplicates", groups["path"].transform("nunique") > 1, "picture is stored more than once", "pictures are stored more than once", notes)):
         if is_bad.any():
             details[name] = same[is_bad].sort_values("hash", kind="stable")
-            to.append(f"{details[name]['hash'].nunique():,} {text}: {_some(details[name]['path'])}")
+            to.append(f"{_n(details[name]['hash'].nunique(), one, many)}: {_some(details[name]['path'])}")
     return problems, notes, details
 
 # %% ../nbs/00_samples.ipynb #725b4e81
@@ -596,6 +603,6 @@ def check(
         findings.append(_file_findings(samples, _look_all(Path(root), paths, decode, workers, progress)))
     name = facts.title if facts else samples.attrs.get("dataset", "samples")
     title = f"{name} {samples.attrs.get('version', '')}".strip() + f", {len(samples):,} images" + (" (files not looked at)" if root is None else "")
-    notes = [f"{samples.attrs['junk']:,} junk images (pid -1) dropped"] if samples.attrs.get("junk") else []
+    notes = [f"{_n(samples.attrs['junk'], 'junk image')} (pid -1) dropped"] if samples.attrs.get("junk") else []
     if facts and facts.note: notes.append(facts.note)
     return DataReport(title, counts, sum((f[0] for f in findings), []), notes + sum((f[1] for f in findings), []), {k: v for f in findings for k, v in f[2].items()})

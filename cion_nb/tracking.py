@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from .runs import atomic, fingerprint, progress, read_json, resolve, write_json
 from .samples import make_samples, open_image, read_samples, write_samples
 
-# %% ../nbs/03_tracking.ipynb #b70767e5
+# %% ../nbs/03_tracking.ipynb #399b2bb3
 def _optional(
     module: str,  # what to import
     extra: str,   # the extra of this package that brings it
@@ -38,7 +38,7 @@ def _optional(
 
 def _cv2(): return _optional("cv2", "track")
 
-# %% ../nbs/03_tracking.ipynb #3a92c693
+# %% ../nbs/03_tracking.ipynb #03d45dec
 class UnreadableVideo(OSError):
     "A video that is missing, empty, damaged, or in a codec that this OpenCV cannot decode; has `.path` and `.reason`."
     def __init__(self, path, reason: str):
@@ -55,7 +55,7 @@ class VideoInfo:
     frames: int    # frames announced; 0 where the container does not say
     codec: str     # four characters
 
-# %% ../nbs/03_tracking.ipynb #03d45dec
+# %% ../nbs/03_tracking.ipynb #f55b42a9
 def _open_video(path: Path):
     "An opened `cv2.VideoCapture` that has shown it can deliver a frame, and its `VideoInfo`."
     cv2, path = _cv2(), Path(path)
@@ -79,7 +79,7 @@ def _why_closed(path: Path) -> str:
         return "a video container, but damaged or in a codec this OpenCV lacks: `ffmpeg -i IN -c:v libx264 OUT.mp4` converts it"
     return "no video format that this OpenCV knows (its first bytes are none): check that it is the file you meant"
 
-# %% ../nbs/03_tracking.ipynb #f55b42a9
+# %% ../nbs/03_tracking.ipynb #01d47a61
 class Video:
     "A video file, read once from its start; `info` is what the container announces, `read` how many frames there were so far."
     def __init__(self, path):
@@ -107,7 +107,7 @@ class Video:
         if not ok: raise UnreadableVideo(self.path, f"frame {self.read - 1} was found but could not be decoded")
         return frame
 
-# %% ../nbs/03_tracking.ipynb #b7567813
+# %% ../nbs/03_tracking.ipynb #fd8f81f7
 def nms(
     boxes: np.ndarray,        # (n, 4) left, top, right, bottom
     scores: np.ndarray,       # (n,)
@@ -128,7 +128,7 @@ def box_iou(
     either = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both
     return np.divide(both, either, out=np.zeros_like(both), where=either > 0)
 
-# %% ../nbs/03_tracking.ipynb #8929f63f
+# %% ../nbs/03_tracking.ipynb #038ae281
 class HogDetector:
     "OpenCV's HOG pedestrian detector: no weights to fetch."
     def __init__(self,
@@ -156,7 +156,7 @@ class HogDetector:
 
 def _no_boxes(): return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
 
-# %% ../nbs/03_tracking.ipynb #eae1e9d0
+# %% ../nbs/03_tracking.ipynb #ab27abf1
 def letterbox(
     frame: np.ndarray,        # (h, w, 3) uint8
     height: int, width: int,  # the network's input
@@ -182,7 +182,7 @@ def decode_yolox(
     out[:, 2:4] = np.exp(np.minimum(out[:, 2:4], 20)) * s
     return out
 
-# %% ../nbs/03_tracking.ipynb #e21f0880
+# %% ../nbs/03_tracking.ipynb #b8bff810
 class OnnxDetector:
     "A YOLOX-style ONNX file: one input `(b, 3, h, w)` BGR 0–255, one output `(b, cells, 5 + classes)`."
     def __init__(self,
@@ -229,7 +229,7 @@ class OnnxDetector:
         keep = nms(boxes, scores, self.iou)
         return boxes[keep], scores[keep]
 
-# %% ../nbs/03_tracking.ipynb #58bb2567
+# %% ../nbs/03_tracking.ipynb #3ab2781b
 class TorchvisionDetector:
     "One of torchvision's COCO detectors by name."
     def __init__(self,
@@ -261,7 +261,7 @@ class TorchvisionDetector:
         keep = (o["labels"] == self.person) & (o["scores"] >= self.min_score)
         return o["boxes"][keep], o["scores"][keep]
 
-# %% ../nbs/03_tracking.ipynb #ce80d161
+# %% ../nbs/03_tracking.ipynb #4d576c88
 MOT_COLUMNS = ("frame", "id", "x", "y", "w", "h", "score", "class", "visibility")
 
 def read_mot(
@@ -295,7 +295,7 @@ class MotDetections:
 
     def detect(self, frames: Iterable[int]) -> list: return [self._of.get(int(f), _no_boxes()) for f in frames]
 
-# %% ../nbs/03_tracking.ipynb #4d576c88
+# %% ../nbs/03_tracking.ipynb #49fcc727
 def create_detector(
     spec,  # a detector, or "hog", "torchvision", "yolox.onnx", "det.txt"
 ):
@@ -309,11 +309,11 @@ def create_detector(
     raise ValueError(f'detector {name!r} is not known; it is "hog", "torchvision", a path that ends in .onnx (YOLOX) or .txt (MOT detections), '
                      "or an object with detect(frames) -> [(boxes, scores), …]")
 
-# %% ../nbs/03_tracking.ipynb #967ac822
+# %% ../nbs/03_tracking.ipynb #af7573f0
 TRACKERS = dict(bytetrack="ByteTrackTracker", sort="SORTTracker", ocsort="OCSORTTracker", botsort="BoTSORTTracker", cbiou="CBIoUTracker")
 
 def create_tracker(
-    name: str = "botsort",    # one of `TRACKERS`, in any spelling ("OC-SORT", "BoT-SORT")
+    name: str = "bytetrack",  # one of `TRACKERS`, in any spelling ("OC-SORT", "BoT-SORT")
     fps: float = 30.0,        # frames per second that the tracker will see: the video's over the stride
     **settings,               # anything the library's class takes
 ):
@@ -325,7 +325,7 @@ def create_tracker(
     except TypeError as e:
         raise ValueError(f"{name}: {e}; its settings are {', '.join(p for p in inspect.signature(make).parameters if p != 'frame_rate')}") from None
 
-# %% ../nbs/03_tracking.ipynb #8cf10e01
+# %% ../nbs/03_tracking.ipynb #dc0048ce
 def _detector_settings(detector) -> dict:
     "What tells this detector's results from another's."
     own = getattr(detector, "settings", None)
@@ -340,7 +340,7 @@ def _checked(found, n, detector):
     finite = [np.isfinite(b).all(1) & np.isfinite(s) for b, s in found]
     return [(b[ok], s[ok]) for (b, s), ok in zip(found, finite)]
 
-# %% ../nbs/03_tracking.ipynb #dc0048ce
+# %% ../nbs/03_tracking.ipynb #1e48dd9b
 def _read_block(file: Path):
     "A cached block, or None where there is none that can be read."
     try:
@@ -358,7 +358,7 @@ def _detect_block(detector, walk, block, size, bar):
         bar.update(len(part))
     return numbers, found
 
-# %% ../nbs/03_tracking.ipynb #1e48dd9b
+# %% ../nbs/03_tracking.ipynb #2d90d67a
 def detect(
     video,              # video file
     detector,           # a detector, or a string that `create_detector` knows
@@ -385,7 +385,7 @@ def detect(
     boxes.insert(0, "frame", np.concatenate([b["frame"] for b in blocks]))
     return boxes.assign(score=np.concatenate([b["score"] for b in blocks])), int(blocks[-1]["end"])
 
-# %% ../nbs/03_tracking.ipynb #fc148e44
+# %% ../nbs/03_tracking.ipynb #14527eb6
 def _tracked(
     boxes: pd.DataFrame,  # of `detect`
     walk: Iterator,       # of `Video.frames`
@@ -402,7 +402,7 @@ def _tracked(
         ids = np.asarray(out.tracker_id if out.tracker_id is not None else none)
         yield number, picture, np.asarray(out.data.get("row", none))[ids >= 0], ids[ids >= 0]
 
-# %% ../nbs/03_tracking.ipynb #14527eb6
+# %% ../nbs/03_tracking.ipynb #26f2935d
 def _clip(
     xyxy: np.ndarray,          # (n, 4)
     height: int, width: int,   # of the frame
@@ -418,7 +418,7 @@ def _write_crop(file: Path, picture: np.ndarray, quality: int) -> None:
     tmp.write_bytes(data.tobytes())
     os.replace(tmp, file)
 
-# %% ../nbs/03_tracking.ipynb #89266af7
+# %% ../nbs/03_tracking.ipynb #83a675ed
 def _cut(
     tracked: Iterator,     # of `_tracked`
     boxes: pd.DataFrame, out: Path, name: str, size: tuple, settings: dict,
@@ -441,14 +441,14 @@ def _cut(
     table = pd.DataFrame(parts, columns=["path", "tracklet", "frame", "x", "y", "w", "h", "score"])
     return table.sort_values(["tracklet", "frame"], ignore_index=True), counts | dict(tracklets=len(tracklets))
 
-# %% ../nbs/03_tracking.ipynb #83a675ed
+# %% ../nbs/03_tracking.ipynb #eb181376
 BOX_COLUMNS = ("x", "y", "w", "h", "score")   # left, top, width, height in pixels; the detector's score
 
 def track(
     video,                              # video file
     out,                                # folder for this video's crops, table and cached detections
     detector="torchvision",             # a detector, or "hog", "torchvision", "yolox.onnx", "det.txt"
-    tracker: str = "botsort",           # one of `TRACKERS`, or a tracker object of the library
+    tracker: str = "bytetrack",         # one of `TRACKERS`, or a tracker object of the library
     stride: int = 1,                    # every stride-th frame
     min_height: int = 48,               # pixels; lower boxes are tracked but not cut out
     min_width: int = 12,                # pixels, likewise
@@ -487,7 +487,7 @@ def track(
                       "The table holds what came before", stacklevel=2)
     return samples
 
-# %% ../nbs/03_tracking.ipynb #eb181376
+# %% ../nbs/03_tracking.ipynb #dfe9acf5
 def _folder(name: str) -> str: return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"
 
 @contextmanager
@@ -516,7 +516,7 @@ def _finished(out, report):
     samples = read_samples(out / "samples.parquet")
     return (samples, report) if all((out / p).exists() for p in samples["path"]) else None
 
-# %% ../nbs/03_tracking.ipynb #dfe9acf5
+# %% ../nbs/03_tracking.ipynb #c486c772
 def _finish(out: Path, rows: pd.DataFrame, settings: dict, video: dict, counts: dict):
     "Table first, report last: a folder whose report says `finished` is whole."
     samples = make_samples(rows["path"].tolist(), camid=settings["camid"], video=settings["video_name"], tracklet=rows["tracklet"].to_numpy(), frame=rows["frame"].to_numpy())
@@ -527,7 +527,7 @@ def _finish(out: Path, rows: pd.DataFrame, settings: dict, video: dict, counts: 
     write_json(out / "tracking.json", report)
     return samples, report
 
-# %% ../nbs/03_tracking.ipynb #0142ac81
+# %% ../nbs/03_tracking.ipynb #455de71b
 def track_videos(
     videos,                    # video files, or a dict name -> file
     out,                       # each video gets a folder in it; the joined table is `out/samples.parquet`
@@ -553,7 +553,7 @@ def track_videos(
     write_samples(samples, out / "samples.parquet")
     return samples
 
-# %% ../nbs/03_tracking.ipynb #a3eb687f
+# %% ../nbs/03_tracking.ipynb #ceff5c46
 DISTRACTORS = (2, 7, 8, 12)    # MOT16 and later: person on vehicle, static person, distractor, reflection
 
 def _match(
@@ -569,7 +569,7 @@ def _ltrb(table):
     "(n, 4) left, top, right, bottom of a table with x, y, w, h."
     return np.column_stack([table["x"], table["y"], table["x"] + table["w"], table["y"] + table["h"]]).astype(float).reshape(-1, 4)
 
-# %% ../nbs/03_tracking.ipynb #ceff5c46
+# %% ../nbs/03_tracking.ipynb #a8bdd359
 def _truth(gt) -> pd.DataFrame:
     "A truth table with `counts` (is scored) and `distracts` (boxes on it are not)."
     gt = gt if isinstance(gt, pd.DataFrame) else read_mot(gt)
@@ -598,7 +598,7 @@ def _sequence(samples: pd.DataFrame, gt: pd.DataFrame, frames) -> dict:
     return dict(num_timesteps=len(overlaps), gt_ids=gt_ids, tracker_ids=tracker_ids, similarity_scores=overlaps, num_gt_ids=n_gt, num_tracker_ids=n_ids,
                 num_gt_dets=sum(map(len, gt_ids)), num_tracker_dets=sum(map(len, tracker_ids)))
 
-# %% ../nbs/03_tracking.ipynb #a8bdd359
+# %% ../nbs/03_tracking.ipynb #34ae70fd
 def tracking_scores(
     samples: pd.DataFrame,  # table of one video, of `track`
     gt,                     # truth: MOT file, or a table of `read_mot`
@@ -617,7 +617,7 @@ def tracking_scores(
     return {k: float(v) for k, v in scores.items()} | dict(switches=int(clear["IDSW"]), truth_boxes=data["num_gt_dets"], boxes=data["num_tracker_dets"],
                                                            people=data["num_gt_ids"], tracklets=data["num_tracker_ids"])
 
-# %% ../nbs/03_tracking.ipynb #34ae70fd
+# %% ../nbs/03_tracking.ipynb #33b66b6a
 def match_truth(
     samples: pd.DataFrame,  # table of one video, of `track`
     gt,                     # truth: MOT file, or a table of `read_mot`
@@ -636,12 +636,12 @@ def match_truth(
 def tracklets_to_mot(samples: pd.DataFrame, path) -> Path:
     "Write a table of one video as MOT results (frames from 1), the format that other tools and challenges read."
     rows = samples.sort_values(["frame", "tracklet"])
-    lines = (f"{f + 1},{t},{x:g},{y:g},{w:g},{h:g},{s:.6g},-1,-1,-1" for f, t, x, y, w, h, s in zip(*(rows[c].tolist() for c in ("frame", "tracklet", "x", "y", "w", "h", "score"))))
+    lines = (f"{f + 1},{t},{x:.8g},{y:.8g},{w:.8g},{h:.8g},{s:.8g},-1,-1,-1" for f, t, x, y, w, h, s in zip(*(rows[c].tolist() for c in ("frame", "tracklet", "x", "y", "w", "h", "score"))))
     with atomic(path) as tmp: tmp.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/03_tracking.ipynb #190a2d40
-def _colour(i: int) -> tuple: 
+# %% ../nbs/03_tracking.ipynb #b253daca
+def _colour(i: int) -> tuple:
     "A colour for a number; neighbours differ."
     import colorsys
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i * 0.6180339887 % 1, 0.75, 1.0))
@@ -656,10 +656,11 @@ def draw_tracks(
     draw = ImageDraw.Draw(image)
     for x, y, w, h, i in zip(*(rows[c].tolist() for c in ("x", "y", "w", "h", label))):
         draw.rectangle([x, y, x + w - 1, y + h - 1], outline=_colour(int(i)), width=2)
-        draw.text((x + 3, y + 2), str(i), fill=_colour(int(i)), stroke_width=1, stroke_fill=(0, 0, 0))
+        draw.rectangle([x, y, x + 7 + 6 * len(str(i)), y + 13], fill=_colour(int(i)))
+        draw.text((x + 4, y + 1), str(i), fill=(0, 0, 0))
     return image
 
-# %% ../nbs/03_tracking.ipynb #b253daca
+# %% ../nbs/03_tracking.ipynb #178d3e9d
 def contact_sheet(
     samples: pd.DataFrame,       # a table with `path`
     root,                        # folder the paths are relative to

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['VIEW_RECIPES', 'ORDERS', 'sample_draws', 'crop_boxes', 'ViewParameters', 'luma', 'brighten_', 'contrast_',
            'saturate_', 'turn_hue_', 'blur_', 'solarise_', 'resize', 'recolour_', 'MultiCrop', 'erase_boxes',
-           'normalise']
+           'normalise', 'TrainTransform', 'erase_', 'ImageStore', 'spread_groups', 'IdentitySampler', 'PKSampler',
+           'id_curriculum']
 
 # %% ../nbs/10_views.ipynb #9707ecf1
-import itertools, os
+import itertools, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .features import normalise as normalise_pixels
 from .samples import UnreadableImage, as_samples, open_image
 
 # %% ../nbs/10_views.ipynb #8510979b
@@ -36,7 +38,7 @@ def sample_draws(
     gamma, index = np.uint64(0x9E3779B97F4A7C15), np.asarray(index, np.int64)
     key = np.zeros(len(index), np.uint64)
     for part in (seed, epoch, index, _repeats(index)):
-        key = _mix((key ^ _mix(np.asarray(part, np.int64).astype(np.uint64) + gamma)) + gamma)
+        key = _mix((key ^ _mix(np.atleast_1d(part).astype(np.int64).astype(np.uint64) + gamma)) + gamma)
     bits = _mix(key[:, None] + gamma * np.arange(1, n + 1, dtype=np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53
 
@@ -97,8 +99,11 @@ class ViewParameters:
     sigma: np.ndarray     # of the blur, pixels; 0 for none
     solarise: np.ndarray  # bool
     erase: np.ndarray     # (.., 4) top, left, height, width in the view; height 0 for none
-    def rows(self, views: slice) -> "ViewParameters":
-        "The parameters of some views, flattened to (n * B, ...), view-major."
+    def __getitem__(self, rows) -> "ViewParameters":
+        "The parameters of some views."
+        return ViewParameters(*(getattr(self, f.name)[rows] for f in fields(self)))
+    def flat(self, views: slice) -> "ViewParameters":
+        "Those of some views of every image, as (n * B, ...), view-major."
         return ViewParameters(*(getattr(self, f.name)[views].reshape(-1, *getattr(self, f.name).shape[2:]) for f in fields(self)))
 
 # %% ../nbs/10_views.ipynb #1d73d42e
@@ -126,17 +131,15 @@ def saturate_(x: Tensor, f: Tensor) -> Tensor:
 def turn_hue_(x: Tensor, turn: Tensor) -> Tensor:
     "Rotate the hue by `turn` in [-0.5, 0.5] of the circle, value and saturation kept."
     r, g, b = x[:, :1], x[:, 1:2], x[:, 2:]
-    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = high - low
-    not_r, not_g = ((high - c).mul_(1e30).clamp_(max=1) for c in (r, g))       # 0 where the channel is the largest, else 1
-    hue = torch.lerp(torch.add(b - r, chroma, alpha=2), torch.add(r - g, chroma, alpha=4), not_g)
-    hue = torch.lerp(g - b, hue, not_r).addcmul_(chroma, turn, value=6)
-    circle, reach = chroma * 6, chroma * 2
-    for k, channel in enumerate((r, g, b)):
-        d = torch.sub(hue, chroma, alpha=2 * k).abs_()
-        d = torch.minimum(d, (circle - d).abs_())
-        torch.add(torch.minimum((reach - d).clamp_(min=0), chroma), low, out=channel)
-    return x
+    not_r, not_g = (high - x[:, :2]).mul_(1e30).clamp_(max=1).split(1, 1)      # 0 where the channel is the largest, else 1
+    hue = (b - r).add_(chroma, alpha=2).lerp_((r - g).add_(chroma, alpha=4), not_g)
+    hue = (g - b).lerp_(hue, not_r).addcmul_(chroma, turn, value=6)
+    torch.addcmul(hue, chroma, torch.arange(0, 5, 2, device=x.device).view(3, 1, 1), value=-1, out=x).abs_()   # to red, green, blue
+    torch.minimum(x, (chroma * 6 - x).abs_(), out=x)                          # the short way round
+    torch.sub(chroma * 2, x, out=x).clamp_(min=0)
+    return torch.minimum(x, chroma, out=x).add_(low)
 
 # %% ../nbs/10_views.ipynb #c85b8c85
 def blur_(x: Tensor, sigma: Tensor) -> Tensor:
@@ -146,11 +149,13 @@ def blur_(x: Tensor, sigma: Tensor) -> Tensor:
     k = torch.arange(reach + 1, device=x.device, dtype=x.dtype)
     weight = torch.exp(-.5 * (k / sigma.view(n, 1)) ** 2) * (k <= (3 * sigma.view(n, 1)).ceil())
     weight = (weight / (2 * weight.sum(1, keepdim=True) - weight[:, :1]))[..., None, None, None]
+    both = torch.empty_like(x)
     for dim, size in ((2, h), (3, w)):
         padded = F.pad(x, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode="reflect")
         torch.mul(padded.narrow(dim, reach, size), weight[:, 0], out=x)
         for i in range(1, reach + 1):
-            x.addcmul_(padded.narrow(dim, reach - i, size) + padded.narrow(dim, reach + i, size), weight[:, i])
+            torch.add(padded.narrow(dim, reach - i, size), padded.narrow(dim, reach + i, size), out=both)
+            x.addcmul_(both, weight[:, i])
     return x
 
 def solarise_(x: Tensor) -> Tensor:
@@ -170,41 +175,37 @@ def resize(
     return torch.cat([resize(image, size, interpolation) for image in images])
 
 # %% ../nbs/10_views.ipynb #9fd3e0ca
-_PIXELS = 2**15   # views of a piece together: three float planes of this size stay in a 1 MB cache
+_COLOUR_OPS = (brighten_, contrast_, saturate_, turn_hue_)
 
 def recolour_(
-    x: Tensor,          # (n, 3, h, w) uint8 views, changed in place
-    p: ViewParameters,  # of these views, flattened
+    x: Tensor,          # (n, 3, h, w) float views on the scale 0-255, changed in place
+    p: ViewParameters,  # of these views
 ) -> Tensor:
     "Colour jitter, grey, blur and solarise, each on the views that drew it."
-    order, step = np.where(p.jitter, p.order, -1), max(1, _PIXELS // (x.shape[-2] * x.shape[-1]))
-    touched = p.jitter | p.grey | (p.sigma > 0) | p.solarise
-    for k in np.unique(order[touched]):
-        rows = np.flatnonzero(touched & (order == k))
-        for part in np.split(rows, range(step, len(rows), step)):
-            at = torch.from_numpy(part).to(x.device)
-            views = x[at].float()
-            if k >= 0:
-                for op in ORDERS[k]:
-                    (brighten_, contrast_, saturate_, turn_hue_)[op](views, _column(p.factors[part, op], x))
-            _some(views, p.grey[part], lambda v, _: v.copy_(luma(v).expand_as(v)))
-            _some(views, p.sigma[part] > 0, lambda v, i: blur_(v, _column(p.sigma[part][i], x)))
-            _some(views, p.solarise[part], lambda v, _: solarise_(v))
-            x[at] = views.round_().to(torch.uint8)
+    for k in np.unique(p.order[p.jitter]):
+        def jitter(views, rows, ops=ORDERS[k]):
+            for op in ops: _COLOUR_OPS[op](views, _column(p.factors[rows, op], x))
+        _some(x, p.jitter & (p.order == k), jitter)
+    _some(x, p.grey, lambda views, _: views.copy_(luma(views).expand_as(views)))
+    _some(x, p.sigma > 0, lambda views, rows: blur_(views, _column(p.sigma[rows], x)))
+    _some(x, p.solarise, lambda views, _: solarise_(views))
     return x
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:
     "(n,) numbers as (n, 1, 1, 1) float32 beside `like`."
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(like.device).view(-1, 1, 1, 1)
 
-def _some(views: Tensor, drawn: np.ndarray, op) -> None:
-    "Apply `op(views, rows)` in place to the views that drew it."
-    if drawn.all(): op(views, np.arange(len(drawn)))
-    elif drawn.any():
-        i = np.flatnonzero(drawn); at = torch.from_numpy(i).to(views.device)
-        views[at] = op(views[at], i)
+def _some(x: Tensor, drawn: np.ndarray, op) -> None:
+    "`op(views, rows)` in place on the views that drew it."
+    rows = np.flatnonzero(drawn)
+    if len(rows) == len(x): op(x, rows)
+    elif len(rows):
+        at = torch.from_numpy(rows).to(x.device)
+        views = x[at]; op(views, rows); x[at] = views
 
 # %% ../nbs/10_views.ipynb #1a196540
+_PIXELS = 2**16   # pixels of a piece: few enough to stay in cache, enough to be worth a call
+
 class MultiCrop:
     "Global and local views of a batch of images, all random numbers from (seed, epoch, sample)."
     def __init__(self,
@@ -264,19 +265,26 @@ class MultiCrop:
         p = self.parameters(np.asarray(index), np.array([i.shape[-2] for i in images]), np.array([i.shape[-1] for i in images]), epoch)
         V, G = self.n_views, self.n_global
         return [view for some, size in ((slice(0, G), self.global_size), (slice(G, V), self.local_size)) if some.stop > some.start
-                for view in self._cut(images, p.rows(some), size).unflatten(0, (-1, len(images)))]
+                for view in self._cut(images, p.flat(some), size).unflatten(0, (-1, len(images)))]
 
     def _cut(self, images, p, size):
-        out = torch.empty(len(p.flip), 3, *size, dtype=torch.uint8)
-        for k, (top, left, h, w) in enumerate(p.crop.tolist()):        # every view has its own box
-            out[k] = F.interpolate(images[k % len(images)][None, :, top:top + h, left:left + w], size, mode=self.recipe["interpolation"], antialias=True)[0]
-        flip = torch.from_numpy(np.flatnonzero(p.flip))
-        out[flip] = out[flip].flip(-1)
-        recolour_(out, p)
+        "The views of one size, (n * B, 3, h, w), from flattened parameters `p`."
+        out, step = torch.empty(len(p.flip), 3, *size, dtype=torch.uint8), max(1, _PIXELS // (size[0] * size[1]))
+        alike = np.argsort(np.where(p.jitter, p.order, -1), kind="stable")      # so that a piece shares its order of operations
+        for rows in np.split(alike, range(step, len(alike), step)):
+            x = torch.empty(len(rows), 3, *size)
+            for view, k in zip(x, rows): view.copy_(self._crop(images[k % len(images)], p.crop[k], p.flip[k], size))
+            out[torch.from_numpy(rows)] = recolour_(x, p[rows]).round_().to(torch.int16).to(torch.uint8)   # 3x faster than straight to uint8
         fill = torch.tensor(self.recipe["erase_fill"], dtype=torch.uint8)[:, None, None]
         for k in np.flatnonzero(p.erase[:, 2]):
             top, left, h, w = p.erase[k]; out[k, :, top:top + h, left:left + w] = fill
         return out
+
+    def _crop(self, image, box, flip, size):
+        "One view's cut-out, (3, h, w) uint8: every view has its own box, so this is the one loop."
+        top, left, h, w = box.tolist()
+        view = F.interpolate(image[None, :, top:top + h, left:left + w], size, mode=self.recipe["interpolation"], antialias=True)[0]
+        return view.flip(-1) if flip else view
 
 # %% ../nbs/10_views.ipynb #3bd6225a
 def _check_view_recipe(r: dict) -> None:
@@ -309,15 +317,274 @@ def erase_boxes(
 
 # %% ../nbs/10_views.ipynb #89cf8a74
 def normalise(
-    x,                 # uint8 (n, 3, h, w), or a list of such
-    spec,              # has `scale`, `mean`, `std`, `colour`, as `InputSpec`
-    device=None,       # move there first, as uint8; None: stay
-    channels_last: bool = False,
-):                     # float32 on the device, the same structure
-    "`(x * scale - mean) / std`, in one multiply and one add."
-    if isinstance(x, (list, tuple)): return [normalise(v, spec, device, channels_last) for v in x]
+    x,            # uint8 (n, 3, h, w), or a list of such
+    spec,         # the model's `InputSpec`
+    device=None,  # move there first, as uint8; None: stay
+):                # float32, the same structure
+    "`(x * scale - mean) / std`, channels in the model's order."
+    if isinstance(x, (list, tuple)): return [normalise(v, spec, device) for v in x]
     x = x.to(device, non_blocking=True) if device is not None else x
-    if getattr(spec, "colour", "RGB") == "BGR": x = x.flip(1)
-    mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(3, 1, 1) for v in (spec.mean, spec.std))
-    x = x.float().mul_(spec.scale / std).sub_(mean / std)
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    return normalise_pixels(x.permute(0, 2, 3, 1), spec)
+
+# %% ../nbs/10_views.ipynb #a5fad8cf
+class TrainTransform:
+    "Resize, flip, pad, crop; boxes for `erase_`. All random numbers from (seed, epoch, sample)."
+    def __init__(self,
+        size: tuple = (256, 128),  # height, width
+        flip: float = 0.5,         # chance
+        pad: int = 10,             # black pixels on every side before cropping back
+        erase: float = 0.5,        # chance
+        interpolation: str = "bicubic",
+        seed: int = 0,
+    ):
+        if not (0 <= flip <= 1 and 0 <= erase <= 1): raise ValueError(f"flip={flip}, erase={erase}: chances lie in [0, 1]")
+        if pad < 0: raise ValueError(f"pad={pad}: pixels, 0 or more")
+        self.size, self.flip, self.pad, self.erase, self.interpolation, self.seed = tuple(size), flip, pad, erase, interpolation, seed
+
+    def __call__(self,
+        images,          # B uint8 images: a list of (3, h, w), or (B, 3, h, w)
+        index,           # (B,) sample numbers
+        epoch: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, 3, h, w) uint8; (B, 4) boxes to erase; (B,) seeds of their noise
+        "The batch as uint8, and what `erase_` needs once it is normalised."
+        if len(images) != len(index): raise ValueError(f"{len(images)} images but {len(index)} sample numbers")
+        u, (h, w), pad = sample_draws(self.seed, epoch, index, 26), self.size, self.pad
+        x = resize(images, self.size, self.interpolation)
+        flip = torch.from_numpy(u[:, 0] < self.flip)
+        x = F.pad(torch.where(flip[:, None, None, None], x.flip(-1), x), (pad,) * 4)
+        corner = (u[:, 1:3] * (2 * pad + 1)).astype(int).tolist()
+        x = torch.stack([image[:, top:top + h, left:left + w] for image, (top, left) in zip(x, corner)])   # each its own window
+        boxes = erase_boxes(u[:, 4:], u[:, 3] < self.erase, self.size)
+        return x, torch.from_numpy(boxes), torch.from_numpy((u[:, 3] * 2**53).astype(np.int64))
+
+def erase_(
+    x: Tensor,           # (B, 3, h, w) float, normalised; changed in place
+    boxes: Tensor,       # (B, 4) top, left, height, width; height 0 for none
+    seeds: Tensor,       # (B,) of the noise
+    mode: str = "pixel", # "pixel": N(0, 1) noise; "const": 0, the mean colour
+) -> Tensor:
+    "Fill the boxes."
+    if mode not in ("pixel", "const"): raise ValueError(f"erasing mode {mode!r}: use 'pixel' or 'const'")
+    for image, (top, left, h, w), seed in zip(x, boxes.tolist(), seeds.tolist()):
+        box = image[:, top:top + h, left:left + w]
+        if h and mode == "const": box.zero_()
+        if h and mode == "pixel": box.copy_(torch.randn(box.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device))
+    return x
+
+# %% ../nbs/10_views.ipynb #01816083
+class ImageStore:
+    "The images of a samples table as uint8 tensors, by row: `store[rows]` is a list of (3, h, w)."
+    def __init__(self,
+        samples: pd.DataFrame,         # a samples table; replacements keep its `pid`
+        root,                          # folder that `path` is relative to
+        size: tuple | None = None,     # (height, width) to store; None: as they are
+        memory: float = 2**31,         # bytes the images may take; above, they are read from disk batch by batch
+        threads: int | None = None,    # that decode; None: one a core, at most 16
+        interpolation: str = "bicubic",
+    ):
+        samples = as_samples(samples)
+        self.paths, self.pid, self.root = samples["path"].to_numpy(str), samples["pid"].to_numpy(), Path(root)
+        self.size, self.memory, self.interpolation = size and tuple(size), memory, interpolation
+        self.threads = threads or min(16, os.cpu_count() or 1)
+        self.reasons, self._pool = {}, (None, None)          # unreadable row -> why; (process, its thread pool)
+        self._images = self._read_all()
+
+    def __len__(self) -> int: return len(self.paths)
+    @property
+    def in_memory(self) -> bool: return self._images is not None
+    @property
+    def nbytes(self) -> int: return sum(i.nbytes for i in self._images if i is not None) if self.in_memory else 0
+    @property
+    def readable(self) -> np.ndarray:   # (N,) bool; without the cache, what is known so far
+        return ~np.isin(np.arange(len(self)), list(self.reasons))
+    @property
+    def unreadable(self) -> pd.DataFrame:   # row, path, reason
+        rows = sorted(self.reasons)
+        return pd.DataFrame(dict(row=rows, path=[self.paths[r] for r in rows], reason=[self.reasons[r] for r in rows]))
+
+    def __getitem__(self, rows) -> list[Tensor]:
+        "The images of these rows (an integer gives one image)."
+        if np.ndim(rows) == 0: return self._image(int(rows))
+        return [self._image(r) for r in rows] if self.in_memory else list(self._map(self._image, rows))
+
+    def _image(self, row):
+        "The image of a row, or its replacement."
+        read = self._images.__getitem__ if self.in_memory else self._read
+        for candidate in self._candidates(int(row)):
+            image = None if candidate in self.reasons else read(candidate)
+            if image is not None: return image
+        raise ValueError(f"identity {self.pid[row]} has no readable image (row {row}: {self.paths[row]}, {self.reasons[int(row)]}); drop such rows: samples[store.readable]")
+
+    def _candidates(self, row):
+        "The row, then those that may replace it: the same identity in cyclic order; for a row of no identity, any."
+        yield row
+        same = np.flatnonzero(self.pid == self.pid[row])
+        yield from np.roll(same, -1 - np.searchsorted(same, row))[:-1].tolist()
+
+    def _read(self, row):
+        "Decode and resize one image; None if that fails, which is noted."
+        try: image = torch.from_numpy(np.array(open_image(self.root / self.paths[row]))).permute(2, 0, 1)
+        except UnreadableImage as e:
+            self.reasons[row] = e.reason
+            warnings.warn(f"{self.paths[row]}: {e.reason}; replaced by another image of identity {self.pid[row]}", stacklevel=2)
+            return None
+        return image if self.size is None else resize(image[None], self.size, self.interpolation)[0]
+
+    def _read_all(self):
+        "Every image, or None if they take more than `memory`."
+        if self.size and len(self) * 3 * self.size[0] * self.size[1] > self.memory: return None
+        images, used = [], 0
+        for start in range(0, len(self), 1024):
+            images += self._map(self._read, range(start, min(start + 1024, len(self))))
+            used += sum(i.nbytes for i in images[start:] if i is not None)
+            if used > self.memory: return None
+        return images
+
+    def _map(self, f, rows):
+        "`f` over rows in threads; a forked worker process makes its own."
+        if self._pool[0] != os.getpid(): self._pool = os.getpid(), ThreadPoolExecutor(self.threads)
+        return self._pool[1].map(f, rows)
+    def __getstate__(self): return self.__dict__ | dict(_pool=(None, None))
+
+# %% ../nbs/10_views.ipynb #28ccbe6a
+def _within(block: np.ndarray) -> np.ndarray:
+    "Position of each row in its block of equal neighbours."
+    place = np.arange(len(block))
+    return place - np.maximum.accumulate(np.where(np.r_[True, block[1:] != block[:-1]][:len(block)], place, 0))
+
+def _shuffled(levels: list, parents: list, rng) -> np.ndarray:
+    "Sorted rows with identities in place, and in random order: cameras of an identity, tracklets of a camera, images of the last level."
+    rank = np.arange(len(parents[0]))                               # places of the identities, then of each level's blocks
+    for parent in parents[1:]:
+        order = np.lexsort((rng.random(len(parent)), rank[parent]))
+        rank = np.empty(len(parent), np.int64); rank[order] = np.arange(len(parent))
+    key = rank[levels[-1]].astype(np.uint64) << np.uint64(32)
+    return np.argsort(key | rng.integers(0, 2**32, len(key), dtype=np.uint64))
+
+def _turns(levels: list) -> np.ndarray:
+    "Rank of each row in its identity when its cameras take turns, and the tracklets inside a camera."
+    rank = _within(levels[-1])
+    for parent, child in zip(levels[-2::-1], levels[:0:-1]):
+        order = np.lexsort((np.arange(len(child)) - _within(child), rank, parent))
+        rank = np.empty_like(rank); rank[order] = _within(parent[order])
+    return rank
+
+# %% ../nbs/10_views.ipynb #71f2da6d
+def _groups(levels: list, counts: np.ndarray, order: np.ndarray, k: int) -> np.ndarray:
+    "(groups, k) of the rows `order`: max(1, n // k) groups of each identity, dealt, or filled up by repeats."
+    g = np.maximum(counts // k, 1); base, start = np.cumsum(g) - g, np.cumsum(counts) - counts
+    groups = np.empty((g.sum(), k), np.int64)
+    kept = np.flatnonzero((counts >= k)[levels[0]] & (_turns([l[order] for l in levels]) < (g * k)[levels[0]]))
+    who = levels[0][kept]; place = _within(who)
+    groups[base[who] + place % g[who], place // g[who]] = order[kept]
+    few = np.flatnonzero(counts < k)
+    groups[base[few]] = order[start[few, None] + np.arange(k) % counts[few, None]]
+    return groups
+
+def spread_groups(
+    person: np.ndarray,  # (groups,) identity of each group, sorted
+    size: int,           # groups of a batch
+    rng: np.random.Generator,
+    tries: int = 200,    # rounds of dealing again
+) -> np.ndarray:         # (batches, size) group numbers
+    "Random batches of groups of different identities, as far as the identities allow; the last, incomplete batch sits out."
+    n_batches = len(person) // size
+    order = np.argsort((_within(person) + rng.random(len(person))) / np.bincount(person)[person])   # an identity's groups evenly over the epoch
+    batches = order[:n_batches * size].reshape(n_batches, size)
+    check = np.arange(n_batches)
+    for _ in range(tries):
+        who = np.sort(person[batches[check]], 1)
+        bad = check[(who[:, 1:] == who[:, :-1]).any(1)]
+        mine = rng.permutation(bad)[:n_batches // 2]
+        if not len(mine): break
+        other = rng.permutation(np.setdiff1d(np.arange(n_batches), mine))[:len(mine)]
+        both = np.concatenate([batches[mine], batches[other]], 1)
+        people_in_random_order = np.argsort(rng.permutation(person[-1] + 1)[person[both]], 1)
+        both = np.take_along_axis(both, people_in_random_order, 1)
+        batches[mine], batches[other], check = both[:, ::2], both[:, 1::2], np.union1d(bad, other)
+    return batches
+
+# %% ../nbs/10_views.ipynb #5574e49e
+class IdentitySampler:
+    "Batches of row numbers: groups of `n_id` images of one identity next to each other, whole groups to every rank."
+    def __init__(self,
+        labels,             # (N,) identity of each row; -1 sits out
+        batch_size: int,    # images of a batch over all ranks
+        n_id: int,          # images an identity; 1 draws uniformly over images
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        camids=None,        # (N,) cameras: groups mix them where they can
+        tracklets=None,     # (N,) tracklets: likewise, inside a camera
+        advance: int = 0,   # batches that the first pass skips (resuming in mid-epoch)
+    ):
+        labels, parts = np.asarray(labels), [np.asarray(c) for c in (camids, tracklets) if c is not None]
+        _check_sampler(labels, parts, batch_size, n_id, rank, world_size)
+        self.batch_size, self.n_id, self.seed, self.rank, self.world_size, self.advance, self.epoch = batch_size, n_id, seed, rank, world_size, advance, 0
+        rows = np.flatnonzero(labels >= 0)
+        order = np.lexsort([p[rows] for p in parts[::-1]] + [labels[rows]])
+        self._rows = rows[order]
+        self._levels, self._parents, new = [], [], np.zeros(len(rows), bool)
+        for key in (labels, *parts):                                # number identities, then their cameras, then the tracklets of these
+            key = key[self._rows]
+            new[:1] = True; new[1:] |= key[1:] != key[:-1]
+            self._parents.append(self._levels[-1][new] if self._levels else np.arange(new.sum()))
+            self._levels.append(np.cumsum(new) - 1)
+        self._counts = np.bincount(self._levels[0])
+        self._n_groups = int(np.maximum(self._counts // n_id, 1).sum())
+        if not len(self):
+            raise ValueError(f"a batch of {batch_size} images needs {batch_size // n_id} groups of {n_id}, the labels give {self._n_groups}: use a smaller batch_size")
+
+    def __len__(self) -> int: return self._n_groups // (self.batch_size // self.n_id)
+    def set_epoch(self, epoch: int, advance: int | None = None) -> None:
+        "Choose the pass; `advance` batches of it are skipped."
+        self.epoch = epoch
+        if advance is not None: self.advance = advance
+    def __iter__(self):
+        "This rank's rows of each batch; skips `advance` batches once."
+        start, self.advance = self.advance, 0
+        for batch in self.plan(self.epoch)[start:]: yield batch.reshape(self.world_size, -1)[self.rank]
+
+    def plan(self,
+        epoch: int = 0,
+    ) -> np.ndarray:  # (batches, batch_size) row numbers
+        "All batches of an epoch, over all ranks."
+        rng, k = np.random.default_rng([self.seed, epoch]), self.n_id
+        if k == 1: return rng.permutation(self._rows)[:len(self) * self.batch_size].reshape(len(self), -1)
+        groups = _groups(self._levels, self._counts, _shuffled(self._levels, self._parents, rng), k)
+        person = np.repeat(np.arange(len(self._counts)), np.maximum(self._counts // k, 1))
+        return self._rows[groups[spread_groups(person, self.batch_size // k, rng)]].reshape(len(self), -1)
+
+def _check_sampler(labels, parts, batch_size, n_id, rank, world_size):
+    "ValueError for what cannot be sampled."
+    if labels.ndim != 1 or labels.dtype.kind not in "iu": raise ValueError(f"labels must be (N,) whole numbers, got {labels.shape} {labels.dtype}")
+    for p in parts:
+        if p.shape != labels.shape: raise ValueError(f"camids and tracklets need one value a label: {p.shape} against {labels.shape}")
+    if n_id < 1 or batch_size < 1: raise ValueError(f"batch_size={batch_size}, n_id={n_id}: both at least 1")
+    if not 0 <= rank < world_size: raise ValueError(f"rank {rank} of {world_size} does not exist")
+    if batch_size % (world_size * n_id):
+        raise ValueError(f"batch_size {batch_size} over {world_size} ranks is {batch_size / world_size:g} images a rank, not a multiple of n_id={n_id}; "
+                         f"use a multiple of {world_size * n_id} (for a curriculum of 2, 4, 6, 8: of {world_size * 24})")
+
+# %% ../nbs/10_views.ipynb #2abd79d9
+class PKSampler(IdentitySampler):
+    "PK sampling: batch_size / k identities with k images each."
+    def __init__(self,
+        labels,           # (N,) identity of each row; -1 sits out
+        batch_size: int,  # images of a batch over all ranks
+        k: int = 4,       # images an identity
+        **kwargs,         # as of `IdentitySampler`
+    ):
+        super().__init__(labels, batch_size, k, **kwargs)
+
+# %% ../nbs/10_views.ipynb #b7799540
+def id_curriculum(
+    epoch: float,               # from 0
+    total_epochs: float = 100,
+    values: tuple = (2, 4, 6, 8),
+    at: tuple = (0, 40, 60, 80),  # first epoch of each value, in a run of `of` epochs
+    of: float = 100,
+) -> int:
+    "Images an identity at this epoch."
+    if len(values) != len(at) or at[0] != 0 or list(at) != sorted(at): raise ValueError(f"values {values} at epochs {at}: one rising epoch a value, the first 0")
+    return [v for v, a in zip(values, at) if epoch * of >= a * total_epochs][-1]

@@ -495,3 +495,11 @@ def test_mot_round_trip(street, tmp_path):
     want = samples.sort_values(["frame", "tracklet"], ignore_index=True)
     assert (back["frame"] == want["frame"]).all() and (back["id"] == want["tracklet"]).all()
     np.testing.assert_allclose(back[list(T.BOX_COLUMNS)], want[list(T.BOX_COLUMNS)], atol=1e-4)
+
+
+def test_crops_are_a_tracklet_folder(street, tmp_path):
+    from cion_nb.samples import read_tracklets
+    samples = T.track(street[0], tmp_path, **OPTIONS)
+    again = read_tracklets(tmp_path / "crops")
+    assert ("crops/" + again["path"]).tolist() == samples["path"].tolist()
+    assert (again[["tracklet", "frame"]].to_numpy() == samples[["tracklet", "frame"]].to_numpy()).all() and (again["video"] == samples["video"]).all()
