@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Callable, Mapping
 
 import pandas as pd
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .runs import atomic, read_json, write_json
+from .runs import atomic, read_json, resolve, write_json
 
 # %% ../nbs/04_backbones.ipynb #2af33901
 @dataclass(frozen=True)
@@ -318,15 +319,13 @@ def _read_checkpoint(
     allow: tuple = (), # classes that may be unpickled besides tensors and containers
 ) -> Mapping:
     "The file's content; never runs code from it."
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path.absolute()}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
+    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(list(allow)): return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        kinds = _foreign_classes(path)
-        if not kinds: raise ValueError(f"{path} is not a checkpoint that torch can read: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+        kinds = _foreign_classes(path) if path.suffix != ".safetensors" else []
+        if not kinds: raise ValueError(f"{path} is not a checkpoint that can be read: {type(e).__name__}: {str(e).splitlines()[0]}") from e
         raise ValueError(f"{path} holds Python objects besides tensors ({', '.join(kinds)}), and unpickling those can run code. If you trust "
                          f"where it comes from, allow them by class, e.g. load_backbone_weights(model, path, allow=[argparse.Namespace])") from e
 
@@ -445,7 +444,7 @@ def load_backbone_weights(
     allow: tuple = (),         # classes that may be unpickled, e.g. [argparse.Namespace]; never for files you do not trust
 ) -> LoadReport:
     "Find the backbone inside a checkpoint and load it. ValueError, and an unchanged model, if too little matches or a value is not finite."
-    file, source = (path, "checkpoint") if isinstance(path, Mapping) else (_read_checkpoint(Path(path), allow), str(path))
+    file, source = (path, "checkpoint") if isinstance(path, Mapping) else (_read_checkpoint(resolve(path), allow), str(path))
     best = None
     for place, tensors in _tensor_tables(file):
         for prefix in _prefixes(tensors, least=len(model.state_dict()) // 10):
@@ -500,12 +499,11 @@ def save_backbone(
     **card,                # anything JSON can hold: recipe=…, data=…, scores=…, licence=…
 ) -> Path:
     "Write weights and card, each atomically."
-    from safetensors.torch import save_file
-    path = Path(path)
+    path = resolve(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path}: a backbone is saved as .safetensors")
     reserved = dict(name=model.name, image_size=[model.input.height, model.input.width], embed_dim=model.embed_dim, input=asdict(model.input))
     if clash := sorted(set(card) & set(reserved)): raise ValueError(f"the card's {clash} are written by save_backbone itself")
-    with atomic(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
+    with atomic(path) as tmp: safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
     write_json(path.with_suffix(".json"), reserved | card)
     return path
 
@@ -513,7 +511,8 @@ def load_backbone(
     path: str | Path, # what `save_backbone` wrote
 ) -> nn.Module:       # as it was, with `.card`
     "A saved backbone back, complete or not at all."
-    path, card_path = Path(path), Path(path).with_suffix(".json")
+    path = resolve(path)
+    card_path = path.with_suffix(".json")
     if not card_path.is_file(): raise FileNotFoundError(f"no card at {card_path}; for weights without one: create_backbone(name, weights={str(path)!r})")
     card = read_json(card_path)
     model = create_backbone(card["name"], tuple(card["image_size"]))

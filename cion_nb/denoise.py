@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from .noise import check_thresholds, close_pairs, cosine_distance, noise, unit_centroids, unit_rows
 from .runs import atomic, progress, read_json, resolve, write_json
-from .samples import make_samples
+from .samples import DEFAULTS, as_samples, make_samples
 
 # %% ../nbs/08_denoise.ipynb #3abf38ec
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def lay_out(
     "Put tracklets and images into their order. ValueError: a row without tracklet, a tracklet in two videos (named)."
     missing = [c for c in ("path", "video", "tracklet", "frame") if c not in samples]
     if missing: raise ValueError(f"the samples table has no column {', '.join(missing)}")
-    table = make_samples(samples["path"], video=samples["video"], tracklet=samples["tracklet"], frame=samples["frame"])
+    table = as_samples(samples[["path", "video", "tracklet", "frame"]].assign(**{c: DEFAULTS[c] for c in ("pid", "camid", "split")}))
     video_of_row, videos = pd.factorize(table["video"].astype(object))
     frame, number = table["frame"].to_numpy(), table["tracklet"].to_numpy()
     if (number < 0).any(): raise ValueError(_without_tracklet(np.flatnonzero(number < 0)))
@@ -296,7 +296,7 @@ def denoise(
         parameters["request"] = _request(features, samples, parameters)
         if _is_saved(resolve(out), parameters["request"]): return Denoised.load(out)
     layout = lay_out(samples, features)
-    images = _images_of_videos(features, layout, levels, sigma_cst, max_rows=max(1, 2**22 // max(features.shape[1], 1)))
+    images = _images_of_videos(features, layout, levels, sigma_cst, max_rows=max(1, 2**20 // max(features.shape[1], 1)))
     merges = _merge(layout, *images[-2:], sigma_drm, half_width, levels, LINKS[link])
     provenance, tracklets, links = _tables(layout, *images[:-2], *merges, levels)
     stages = [(name, _labels_after(name, provenance, tracklets)) for name in ("before", *levels)] if measure else []

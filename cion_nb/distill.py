@@ -145,8 +145,12 @@ class IdentityGuidedLoss(nn.Module):
     ) -> Tensor:                 # scalar, float32 or the logits' own precision if that is higher
         "The loss; afterwards, in training, the centre is updated. `last` holds what a monitor wants."
         student, teacher = self._views(student_logits, teacher_logits, identity)
-        with torch.no_grad(), torch.autocast(teacher.device.type, enabled=False):
-            teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
+        with torch.autocast(teacher.device.type, enabled=False):      # or it would take the inner products in bf16
+            return self._loss(student, teacher, identity)
+
+    def _loss(self, student, teacher, identity):
+        with torch.no_grad():
+            teacher = teacher.to(torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32))
             mean = _mean_over_ranks(teacher)
             centre = mean if self.centring == "batch" else self.centre.to(teacher.dtype)
             probs = torch.softmax((teacher - centre) / self.teacher_temp, -1)

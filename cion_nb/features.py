@@ -19,13 +19,12 @@ from typing import Sequence
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
 
 from .backbones import InputSpec
-from .runs import Run, atomic, fingerprint, progress, read_json, resolve, write_json
+from .runs import Run, atomic, progress, read_json, resolve, write_json
 from .samples import UnreadableImage, as_samples, open_image, read_cion_al, read_market1501, read_msmt17, read_samples, write_samples
 
 # %% ../nbs/05_features.ipynb #8f020415
@@ -68,8 +67,8 @@ class OnnxModel:
     ):
         try: import onnxruntime
         except ImportError as e: raise ImportError('ONNX models need onnxruntime: pip install "cion_nb[onnx]"') from e
-        self.path, self.input = Path(path), spec
-        if not self.path.is_file(): raise FileNotFoundError(f"no ONNX file at {self.path.absolute()}")
+        self.path, self.input = resolve(path), spec
+        if not self.path.is_file(): raise FileNotFoundError(f"no ONNX file at {self.path}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -196,7 +195,7 @@ class Features:
     @classmethod
     def open(cls, folder: str | Path) -> "Features":
         "A finished store. FileNotFoundError while it is unfinished."
-        folder = Path(folder)
+        folder = resolve(folder)
         if not (folder / "features.json").is_file():
             state = "an unfinished extraction: call extract again with the same arguments" if (folder / "partial.json").is_file() else "no features"
             raise FileNotFoundError(f"{folder} holds {state}")
@@ -223,9 +222,11 @@ def model_hash(
 
 def _request(samples, root, model, **settings) -> dict:
     "What decides the stored values, as plain data."
-    table = hashlib.sha256(pd.util.hash_pandas_object(samples.reset_index(drop=True)).to_numpy().tobytes() + repr(list(samples.columns)).encode())
-    return dict(samples=f"{len(samples)} rows, {table.hexdigest()[:16]}", root=str(Path(root).resolve()), model=f"{getattr(model, 'name', type(model).__name__)}, {model_hash(model)}",
-                embed_dim=int(model.embed_dim), input={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.input).items()}, **settings)
+    plain = samples.reset_index(drop=True).apply(lambda c: c.map(repr) if c.dtype == object else c) # lists and arrays have no hash
+    table = hashlib.sha256(pd.util.hash_pandas_object(plain).to_numpy().tobytes() + repr(list(samples.columns)).encode())
+    return dict(samples=f"{len(samples)} rows, {table.hexdigest()[:16]}", root=str(root.resolve()),
+                model=f"{getattr(model, 'name', type(model).__name__)}, {model_hash(model)}", embed_dim=int(model.embed_dim),
+                input={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.input).items()}, **settings)
 
 def _check_same(found: dict, wanted: dict, folder):
     "Another request in this folder is an error that says in what it differs."
@@ -321,7 +322,8 @@ def extract(
 ) -> Features:
     """Features of every readable image, L2-normalised, in a memory-mapped store.
     The same request continues or opens what is there; another one raises FileExistsError. NaN or all-zero features raise ValueError."""
-    samples, device, out, spec = as_samples(samples), _device(device), Path(out), _spec(model)
+    samples, root, out = as_samples(samples), resolve(root), resolve(out)
+    device, spec = _device(device), _spec(model)
     for name, value, known in (("precision", precision, ("float16", "float32")), ("on_unreadable", on_unreadable, ("skip", "raise"))):
         if value not in known: raise ValueError(f"{name}={value!r}: use one of {known}")
     if batch_size < 1 or (workers is not None and workers < 1): raise ValueError(f"batch_size={batch_size}, workers={workers}: both must be at least 1")
@@ -333,7 +335,7 @@ def extract(
     with lock:
         if not resume: _discard(out)
         if (out / "features.json").is_file(): _check_same(read_json(out / "features.json"), request, out)
-        else: _extract(samples, Path(root), model, spec, out, request, batch_size, workers or min(8, os.cpu_count() or 1), on_unreadable, device, flush_seconds)
+        else: _extract(samples, root, model, spec, out, request, batch_size, workers or min(8, os.cpu_count() or 1), on_unreadable, device, flush_seconds)
         (out / "partial.json").unlink(missing_ok=True)
     features = Features.open(out)
     if len(features.unreadable): _tell_unreadable(features, on_unreadable)

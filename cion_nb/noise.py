@@ -17,24 +17,30 @@ def unit_rows(
     rows=None,  # row numbers to take, in this order; None for all
 ) -> np.ndarray: # (n, D) float64, every row of length 1
     "The chosen rows of `features` in float64, L2-normalised. ValueError names rows that are not finite or all zero."
-    x = np.asarray(features if rows is None else features[rows], dtype=np.float64)
+    x = np.array(features if rows is None else features[rows], dtype=np.float64)      # a copy of our own, divided in place
     if x.ndim != 2: raise ValueError(f"features must be an (N, D) matrix, got shape {x.shape}")
-    largest = np.abs(x).max(1, initial=0)                # scaled first, so that tiny and huge rows square safely
+    with np.errstate(over="ignore"): length = np.sqrt(np.einsum("nd,nd->n", x, x))
+    extreme = np.flatnonzero(~((length > 1e-100) & (length < 1e100)))                  # also NaN; squares may have left float64's range
+    if len(extreme): x[extreme] = _scaled(x[extreme], extreme if rows is None else np.asarray(rows)[extreme]); length[extreme] = np.sqrt(np.einsum("nd,nd->n", x[extreme], x[extreme]))
+    x /= length[:, None]
+    return x
+
+def _scaled(x, numbers):
+    "Rows divided by their largest value, or a ValueError that names those that have none."
+    largest = np.abs(x).max(1, initial=0)
     bad = ~np.isfinite(largest) | (largest == 0)
-    if bad.any(): raise ValueError(_bad_rows(x, np.flatnonzero(bad), rows))
-    x = x / largest[:, None]
-    return x / np.sqrt(np.einsum("nd,nd->n", x, x))[:, None]
+    if bad.any(): raise ValueError(_bad_rows(x[bad], numbers[bad]))
+    return x / largest[:, None]
 
 def _name_some(items, most=8):
     "`3, 9, 12 and 40 more`"
     items = list(items)
     return ", ".join(map(str, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
-def _bad_rows(x, bad, rows):
-    numbers = bad if rows is None else np.asarray(rows)[bad]
-    is_zero = (x[bad] == 0).all(1)
+def _bad_rows(x, numbers):
+    is_zero = (x == 0).all(1)
     what = "all zero" if is_zero.all() else "NaN or infinite" if not is_zero.any() else "NaN, infinite or all zero"
-    return f"{len(bad)} feature row(s) are {what}, so they have no direction: rows {_name_some(sorted(numbers.tolist()))}. Leave these images out or extract them again."
+    return f"{len(x)} feature row(s) are {what}, so they have no direction: rows {_name_some(sorted(numbers.tolist()))}. Leave these images out or extract them again."
 
 # %% ../nbs/07_noise.ipynb #b2745d08
 def unit_centroids(
@@ -56,8 +62,8 @@ def cosine_distance(
     return np.clip(1 - np.einsum("nd,nd->n", a, b), 0, 2)
 
 # %% ../nbs/07_noise.ipynb #74ad6eec
-def _row_blocks(rows, dim, floats=2**22):
-    "Split `rows` into pieces of about `floats` numbers (32 MB in float64)."
+def _row_blocks(rows, dim, floats=2**20):
+    "Split `rows` into pieces of about `floats` numbers (8 MB in float64; arrays of 32 MB and more would get fresh pages from the system each time)."
     step = max(1, floats // max(dim, 1))
     for start in range(0, len(rows), step): yield rows[start:start + step]
 

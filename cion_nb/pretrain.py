@@ -119,6 +119,10 @@ class Distillation(Pretraining):
 # %% ../nbs/13_pretrain.ipynb #3bfaccc1
 class MomentumContrast(Pretraining):
     "MoCo-v2: an encoder, its momentum copy, and a queue of keys (the LUP-style baseline)."
+    def __init__(self, r: dict):
+        if r["n_local"]: raise ValueError(f"n_local={r['n_local']}: MoCo compares two global views; set n_local=0")
+        super().__init__(r)
+
     def build(self, device):
         r = self.recipe
         backbone = create_backbone(r["backbone"], r["image_size"])

@@ -289,7 +289,8 @@ def _input_print(path):
 def run_hash(recipe: dict) -> str:
     "Hash of a recipe, of the files it names, and of the same for every recipe nested in it."
     flat = {k: run_hash(v) if isinstance(v, dict) and "stage" in v else v for k, v in recipe.items()}
-    inputs = {k: _input_print(v) for k, v in recipe.items() if k in INPUTS and isinstance(v, (str, Path)) and v != "imagenet"}
+    named = {k: str(v) for k, v in recipe.items() if isinstance(v, (str, Path))}
+    inputs = {k: _input_print(v) for k, v in named.items() if k in INPUTS and v != "imagenet" or k == "data" and v.endswith(".parquet")}
     return fingerprint(dict(recipe=flat, inputs=inputs), 10)
 
 # %% ../nbs/01_runs.ipynb #2a8344c6

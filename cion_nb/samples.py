@@ -353,9 +353,8 @@ def read_cion_al(
 
 def _relative(path: str, root) -> str:
     "`path` below `root` with forward slashes; a path that is relative already stays."
-    path = Path(path)
-    if not path.is_absolute(): return path.as_posix()
-    try: return path.relative_to(Path(root).absolute()).as_posix()
+    if not os.path.isabs(path): return path.removeprefix("./")
+    try: return Path(path).relative_to(Path(root).absolute()).as_posix()
     except ValueError: raise ValueError(f"{path} does not lie under root {root}") from None
 
 # %% ../nbs/00_samples.ipynb #6d338b85

@@ -196,7 +196,8 @@ class OnnxDetector:
         options = ort.SessionOptions()
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(str(path), options, providers=ort.get_available_providers())
+        providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in ort.get_available_providers()]
+        self._session = ort.InferenceSession(str(path), options, providers=providers)
         (inp, *more), out = self._session.get_inputs(), self._session.get_outputs()
         self._input, shape = inp.name, inp.shape
         if more or len(out) != 1 or len(shape) != 4 or shape[1] != 3 or not all(isinstance(n, int) for n in shape[2:]):
@@ -428,7 +429,7 @@ def _cut(
     parts, tracklets, counts = [], {}, dict(frames=0, tracked=0, too_small=0, crops_written=0)
     for number, picture, rows, ids in tracked:
         x1, y1, x2, y2 = box = _clip(xyxy[rows], *size).T
-        large = (y2 - y1 >= settings["min_height"]) & (x2 - x1 >= settings["min_width"])
+        large = (y2 - y1 >= max(1, settings["min_height"])) & (x2 - x1 >= max(1, settings["min_width"]))
         counts["frames"] += 1; counts["tracked"] += len(rows); counts["too_small"] += int((~large).sum())
         for (l, t, r, b), row, i in zip(box.T[large].tolist(), rows[large].tolist(), ids[large].tolist()):
             tracklet = tracklets.setdefault(i, settings["first_tracklet"] + len(tracklets))

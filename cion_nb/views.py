@@ -198,8 +198,9 @@ def _column(values: np.ndarray, like: Tensor) -> Tensor:
 def _some(x: Tensor, drawn: np.ndarray, op) -> None:
     "`op(views, rows)` in place on the views that drew it."
     rows = np.flatnonzero(drawn)
+    if not len(rows): return
     if len(rows) == len(x): op(x, rows)
-    elif len(rows):
+    else:
         at = torch.from_numpy(rows).to(x.device)
         views = x[at]; op(views, rows); x[at] = views
 

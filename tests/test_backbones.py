@@ -212,19 +212,19 @@ class Evil:
 def test_nothing_is_unpickled_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source, model = create_backbone(**TINY), create_backbone(**TINY)
-    torch.save({"teacher": wrap(source, "backbone."), "args": argparse.Namespace(lr=0.1)}, "args.pth")
-    with pytest.raises(ValueError, match=r"argparse.Namespace.*allow=\[argparse.Namespace\]"): load_backbone_weights(model, "args.pth")
-    assert load_backbone_weights(model, "args.pth", allow=[argparse.Namespace]).share == 1
-    torch.save({"teacher": wrap(source, "backbone."), "x": Evil()}, "evil.pth")
-    with pytest.raises(ValueError, match="run code"): load_backbone_weights(model, "evil.pth")
+    torch.save({"teacher": wrap(source, "backbone."), "args": argparse.Namespace(lr=0.1)}, tmp_path / "args.pth")
+    with pytest.raises(ValueError, match=r"argparse.Namespace.*allow=\[argparse.Namespace\]"): load_backbone_weights(model, tmp_path / "args.pth")
+    assert load_backbone_weights(model, tmp_path / "args.pth", allow=[argparse.Namespace]).share == 1
+    torch.save({"teacher": wrap(source, "backbone."), "x": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="run code"): load_backbone_weights(model, tmp_path / "evil.pth")
+    (tmp_path / "legacy.pth").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "text.pth").write_text("404: not found")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "args.pth").read_bytes()[:5000])
+    (tmp_path / "cut.safetensors").write_bytes(save_backbone(source, tmp_path / "whole.safetensors").read_bytes()[:5000])
+    for name in ("legacy.pth", "text.pth", "cut.pth", "cut.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint"): load_backbone_weights(model, tmp_path / name)
     assert not Path("evil-was-here").exists()
-    Path("legacy.pth").write_bytes(pickle.dumps(Evil()))
-    Path("text.pth").write_text("404: not found")
-    Path("cut.pth").write_bytes(Path("args.pth").read_bytes()[:5000])
-    for name in ("legacy.pth", "text.pth", "cut.pth"):
-        with pytest.raises(ValueError, match=f"{name} is not a checkpoint"): load_backbone_weights(model, name)
-    assert not Path("evil-was-here").exists()
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"): create_backbone(**TINY, weights="none.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"): create_backbone(**TINY, weights=tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("arch, smaller", [("vit_tiny", (128, 64)), ("volo_d1", (128, 64))])

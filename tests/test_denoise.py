@@ -327,6 +327,34 @@ def test_ties_in_eq5_go_to_the_earlier_tracklet():
     assert denoise(x, samples.assign(frame=[0, 1, 2, 3, 7, 7]), sigma_drm=0).provenance.to_tracklet[3] == 2
 
 
+def test_ties_in_eq5_reach_to_1e_9():
+    "The later tracklet is nearer, but by 3e-10 only; by 3e-8 it wins."
+    samples = make_samples(list("abcdef"), tracklet=[9, 9, 9, 9, 2, 5], frame=[0, 1, 2, 3, 8, 7])
+    for radians, tracklet in ((1e-8, 5), (1e-6, 2)):
+        got = denoise(angles(0, 0, 0, 90, 92 - math.degrees(radians), 88), samples, sigma_drm=0)
+        assert got.provenance.to_tracklet[3] == tracklet
+
+
+def test_ties_in_eq4_reach_to_1e_9():
+    "Images 0 and 1 lie on either side of the rest; the earlier one is farther out, by less or by more than 1e-9."
+    samples = make_samples(list("abcdef"), tracklet=0, frame=range(6))
+    for radians, last in ((1e-10, [0, 1, 0, 0, 0, 0]), (1e-6, [1, 0, 0, 0, 0, 0])):
+        rounds, _ = clean_tracklets(angles(-60 - math.degrees(radians), 60, 0, 0, 0, 0), np.array([0, 6]), .2)
+        assert (rounds == 1).tolist() == [bool(v) for v in last]
+    assert denoise(angles(-60, 60, 0, 0, 0, 0), samples).provenance["round"].tolist() == [2, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-3, 1e-5, 1e-7])
+def test_others_that_nearly_cancel_out(left):
+    "The short formula loses its digits where the mean of the others is short; the definition does not."
+    x = np.array([[1, 0, 0], [-1, left, 0], [.3, .5, .8], [-.3, -.5, -.8 + left]])
+    rounds, deviation = clean_tracklets(unit_rows(x), np.array([0, 4]), 2)
+    units = unit_rows(x)
+    for i in range(4): assert deviation[i] == pytest.approx(distance(units[i], mean([units[j].tolist() for j in range(4) if j != i])), abs=1e-8)
+    three = unit_rows(x[:3])
+    assert clean_tracklets(three, np.array([0, 3]), 2)[1][2] == pytest.approx(distance(three[2], mean(three[:2].tolist())), abs=1e-8)
+
+
 def test_reallocation_uses_the_centroids_left_by_eq4_and_eq6_those_with_the_newcomers():
     x = angles(0, 0, 0, 70, 100, 100, 60)
     samples = make_samples(list("abcdefg"), tracklet=[0, 0, 0, 0, 1, 1, 2], frame=range(7))

@@ -183,6 +183,14 @@ def test_the_same_request_is_not_computed_twice(pictures, tmp_path):
     assert Counting.calls == 2
 
 
+def test_extra_columns_are_part_of_the_request(pictures, tmp_path):
+    boxes = [np.array([i, 0, 4, 8], np.float32) for i in range(3)]
+    samples = make_samples(names(3), box=boxes, score=[.1, .2, .3])
+    f = extract(samples, pictures, Mean(), tmp_path / "s")
+    assert np.array_equal(np.stack(f.samples.box), np.stack(boxes)) and len(extract(samples, pictures, Mean(), tmp_path / "s")) == 3
+    with pytest.raises(FileExistsError, match="samples: there"): extract(make_samples(names(3), box=boxes[::-1], score=[.1, .2, .3]), pictures, Mean(), tmp_path / "s")
+
+
 def test_two_processes_do_not_share_a_folder(pictures, tmp_path):
     (tmp_path / "s").mkdir()
     with room.FileLock(tmp_path / "s" / ".lock"), pytest.raises(RuntimeError, match="another process"):

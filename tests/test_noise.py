@@ -62,7 +62,7 @@ def test_exact_thresholds_on_axes(seed, n, sigma):
     "Distances of axis vectors are exactly 0, 1 or 2, so the step's side at zero is visible."
     rng = np.random.default_rng(seed)
     x = np.eye(3)[rng.integers(0, 3, n)] * rng.choice([-1., 1.], (n, 1))
-    labels = np.arange(n) if seed % 2 or sigma == 2 else rng.integers(0, 3, n)     # means of several axes can be 2 apart but for rounding
+    labels = np.arange(n) if seed % 2 or sigma else rng.integers(0, 3, n)          # means of several axes are 1 or 2 apart only but for rounding
     got = noise(x, labels, sigma, sigma)
     assert (got.consistency, got.discrimination) == plain_noise(x, labels, sigma, sigma)[:2]
 

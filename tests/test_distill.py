@@ -1,0 +1,322 @@
+"Eq. 8-9 against its plain definition, DINO, collapse, the teacher, two processes."
+import os, subprocess, sys, textwrap
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from cion_nb.distill import (ContrastHead, IdentityGuidedLoss, InfoNCELoss, MomentumQueue, MultiViewModel, ProjectionHead, VARIANTS,
+                             clip_gradients_, folded_targets, freeze_last_layer, momentum_schedule, param_groups, teacher_statistics,
+                             update_teacher, weight_decay_schedule)
+
+torch.set_num_threads(1)
+
+
+def plain_loss(student, teacher, identity, variant, centre, student_temp=.1, teacher_temp=.04):
+    "Eq. 9 and the released code's rule, pair by pair: student (V, B, K), teacher (G, B, K)."
+    log_p, target = (student / student_temp).log_softmax(-1), ((teacher - centre) / teacher_temp).softmax(-1)
+    (V, B, _), G, losses = student.shape, len(teacher), []
+    for person in sorted(set(identity.tolist())):
+        X = [k for k in range(B) if identity[k] == person]
+        n, terms, weights = len(X), [], []
+        for i in X:
+            for j in X:
+                for a in range(G):
+                    for b in range(V):
+                        if variant == "paper" and (i, a) == (j, b): continue
+                        if variant == "released" and a == b: continue
+                        terms.append(-(target[a, i] * log_p[b, j]).sum())
+                        weights.append(1. if variant == "paper" else (1 / n if i == j else 1.) / (n * (n - 1) + 1))
+        if variant == "paper": assert len(terms) == G * n * (n * V - 1)
+        scale = len(terms) if variant == "paper" else G * (V - 1)
+        losses.append(sum(w * t for w, t in zip(weights, terms)) / scale)
+    return sum(losses) / len(losses)
+
+
+def dino_loss(student, teacher, centre, student_temp=.1, teacher_temp=.04):
+    "facebookresearch/dino's loss in its own order: mean over the batch of each view pair, mean over pairs."
+    q, total, n = ((teacher - centre) / teacher_temp).softmax(-1), 0., 0
+    for a in range(len(q)):
+        for b in range(len(student)):
+            if a == b: continue
+            total, n = total + (-q[a] * (student[b] / student_temp).log_softmax(-1)).sum(-1).mean(), n + 1
+    return total / n
+
+
+def both(variant, counts, n_local, K=5, dtype=torch.float64, seed=0, n_global=2, spread=1.):
+    "Value and gradient of ours and of the plain loss, on shuffled images of identities with these counts."
+    g = torch.Generator().manual_seed(seed)
+    identity = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) * 7 + 3
+    identity = identity[torch.randperm(len(identity), generator=g)]
+    V, B = n_global + n_local, len(identity)
+    student = (spread * torch.randn(V, B, K, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+    teacher = (spread * torch.randn(n_global, B, K, generator=g, dtype=torch.float64)).to(dtype)
+    loss = IdentityGuidedLoss(K, V, n_global, variant=variant).to(dtype)
+    loss.centre.copy_(torch.randn(K, generator=g)); centre = loss.centre.clone()
+    value = loss(student.flatten(0, 1), teacher.flatten(0, 1), identity)
+    slow = plain_loss(student.double(), teacher.double(), identity, variant, centre.double())
+    return value, slow, *(torch.autograd.grad(x, student)[0].double() for x in (value, slow))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("n", range(1, 9))
+def test_equal_counts_equal_the_plain_loss(variant, n):
+    for n_local in (0, 2) if n > 4 else (0, 1, 10):
+        value, slow, grad, slow_grad = both(variant, [n, n], n_local, seed=n)
+        assert value.item() == pytest.approx(slow.item(), rel=1e-12) and torch.allclose(grad, slow_grad, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=3), n_local=st.integers(0, 4), n_global=st.integers(1, 3), K=st.integers(2, 9), seed=st.integers(0, 99))
+def test_uneven_counts_equal_the_plain_loss(counts, n_local, n_global, K, seed):
+    if n_global + n_local < 2: n_local = 1
+    value, slow, grad, slow_grad = both("paper", counts, n_local, K, seed=seed, n_global=n_global)
+    assert value.item() == pytest.approx(slow.item(), rel=1e-12) and torch.allclose(grad, slow_grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_to_1e_6(variant):
+    for counts in ([2, 2, 2], [4, 4]):
+        value, slow, grad, slow_grad = both(variant, counts, 3, K=64, dtype=torch.float32)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(slow.item(), rel=1e-6) and torch.allclose(grad, slow_grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_image_an_identity_is_dino(variant):
+    torch.manual_seed(0)
+    V, B, K = 6, 5, 13
+    loss, centre = IdentityGuidedLoss(K, V, variant=variant).double(), torch.zeros(K, dtype=torch.float64)
+    for _ in range(3):
+        student, teacher = torch.randn(V, B, K, dtype=torch.float64, requires_grad=True), torch.randn(2, B, K, dtype=torch.float64)
+        value, theirs = loss(student.flatten(0, 1), teacher.flatten(0, 1), torch.randperm(B)), dino_loss(student, teacher, centre)
+        assert value.item() == pytest.approx(theirs.item(), rel=1e-12)
+        assert torch.allclose(*(torch.autograd.grad(x, student)[0] for x in (value, theirs)), rtol=0, atol=1e-12)
+        centre = .9 * centre + .1 * teacher.flatten(0, 1).mean(0)
+        assert torch.allclose(loss.centre, centre, rtol=0, atol=1e-12)
+
+
+def test_masses_and_the_share_of_own_image_terms():
+    "Targets sum to their mass; the masses of all student views sum to 1; shares as the facts state for ten views."
+    for n, paper, released in ((2, .474, .333), (4, .231, .077), (6, .153, .032), (8, .114, .018)):
+        one_hot, identity = torch.eye(2 * n, dtype=torch.float64).reshape(2, n, 2 * n), torch.zeros(n, dtype=torch.long)
+        for variant, share in (("paper", paper), ("released", released)):
+            targets, mass = folded_targets(one_hot, identity, 10, variant)
+            assert mass.shape == (10, n) and mass.sum().item() == pytest.approx(1.)
+            weights = torch.stack([targets[min(v, 2)] for v in range(10)])
+            assert torch.allclose(weights.sum(-1), mass)
+            own = sum(weights[:, i, [i, n + i]].sum() for i in range(n)).item()
+            assert own == pytest.approx(share, abs=6e-4)
+
+
+def test_order_and_names_of_identities_do_not_matter():
+    torch.manual_seed(0)
+    V, B, K, identity = 4, 6, 9, torch.tensor([0, 0, 1, 1, 1, 2])
+    student, teacher = torch.randn(V, B, K, dtype=torch.float64), torch.randn(2, B, K, dtype=torch.float64)
+    value = lambda s, t, i: IdentityGuidedLoss(K, V).double()(s.flatten(0, 1), t.flatten(0, 1), i).item()
+    expected, order = value(student, teacher, identity), torch.tensor([4, 0, 5, 2, 1, 3])
+    assert value(student[:, order], teacher[:, order], identity[order]) == pytest.approx(expected, rel=1e-12)
+    assert value(student, teacher, identity * 1000 + 5) == pytest.approx(expected, rel=1e-12)
+    assert value(student + 1e4, teacher, identity) == pytest.approx(expected, rel=1e-9)       # logits have no origin
+
+
+def test_bf16_logits_accumulate_in_float32():
+    torch.manual_seed(0)
+    V, B, K, identity = 4, 4, 512, torch.tensor([0, 0, 1, 1])
+    student, teacher = torch.randn(V * B, K).bfloat16().requires_grad_(), torch.randn(2 * B, K).bfloat16()
+    exact = student.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16): value = IdentityGuidedLoss(K, V)(student, teacher, identity)
+    full = IdentityGuidedLoss(K, V)(exact, teacher.float(), identity)
+    assert value.dtype == torch.float32 and value.item() == full.item()                        # the same numbers, the same arithmetic
+    value.backward(); full.backward()
+    assert student.grad.dtype == torch.bfloat16 and torch.equal(student.grad, exact.grad.bfloat16())
+
+
+def test_teacher_gets_no_gradient_and_eval_keeps_the_centre():
+    student, teacher = torch.randn(8, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    loss = IdentityGuidedLoss(5, 4)
+    loss(student, teacher, torch.tensor([0, 0])).backward()
+    assert teacher.grad is None and student.grad is not None and loss.centre.any()
+    before = loss.centre.clone(); loss.eval()(student, teacher, torch.tensor([0, 0])); assert torch.equal(loss.centre, before)
+    assert set(loss.state_dict()) == {"centre"}
+
+
+def test_batch_centre_is_the_mean_of_this_batch():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 3, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64) + 5
+    loss = IdentityGuidedLoss(7, 4, centre="batch").double()
+    assert loss(student.flatten(0, 1), teacher.flatten(0, 1), torch.arange(3)).item() == pytest.approx(dino_loss(student, teacher, teacher.mean((0, 1))).item())
+    assert torch.allclose(loss.centre, teacher.mean((0, 1)))
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: IdentityGuidedLoss(8, 4, variant="official"), "variant 'official'"), (lambda: IdentityGuidedLoss(8, 4, centre="mean"), "centre 'mean'"),
+    (lambda: IdentityGuidedLoss(8, 1), "at least 2 views"), (lambda: IdentityGuidedLoss(8, 2, n_global=3), "n_global=3"),
+    (lambda: IdentityGuidedLoss(8, 4, student_temp=0.), "temperatures"), (lambda: InfoNCELoss(temperature=-1), "temperature"),
+    (lambda: ProjectionHead(8, n_layers=0), "n_layers")])
+def test_wrong_settings(make, says):
+    with pytest.raises(ValueError, match=says): make()
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(student=torch.randn(11, 8)), r"student logits \(11, 8\)"), (dict(teacher=torch.randn(6, 7)), r"teacher logits \(6, 7\)"),
+    (dict(identity=torch.tensor([0, -1, 1])), "nobody"), (dict(identity=torch.tensor([0., 1., 1.])), "whole numbers"),
+    (dict(identity=torch.zeros(0, dtype=torch.long), student=torch.randn(0, 8), teacher=torch.randn(0, 8)), "none")])
+def test_wrong_batches(change, says):
+    batch = dict(student=torch.randn(12, 8), teacher=torch.randn(6, 8), identity=torch.tensor([0, 0, 1])) | change
+    with pytest.raises(ValueError, match=says): IdentityGuidedLoss(8, 4)(batch["student"], batch["teacher"], batch["identity"])
+    with pytest.raises(ValueError, match="equally many"): IdentityGuidedLoss(8, 4, variant="released")(torch.randn(12, 8), torch.randn(6, 8), torch.tensor([0, 0, 1]))
+
+
+def test_statistics_tell_collapse():
+    K = 32; ln_K = torch.tensor(float(K)).log()
+    uniform, one, healthy = torch.full((2, 64, K), 1 / K), torch.eye(K)[:1].expand(2, 64, K), torch.eye(K).repeat(2, 2, 1)
+    entropy = lambda p: [round(float(v), 4) for v in teacher_statistics(p).values()]
+    assert entropy(uniform) == [round(float(ln_K), 4)] * 2 and entropy(one) == [0, 0] and entropy(healthy) == [0, round(float(ln_K), 4)]
+    loss = IdentityGuidedLoss(8, 4); loss(torch.randn(16, 8), torch.randn(8, 8), torch.tensor([0, 0, 1, 1]))
+    assert set(loss.last) == {"loss", "centre_norm", "teacher_entropy", "marginal_entropy"} and not any(v.requires_grad for v in loss.last.values())
+    assert 0 <= loss.last["teacher_entropy"] <= loss.last["marginal_entropy"] + 1e-6            # entropy is concave
+
+
+def test_head_is_dinos():
+    torch.manual_seed(0)
+    head, x = ProjectionHead(6, 10, 8, 4), torch.randn(3, 6)
+    z = x
+    for k in (0, 2, 4):
+        z = z @ head.mlp[k].weight.T + head.mlp[k].bias
+        if k < 4: z = .5 * z * (1 + torch.erf(z / 2**.5))
+    z = z / z.norm(dim=1, keepdim=True)
+    old = nn.utils.parametrizations.weight_norm(nn.Linear(4, 10, bias=False))                   # torch's own weight normalisation
+    old.parametrizations.weight.original0.data.fill_(1.); old.parametrizations.weight.original1.data.copy_(head.last_layer.weight_v)
+    assert torch.allclose(head(x), old(z), atol=1e-6)
+    head(x).pow(2).sum().backward(); old(z.detach()).pow(2).sum().backward()
+    assert torch.allclose(head.last_layer.weight_v.grad, old.parametrizations.weight.original1.grad, atol=1e-5) and head.last_layer.weight_g.grad is None
+    assert abs(head.mlp[0].weight.std().item() - .02) < .005 and not head.mlp[0].bias.any()
+    assert ProjectionHead(6, 10, 8, 4, norm_last_layer=False).last_layer.weight_g.requires_grad
+    assert len(ProjectionHead(6, 10, 8, 4, n_layers=1).mlp) == 1
+
+
+def test_multi_view_model_runs_once_a_resolution():
+    calls = []
+    class Backbone(nn.Module):
+        def forward(self, x): calls.append(tuple(x.shape)); return x.mean((2, 3))
+    model = MultiViewModel(Backbone(), nn.Identity())
+    views = [torch.rand(2, 3, 8, 4) for _ in range(2)] + [torch.rand(2, 3, 4, 2) for _ in range(3)]
+    assert torch.allclose(model(views), torch.cat([v.mean((2, 3)) for v in views])) and calls == [(4, 3, 8, 4), (6, 3, 4, 2)]
+    assert torch.allclose(model(views[:2]), torch.cat([v.mean((2, 3)) for v in views[:2]]))
+
+
+def test_teacher_update_moves_parameters_only():
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5)); student(torch.randn(4, 3, 6, 6))
+    teacher = deepcopy(student).requires_grad_(False)
+    for p in student.parameters(): p.data.add_(torch.randn_like(p))
+    student(torch.randn(4, 3, 6, 6)); before = deepcopy(teacher)
+    expected = [.996 * t + .004 * s for s, t in zip(student.parameters(), teacher.parameters())]
+    update_teacher(student, teacher, .996)
+    assert all(torch.allclose(p, e, rtol=0, atol=1e-7) for p, e in zip(teacher.parameters(), expected))
+    assert all(map(torch.equal, teacher.buffers(), before.buffers()))
+    kept = deepcopy(teacher); update_teacher(student, teacher, 1.); assert all(map(torch.equal, teacher.parameters(), kept.parameters()))
+    update_teacher(student, teacher, 0.); assert all(map(torch.equal, teacher.parameters(), student.parameters()))
+    with pytest.raises(ValueError, match="shapes"): update_teacher(student, nn.Linear(2, 2), .9)
+
+
+def test_schedules_equal_dinos():
+    import numpy as np
+    n = 1000
+    for schedule, start, end in ((momentum_schedule, .996, 1.), (weight_decay_schedule, .04, .4)):
+        theirs = end + .5 * (start - end) * (1 + np.cos(np.pi * np.arange(n) / n))
+        assert np.allclose([schedule(k / n) for k in range(n)], theirs, rtol=0, atol=1e-12)
+
+
+def test_clipping_is_per_tensor_and_freezing_drops_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), ProjectionHead(5, 7, 6, 4))
+    (1e3 * model(torch.randn(3, 5)).sum()).backward()
+    before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    norms = clip_gradients_(model, .5)
+    assert torch.allclose(norms, torch.stack([g.norm() for g in before.values()]))
+    for name, p in model.named_parameters():
+        if p.grad is None: continue
+        scale = min(1., .5 / (before[name].norm().item() + 1e-6))
+        assert torch.allclose(p.grad, before[name] * scale, rtol=1e-5, atol=0)
+    freeze_last_layer(model)
+    assert model[1].last_layer.weight_v.grad is None and model[1].mlp[0].weight.grad is not None
+    with pytest.raises(ValueError, match="last_layer"): freeze_last_layer(nn.Linear(2, 2))
+    assert clip_gradients_(nn.Linear(2, 2)).shape == (0,)
+    bad = nn.Linear(2, 1); bad.weight.grad = torch.tensor([[float("nan"), 1.]]); assert clip_gradients_(bad).isnan().any()   # NaN is seen, not hidden
+
+
+def test_param_groups_cover_every_trainable_parameter_once():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(4), ProjectionHead(4, 8, 8, 4))
+    weights, plain = param_groups(model)
+    every = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for g in (weights, plain) for p in g["params"]} == every and len(weights["params"]) + len(plain["params"]) == len(every)
+    assert all(p.ndim > 1 for p in weights["params"]) and plain["weight_decay"] == 0 and all(p.ndim == 1 for p in plain["params"])
+
+
+def test_queue_wraps_and_loss_uses_what_was_there_before():
+    torch.manual_seed(0)
+    queue = MomentumQueue(3, 7); seen = [queue.keys.clone()]
+    expected = queue.keys.clone(); at = 0
+    for n in (3, 3, 3, 10, 1):
+        new = F.normalize(torch.randn(n, 3), dim=1); queue.push(new)
+        for row in new[-7:]: expected[at % 7] = row; at += 1
+        assert torch.equal(queue.keys, expected) and queue.at == at % 7
+    loss = InfoNCELoss(3, 5, .1); keys = loss.queue.keys.clone(); q, k = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    value = loss(q, k)
+    cos = torch.cat([F.cosine_similarity(q, k)[:, None], F.normalize(q, dim=1) @ keys.T], 1)
+    slow = (torch.logsumexp(cos / .1, 1) - cos[:, 0] / .1).mean()
+    assert value.item() == pytest.approx(slow.item(), rel=1e-5)
+    value.backward(); assert k.grad is None and q.grad.abs().sum() > 0                          # the queue changed before backward
+    before = loss.queue.keys.clone(); loss.eval()(q, k); assert torch.equal(loss.queue.keys, before)
+    loss.train()(q, q); assert loss.last["top1"] == 1.
+    with pytest.raises(ValueError, match="one shape"): loss(q, k[:2])
+    assert ContrastHead(6, 4)(torch.randn(2, 6)).shape == (2, 4)
+
+
+def test_two_processes_share_centre_and_queue(tmp_path):
+    "Two ranks of torchrun against one process that sees both halves."
+    script = tmp_path / "ranks.py"
+    script.write_text(textwrap.dedent("""
+        import sys, torch, torch.distributed as dist
+        from cion_nb.distill import IdentityGuidedLoss, MomentumQueue
+        dist.init_process_group("gloo"); rank = dist.get_rank(); assert dist.get_world_size() == 2
+        torch.manual_seed(0)
+        student, teacher = torch.randn(4, 4, 9, dtype=torch.float64), torch.randn(2, 4, 9, dtype=torch.float64)
+        mine, identity = slice(2 * rank, 2 * rank + 2), torch.tensor([0, 0, 1, 1])
+        out = {}
+        for kind in ("ema", "batch"):
+            loss = IdentityGuidedLoss(9, 4, centre=kind).double()
+            value = loss(student[:, mine].flatten(0, 1), teacher[:, mine].flatten(0, 1), identity[mine])
+            dist.all_reduce(value); out[kind] = (value / 2, loss.centre)
+        torch.manual_seed(1); queue = MomentumQueue(3, 8); queue.push(torch.full((2, 3), float(rank + 1))); out["keys"] = queue.keys
+        if rank == 0: torch.save(out, sys.argv[1])
+        dist.destroy_process_group()
+    """))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path / "out.pt")],
+                          capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = torch.load(tmp_path / "out.pt")
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 4, 9, dtype=torch.float64), torch.randn(2, 4, 9, dtype=torch.float64)
+    for kind in ("ema", "batch"):
+        loss = IdentityGuidedLoss(9, 4, centre=kind).double()
+        value = loss(student.flatten(0, 1), teacher.flatten(0, 1), torch.tensor([0, 0, 1, 1]))
+        assert value.item() == pytest.approx(out[kind][0].item(), rel=1e-12) and torch.allclose(loss.centre, out[kind][1], rtol=0, atol=1e-12)
+    assert out["keys"][:4].tolist() == [[1.] * 3] * 2 + [[2.] * 3] * 2
+
+
+def test_compiles_without_changing_the_value():
+    "The loss and its gradient survive `torch.compile` (the eager backend needs no C compiler)."
+    torch.manual_seed(0)
+    student, teacher, identity = torch.randn(16, 9, requires_grad=True), torch.randn(8, 9), torch.tensor([0, 0, 1, 1])
+    eager = IdentityGuidedLoss(9, 4); compiled = torch.compile(deepcopy(eager), backend="eager")
+    a, b = eager(student, teacher, identity), compiled(student, teacher, identity)
+    assert a.item() == pytest.approx(b.item(), rel=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(x, student)[0] for x in (a, b)), atol=1e-7)

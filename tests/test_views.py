@@ -1,0 +1,437 @@
+"Views against torchvision, parameter by parameter and in distribution; samplers against their promises; faults of the image store."
+import io, pickle, tracemalloc, warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image, ImageFilter, ImageOps
+from scipy import stats
+
+from cion_nb.backbones import InputSpec
+from cion_nb.samples import make_samples
+from cion_nb.views import (IdentitySampler, ImageStore, MultiCrop, ORDERS, PKSampler, TrainTransform, VIEW_RECIPES, ViewParameters, blur_, brighten_,
+                           contrast_, crop_boxes, erase_, erase_boxes, id_curriculum, luma, normalise, recolour_, resize, sample_draws, saturate_,
+                           solarise_, spread_groups, turn_hue_)
+
+torch.set_num_threads(1)
+tv = pytest.importorskip("torchvision.transforms.functional")
+T = pytest.importorskip("torchvision.transforms")
+
+
+def picture(h=64, w=32, seed=0, noise=12):
+    "A smooth colourful picture with some noise, (3, h, w) uint8, channels last in memory."
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 6, 4)).astype(np.float32))
+    x = torch.nn.functional.interpolate(coarse, (h, w), mode="bicubic")[0].permute(1, 2, 0).numpy() + rng.normal(0, noise, (h, w, 3))
+    return torch.from_numpy(x.clip(0, 255).round().astype(np.uint8)).permute(2, 0, 1)
+
+
+COLOURS = torch.tensor([[r, g, b] for r in (0, 1, 127, 254, 255) for g in (0, 1, 127, 254, 255) for b in (0, 1, 127, 254, 255)], dtype=torch.uint8).T.reshape(3, 5, 25)
+PICTURES = [picture(), COLOURS, torch.full((3, 8, 6), 255, dtype=torch.uint8), torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)]
+one = lambda f: torch.full((1, 1, 1, 1), float(f))
+OPS = {"brightness": (brighten_, tv.adjust_brightness, (0, .6, 1, 1.4, 2)), "contrast": (contrast_, tv.adjust_contrast, (0, .6, 1, 1.4, 2)),
+       "saturation": (saturate_, tv.adjust_saturation, (0, .8, 1, 1.2, 2)), "hue": (turn_hue_, tv.adjust_hue, (-.5, -.3, -.1, -.01, 0, .05, .1, .25, .5))}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_colour_operations_equal_torchvisions(name):
+    ours, theirs, factors = OPS[name]
+    for image in PICTURES:
+        for f in factors:
+            out = ours(image[None].float(), one(f))[0]
+            assert (out - theirs(image / 255, f) * 255).abs().max() < .02, (name, f)                     # float: nothing is rounded
+            assert (out - theirs(image, f).float()).abs().max() < 1.01 + abs(1 - f), (name, f)           # uint8: torchvision cuts the fraction, and the grey's
+            if name != "hue":                                                                            # PIL's hue is quantised to 256 steps
+                pil = torch.from_numpy(np.array(theirs(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), f))).permute(2, 0, 1)
+                assert (out - pil.float()).abs().max() < 2.01 + abs(1 - f), (name, f)
+            else:
+                pil = torch.from_numpy(np.array(theirs(Image.fromarray(picture().permute(1, 2, 0).contiguous().numpy()), f))).permute(2, 0, 1)
+                assert (turn_hue_(picture()[None].float(), one(f))[0] - pil.float()).abs().mean() < 2.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(f=st.floats(0, 2), turn=st.floats(-.5, .5), seed=st.integers(0, 99))
+def test_any_factor(f, turn, seed):
+    image = picture(12, 9, seed, noise=60)
+    for name, (ours, theirs, _) in OPS.items():
+        v = turn if name == "hue" else f
+        assert (ours(image[None].float(), one(v))[0] - theirs(image / 255, v) * 255).abs().max() < .02, name
+
+
+def test_each_view_of_a_stack_has_its_own_factor():
+    stack = torch.stack([picture(seed=s) for s in range(4)]).float()
+    for name, (ours, _, factors) in OPS.items():
+        f = torch.tensor(factors[:4]).float().view(-1, 1, 1, 1)
+        assert torch.allclose(ours(stack.clone(), f), torch.cat([ours(x[None].clone(), v[None]) for x, v in zip(stack, f)]), atol=1e-3), name
+    sigma = torch.tensor([.1, .7, 1.5, 2.]).view(-1, 1, 1, 1)
+    assert torch.equal(blur_(stack.clone(), sigma), torch.cat([blur_(x[None].clone(), v[None]) for x, v in zip(stack, sigma)]))
+
+
+def test_grey_and_solarise():
+    for image in PICTURES:
+        assert (luma(image[None].float())[0] - tv.rgb_to_grayscale(image).float()).abs().max() < 1
+        pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        assert np.array_equal(solarise_(image[None].float())[0].permute(1, 2, 0).numpy(), np.array(ImageOps.solarize(pil)).astype(np.float32))
+
+
+@pytest.mark.parametrize("sigma", [.1, .3, .5, 1., 1.3, 2.])
+def test_blur_equals_torchvisions_and_is_near_pils(sigma):
+    for image in (picture(), picture(128, 64, 3), PICTURES[3]):
+        out = blur_(image[None].float(), one(sigma))[0]
+        kernel = 2 * int(np.ceil(3 * sigma)) + 1
+        assert (out - tv.gaussian_blur(image / 255, kernel, sigma) * 255).abs().max() < .01
+        assert (out - tv.gaussian_blur(image, kernel, sigma).float()).abs().max() <= .51
+    image = picture(128, 64, 3)                            # PIL approximates the Gaussian by box filters and repeats the edge pixels
+    pil = np.array(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).filter(ImageFilter.GaussianBlur(sigma))).transpose(2, 0, 1)
+    assert np.abs(blur_(image[None].float(), one(sigma))[0].numpy() - pil)[:, 8:-8, 8:-8].mean() < (.6 if sigma >= 1 else 1.5)
+
+
+def test_blur_of_small_images_and_a_mixed_stack():
+    tiny = torch.rand(2, 3, 4, 3) * 255
+    assert torch.isfinite(blur_(tiny.clone(), torch.tensor([.1, 2.]).view(2, 1, 1, 1))).all()      # the kernel is cut to the image
+    flat = torch.full((1, 3, 32, 16), 77.); assert torch.allclose(blur_(flat.clone(), one(1.7)), flat, atol=1e-3)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crops_equal_torchvisions(interpolation):
+    crop, mode = MultiCrop((64, 32), (32, 16), n_local=4, jitter=0, grey=0, blur=(0, 0, 0), solarise=(0, 0, 0), interpolation=interpolation), getattr(T.InterpolationMode, interpolation.upper())
+    images = [picture(128, 64, s) for s in range(3)] + [picture(90, 50, 9), picture(40, 60, 8)]
+    views, p = crop(images, np.arange(5)), crop.parameters(np.arange(5), [128, 128, 128, 90, 40], [64, 64, 64, 50, 60])
+    for v, stack in enumerate(views):
+        for b, image in enumerate(images):
+            box, size = p.crop[v, b].tolist(), [64, 32] if v < 2 else [32, 16]
+            ours = (stack[b].flip(-1) if p.flip[v, b] else stack[b]).int()
+            pil = tv.resized_crop(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), *box, size, mode)
+            for theirs in (tv.resized_crop(image, *box, size, mode, antialias=True), torch.from_numpy(np.array(pil)).permute(2, 0, 1)):
+                assert (ours - theirs.int()).abs().max() <= 1 and (ours - theirs.int()).float().mean().abs() < .05
+
+
+def test_a_whole_view_equals_the_same_steps_of_torchvision():
+    crop = MultiCrop((64, 32), (32, 16), n_local=6)
+    images, index = [picture(128, 64, s) for s in range(8)], np.arange(100, 108)
+    views, p = crop(images, index), crop.parameters(index, np.full(8, 128), np.full(8, 64))
+    cut_only = MultiCrop((64, 32), (32, 16), n_local=6, jitter=0, grey=0, blur=(0, 0, 0), solarise=(0, 0, 0))(images, index)     # the same boxes and flips
+    assert p.jitter.any() and p.grey.any() and (p.sigma > 0).any() and p.solarise.any()
+    worst = []
+    for v, stack in enumerate(views):
+        for b in range(8):
+            x = cut_only[v][b] / 255
+            if p.jitter[v, b]:
+                for op in ORDERS[p.order[v, b]]: x = list(OPS.values())[op][1](x, float(p.factors[v, b, op]))
+            if p.grey[v, b]: x = tv.rgb_to_grayscale(x, 3)
+            if p.sigma[v, b] > 0: x = tv.gaussian_blur(x, 2 * int(np.ceil(3 * p.sigma[v, b])) + 1, float(p.sigma[v, b]))
+            if p.solarise[v, b]: x = torch.where(x > .5, 1 - x, x)
+            worst.append((stack[b] - x * 255).abs().max().item())
+    assert max(worst) < .56                                 # one rounding
+
+
+def test_parameters_are_distributed_as_torchvisions():
+    n = 4000
+    for H, W, scale, ratio in ((256, 128, (.4, 1.), (.375, .667)), (256, 128, (.05, .4), (.375, .667)), (256, 128, (.2, 1.), (.75, 4/3)), (128, 64, (.8, 1.), (.4, .6))):
+        torch.manual_seed(0); image = torch.empty(3, H, W)
+        theirs = np.array([T.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
+        ours = crop_boxes(sample_draws(1, 0, np.arange(n), 22), np.full(n, H), np.full(n, W), scale, ratio)
+        for column in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+            assert stats.ks_2samp(column(theirs.astype(float)), column(ours.astype(float))).pvalue > 1e-3
+    p = MultiCrop(seed=3).parameters(np.arange(n), np.full(n, 256), np.full(n, 128))
+    share = lambda a, chance: abs(a.mean() - chance) < 4 * np.sqrt(chance * (1 - chance) / a.size) + 1e-12
+    assert share(p.flip, .5) and share(p.jitter, .8) and share(p.grey, .2)
+    assert share(p.sigma[0] > 0, 1.) and share(p.sigma[1] > 0, .1) and share(p.sigma[2:] > 0, .5)
+    assert share(p.solarise[1], .2) and not p.solarise[[0, *range(2, 10)]].any() and not p.erase[..., 2].any()
+    assert stats.kstest(p.sigma[p.sigma > 0], stats.uniform(.1, 1.9).cdf).pvalue > 1e-3
+    for k, (low, width) in enumerate(((.6, .8), (.6, .8), (.8, .4), (-.1, .2))):
+        assert stats.kstest(p.factors[..., k].ravel(), stats.uniform(low, width).cdf).pvalue > 1e-3
+    assert stats.chisquare(np.bincount(p.order.ravel(), minlength=24)).pvalue > 1e-3
+    assert abs(np.corrcoef(p.factors[..., 0].ravel(), p.factors[..., 1].ravel())[0, 1]) < .02 and abs(np.corrcoef(p.flip[0], p.flip[1])[0, 1]) < .08
+
+
+def test_erasing_boxes_are_distributed_as_timms():
+    erasing = pytest.importorskip("timm.data.random_erasing")
+    import random
+    random.seed(0); n, boxes = 3000, []
+    eraser = erasing.RandomErasing(probability=1., mode="const", max_count=1, device="cpu")
+    for _ in range(n):
+        x = torch.ones(3, 64, 32); eraser(x)
+        gone = (x[0] == 0).nonzero()
+        boxes.append((gone.max(0).values - gone.min(0).values + 1).tolist() if len(gone) else [0, 0])
+    theirs, ours = np.array(boxes), erase_boxes(sample_draws(0, 0, np.arange(n), 22), np.ones(n, bool), (64, 32))
+    assert ((ours[:, :2] >= 0) & (ours[:, :2] + ours[:, 2:] <= [64, 32])).all()
+    for column in (lambda b: b[:, 0] * b[:, 1], lambda b: b[:, 0] / np.maximum(b[:, 1], 1)):
+        assert stats.ks_2samp(column(theirs), column(ours[:, 2:])).pvalue > 1e-3
+    assert not erase_boxes(sample_draws(0, 0, np.arange(9), 22), np.zeros(9, bool), (64, 32)).any()
+
+
+@pytest.mark.parametrize("recipe", VIEW_RECIPES)
+def test_views_do_not_depend_on_the_batch(recipe):
+    crop = MultiCrop((32, 16), (16, 8), recipe=recipe, seed=5)
+    images, index = [picture(48 + s, 24 + s % 5, s) for s in range(12)], np.arange(12) * 17
+    together = crop(images, index, epoch=3)
+    assert len(together) == crop.n_views == (2 if recipe == "lup" else 10) and all(v.dtype == torch.uint8 for v in together)
+    for parts in (np.arange(12)[:, None], np.array_split(np.random.default_rng(0).permutation(12), 3)):
+        for part in parts:
+            apart = crop([images[k] for k in part], index[part], epoch=3)
+            assert all(torch.equal(a, v[torch.from_numpy(part)]) for a, v in zip(apart, together))
+    again = pickle.loads(pickle.dumps(crop))(images, index, epoch=3); assert all(map(torch.equal, again, together))
+    assert not any(map(torch.equal, crop(images, index, epoch=4), together))
+    assert not any(map(torch.equal, MultiCrop((32, 16), (16, 8), recipe=recipe, seed=6)(images, index, epoch=3), together))
+
+
+def test_stacked_images_and_odd_numbers_of_views():
+    stack = torch.stack([picture(32, 16, s) for s in range(3)])
+    for n_global, n_local in ((1, 0), (1, 3), (3, 0), (2, 1)):
+        views = MultiCrop((32, 16), (16, 8), n_local=n_local, n_global=n_global)(stack, [0, 1, 2])
+        assert [tuple(v.shape) for v in views] == [(3, 3, 32, 16)] * n_global + [(3, 3, 16, 8)] * n_local
+    a, b = MultiCrop((32, 16), n_local=0)(stack, [0, 1, 2]), MultiCrop((32, 16), n_local=0)(list(stack), [0, 1, 2])
+    assert all(map(torch.equal, a, b))
+    assert MultiCrop((32, 16), (16, 8), n_local=1)([], np.zeros(0, int))[0].shape == (0, 3, 32, 16)
+
+
+def test_lup_erases_with_the_mean_colour_and_keeps_the_rest():
+    images, index = [picture(64, 32, s) for s in range(40)], np.arange(40)
+    with_, without = (MultiCrop((64, 32), recipe="lup", erase=e) for e in (.5, 0.))
+    views, plain, p = with_(images, index), without(images, index), with_.parameters(index, np.full(40, 64), np.full(40, 32))
+    assert .2 < (p.erase[..., 2] > 0).mean() < .8
+    for v in range(2):
+        for b, (t, l, h, w) in enumerate(p.erase[v].tolist()):
+            inside = torch.zeros(64, 32, dtype=bool); inside[t:t + h, l:l + w] = True
+            assert (views[v][b][:, inside].T == torch.tensor([124, 116, 104])).all() and torch.equal(views[v][b][:, ~inside], plain[v][b][:, ~inside])
+
+
+@pytest.mark.parametrize("settings_, says", [
+    (dict(recipe="dino"), "use one of"), (dict(colour=1), "no setting colour"), (dict(n_global=0), "at least one"), (dict(n_local=-1), "n_local"),
+    (dict(global_scale=(.5, 1.5)), "global_scale"), (dict(local_scale=(.5, .4)), "local_scale"), (dict(ratio=(0, 1)), "ratio"),
+    (dict(strength=(.4, .4, .2, .6)), "hue"), (dict(blur=(2, 0, 0)), "chances"), (dict(flip=-.1), "chances"), (dict(blur_sigma=(0, 1)), "blur_sigma")])
+def test_wrong_view_settings(settings_, says):
+    with pytest.raises(ValueError, match=says): MultiCrop(**settings_)
+
+
+def test_recolour_takes_any_mixture():
+    "One call on a mixed stack equals one call a view (any device could run it)."
+    p = MultiCrop((32, 16), (16, 8)).parameters(np.arange(30), np.full(30, 48), np.full(30, 24)).flat(slice(0, 2))
+    x = torch.stack([picture(32, 16, s % 7) for s in range(60)]).float()
+    apart = torch.cat([recolour_(x[k:k + 1].clone(), p[k:k + 1]) for k in range(60)])
+    assert torch.allclose(recolour_(x.clone(), p), apart, atol=1e-3) and not torch.allclose(apart, x)
+
+
+def test_draws():
+    u = sample_draws(7, 2, np.arange(500), 20)
+    assert u.shape == (500, 20) and (u >= 0).all() and (u < 1).all() and len(np.unique(u)) == u.size
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
+    assert np.array_equal(u[3:5, :9], sample_draws(7, 2, np.arange(3, 5), 9))                      # a longer stream only adds
+    assert np.array_equal(sample_draws(7, 2, np.array([4, 4, 4]), 3)[0], u[4, :3]) and len(np.unique(sample_draws(7, 2, np.array([4, 4, 4]), 3))) == 9
+    assert sample_draws(0, 0, np.zeros(0, int), 4).shape == (0, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); sample_draws(2**40, 10**9, np.array([2**40]), 3); sample_draws(-1, -1, np.array([0]), 3)
+
+
+def test_train_transform_is_resize_flip_pad_crop():
+    images, index = [picture(70 + s, 40, s) for s in range(30)], np.arange(30)
+    x, boxes, seeds = TrainTransform((64, 32), pad=4, seed=1)(images, index, epoch=2)
+    u, flips, corners = sample_draws(1, 2, index, 26), [], []
+    for k, image in enumerate(images):
+        plain = resize(image[None], (64, 32), "bicubic")[0]
+        assert (plain.int() - tv.resize(image, [64, 32], T.InterpolationMode.BICUBIC, antialias=True).int()).abs().max() <= 1
+        plain = tv.hflip(plain) if u[k, 0] < .5 else plain
+        top, left = (int(v * 9) for v in u[k, 1:3])
+        assert torch.equal(x[k], tv.crop(tv.pad(plain, 4), top, left, 64, 32)); flips.append(u[k, 0] < .5); corners.append((top, left))
+    assert 5 < sum(flips) < 25 and {c[0] for c in corners} >= {0, 8} and len(set(seeds.tolist())) == 30
+    half = TrainTransform((64, 32), pad=4, seed=1)(images[10:20], index[10:20], epoch=2); assert torch.equal(half[0], x[10:20]) and torch.equal(half[1], boxes[10:20])
+    spec = InputSpec(mean=(.5,) * 3, std=(.5,) * 3); z = normalise(x, spec)
+    noise, mean = erase_(z.clone(), boxes, seeds), erase_(z.clone(), boxes, seeds, mode="const")
+    assert torch.equal(noise, erase_(z.clone(), boxes, seeds))
+    inside = torch.zeros(30, 64, 32, dtype=bool)
+    for m, (t, l, h, w) in zip(inside, boxes.tolist()): m[t:t + h, l:l + w] = True
+    inside = inside[:, None].expand_as(z)
+    assert torch.equal(noise[~inside], z[~inside]) and not mean[inside].any() and stats.kstest(noise[inside][::7].numpy(), "norm").pvalue > 1e-4
+    plain = TrainTransform((64, 32), flip=0, pad=0, erase=0)(images, index); assert torch.equal(plain[0], resize(images, (64, 32), "bicubic")) and not plain[1].any()
+    with pytest.raises(ValueError, match="mode 'rand'"): erase_(z, boxes, seeds, "rand")
+    with pytest.raises(ValueError, match="chances"): TrainTransform(flip=2)
+    with pytest.raises(ValueError, match="pad"): TrainTransform(pad=-1)
+    with pytest.raises(ValueError, match="sample numbers"): TrainTransform((64, 32))(images, [0])
+
+
+def test_normalise_is_feature_extractions():
+    from cion_nb.features import normalise as theirs
+    x = torch.stack([picture(16, 8, s) for s in range(3)])
+    for spec in (InputSpec(), InputSpec(colour="BGR", scale=1., mean=(1., 2., 3.), std=(4., 5., 6.))):
+        assert torch.equal(normalise(x, spec), theirs(x.permute(0, 2, 3, 1), spec))
+        assert [v.shape for v in normalise([x, x[:1]], spec)] == [(3, 3, 16, 8), (1, 3, 16, 8)]
+
+
+# ── the image store ──
+
+def files(root, n, h=24, w=12):
+    for k in range(n): Image.fromarray(picture(h + k % 3, w, k).permute(1, 2, 0).contiguous().numpy()).save(root / f"{k}.png")
+    return [f"{k}.png" for k in range(n)]
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+@pytest.mark.parametrize("size", [None, (20, 10)])
+def test_store_replaces_within_the_identity(tmp_path, memory, size):
+    names = files(tmp_path, 9); table = make_samples(names, pid=[0, 0, 0, 1, 1, 1, 2, 2, -1])
+    (tmp_path / "1.png").write_bytes(b""); (tmp_path / "5.png").unlink(); (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
+    (tmp_path / "6.png").write_bytes(b"junk"); (tmp_path / "7.png").write_bytes(b"junk")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        store = ImageStore(table, tmp_path, size=size, memory=memory)
+        images = store[[0, 1, 2, 3, 4, 5, 8]]
+        with pytest.raises(ValueError, match=r"identity 2 has no readable image \(row 6: 6.png"): store[6]
+    assert store.in_memory == bool(memory) and store.nbytes == (sum(i.nbytes for i in store._images if i is not None) if memory else 0)
+    assert torch.equal(images[1], images[2]) and torch.equal(images[3], images[4]) and torch.equal(images[5], images[4])     # the next of the identity, cyclic
+    assert store.unreadable.row.tolist() == [1, 3, 5, 6, 7] and store.readable.sum() == 4
+    assert len([w for w in said if "replaced by another image of identity" in str(w.message)]) == 5                           # once each
+    assert torch.equal(store[4], images[4]) and images[0].dtype == torch.uint8 and (size is None or images[0].shape == (3, *size))
+    table_ok = table[store.readable]; assert len(ImageStore(table_ok, tmp_path)) == 4
+    again = pickle.loads(pickle.dumps(store)); assert torch.equal(again[[1]][0], images[1])
+
+
+def test_store_keeps_its_memory_limit(tmp_path):
+    names = files(tmp_path, 6); one = 3 * 24 * 12
+    assert not ImageStore(make_samples(names), tmp_path, memory=2 * one).in_memory
+    full = ImageStore(make_samples(names), tmp_path, memory=100 * one); assert full.in_memory and full.nbytes <= 100 * one and len(full) == 6
+    disk = ImageStore(make_samples(names), tmp_path, memory=0, threads=2)
+    assert all(torch.equal(a, b) for a, b in zip(disk[np.arange(6)], full[np.arange(6)]))
+    assert ImageStore(make_samples([]), tmp_path)[[]] == []
+    jpeg = io.BytesIO(); Image.new("L", (12, 24), 128).save(jpeg, "JPEG"); (tmp_path / "grey.jpg").write_bytes(jpeg.getvalue())
+    assert ImageStore(make_samples("grey.jpg"), tmp_path)[0].shape == (3, 24, 12)
+
+
+def test_store_in_worker_processes(tmp_path):
+    "A store that has already used its threads still works in a forked DataLoader worker."
+    store = ImageStore(make_samples(files(tmp_path, 6)), tmp_path, memory=0); store[[0, 1]]
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self): return 3
+        def __getitem__(self, k): return store[[2 * k, 2 * k + 1]][1]
+    loaded = list(torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=1, timeout=60))
+    assert all(torch.equal(a, store[2 * k + 1]) for k, a in enumerate(loaded))
+
+
+# ── samplers ──
+
+def check_plan(labels, plan, n_id, batch_size):
+    "Groups of one identity, each image at most once unless its identity is short; every identity with its own number of groups."
+    groups = plan.reshape(-1, n_id); owner = labels[groups]
+    assert (owner == owner[:, :1]).all() and (owner >= 0).all() and plan.shape[1] == batch_size
+    used, counts = np.bincount(plan.ravel(), minlength=len(labels)), np.bincount(labels[labels >= 0])
+    n = np.where(labels >= 0, counts[labels], 0)
+    assert used[n >= n_id].max(initial=0) <= 1
+    for group, who in zip(groups, owner[:, 0]):
+        if counts[who] < n_id: assert set(np.bincount(np.unique(group, return_inverse=True)[1])) <= {n_id // counts[who], n_id // counts[who] + 1} and len(set(group)) == counts[who]
+    made = np.bincount(owner[:, 0], minlength=len(counts)); assert (made <= np.maximum(counts // n_id, 1)).all()
+    return made, counts
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 17), min_size=1, max_size=25), st.sampled_from([2, 3, 4, 8]), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 99))
+def test_sampler_promises(counts, n_id, people, world, unknown, seed):
+    rng = np.random.default_rng(seed); counts[0] = max(counts[0], 1)
+    labels = rng.permutation(np.r_[np.repeat(np.arange(len(counts)), counts), np.full(unknown, -1)]).astype(np.int64)
+    camids, tracklets, batch_size = rng.integers(0, 3, len(labels)), rng.integers(0, 9, len(labels)), people * world * n_id
+    expected = sum(max(c // n_id, 1) for c in counts if c)
+    make = lambda **k: IdentitySampler(labels, batch_size, n_id, seed=seed, **k)
+    if expected < batch_size // n_id:
+        with pytest.raises(ValueError, match="smaller batch_size"): make()
+        return
+    for parts in ({}, dict(camids=camids), dict(camids=camids, tracklets=tracklets), dict(tracklets=tracklets)):
+        sampler = make(**parts); plan = sampler.plan(4)
+        made, _ = check_plan(labels, plan, n_id, batch_size)
+        assert len(sampler) == len(plan) == expected // (batch_size // n_id) and made.sum() == plan.size // n_id
+        assert np.array_equal(plan, make(**parts).plan(4))
+        shards = []
+        for r in range(world):
+            mine = make(**parts, rank=r, world_size=world); mine.set_epoch(4); shards.append(list(mine))
+        assert np.array_equal(np.concatenate([np.stack(s) for s in shards], 1), plan)
+        late = make(**parts); late.set_epoch(4, advance=1); assert all(map(np.array_equal, late, plan[1:])) and len(list(late)) == len(plan)   # skips once
+
+
+def test_a_group_gets_its_even_share_of_cameras():
+    "Dealing: with g groups, no group holds more than ceil(c / g) images of a camera that has c images among those kept."
+    rng = np.random.default_rng(0)
+    for n_id in (2, 4, 8):
+        labels, camids = np.repeat(np.arange(30), rng.integers(n_id, 40, 30)), None
+        camids = rng.choice(5, len(labels), p=[.5, .2, .15, .1, .05])
+        sampler = IdentitySampler(labels, n_id * 2, n_id, camids=camids)
+        for epoch in range(3):
+            groups = sampler.plan(epoch).reshape(-1, n_id)
+            for who in range(30):
+                mine = groups[labels[groups[:, 0]] == who]; g = (labels == who).sum() // n_id
+                for c in range(5):
+                    kept = (camids[mine] == c).sum(); assert (camids[mine] == c).sum(1).max(initial=0) <= -(-max(kept, 1) // g) + (len(mine) < g)
+    labels, camids = np.zeros(3, int), np.array([0, 0, 1])                               # A, A, B in pairs: B is always in
+    labels = np.r_[labels, labels + 1]; camids = np.r_[camids, camids]
+    for epoch in range(20):
+        for pair in IdentitySampler(labels, 2, 2, camids=camids).plan(epoch): assert set(camids[pair]) == {0, 1}
+
+
+def test_tracklets_are_mixed_inside_a_camera():
+    labels, tracklets = np.zeros(40, int), np.repeat(np.arange(4), 10)
+    for cams in (None, np.zeros(40, int)):
+        groups = IdentitySampler(labels, 4, 4, camids=cams, tracklets=tracklets).plan(0)
+        assert all(len(set(tracklets[g])) == 4 for g in groups)
+
+
+@pytest.mark.parametrize("ids, each, people, n_id", [(32, 20, 24, 2), (25, 20, 24, 2), (24, 20, 24, 2), (200, 7, 24, 2), (64, 40, 24, 4), (13, 96, 12, 8)])
+def test_a_batch_holds_different_people(ids, each, people, n_id):
+    labels = np.repeat(np.arange(ids), each)
+    for epoch in range(5):
+        plan = IdentitySampler(labels, people * n_id, n_id).plan(epoch)
+        who = np.sort(labels[plan.reshape(len(plan), people, n_id)[..., 0]], 1)
+        assert (who[:, 1:] != who[:, :-1]).all()
+        assert len(np.unique(plan)) == plan.size
+
+
+def test_fewer_people_than_a_batch_needs_still_works():
+    labels = np.repeat(np.arange(3), 40)
+    plan = IdentitySampler(labels, 16, 2).plan(0); check_plan(labels, plan, 2, 16); assert len(plan) == 7
+    assert spread_groups(np.zeros(5, int), 5, np.random.default_rng(0)).shape == (1, 5)
+
+
+def test_every_image_has_its_turn():
+    "Over many epochs images of an identity are used equally often, and partners change."
+    labels = np.repeat(np.arange(12), 5); sampler = IdentitySampler(labels, 8, 2); used, pairs = np.zeros(60), set()
+    for epoch in range(300):
+        plan = sampler.plan(epoch); used += np.bincount(plan.ravel(), minlength=60); pairs |= {tuple(sorted(p)) for p in plan.reshape(-1, 2)}
+    assert used.std() < 4 * np.sqrt(300 * .8 * .2) / 2 and abs(used.mean() - 240) < 1 and len(pairs) == 12 * 10
+
+
+def test_one_image_an_identity_is_uniform_over_images():
+    labels = np.r_[np.zeros(50, int), np.arange(1, 51)]
+    sampler = IdentitySampler(labels, 20, 1); plan = sampler.plan(0)
+    assert sorted(plan.ravel()) == list(range(100)) and not np.array_equal(plan, sampler.plan(1))
+    assert 5 < np.mean([(labels[b] == 0).sum() for b in plan]) < 15
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(batch_size=50), "not a multiple of n_id=4"), (dict(world_size=5), "over 5 ranks is 9.6"), (dict(labels=np.zeros((4, 4), int)), r"\(4, 4\)"),
+    (dict(labels=np.zeros(100)), "float64"), (dict(rank=2), "rank 2 of 1"), (dict(camids=np.zeros(3)), "one value a label"), (dict(n_id=0), "at least 1"),
+    (dict(labels=np.full(100, -1)), "smaller batch_size"), (dict(batch_size=4800), "the labels give 25")])
+def test_wrong_sampler_settings(change, says):
+    with pytest.raises(ValueError, match=says): IdentitySampler(**(dict(labels=np.arange(100) // 4, batch_size=48, n_id=4) | change))
+
+
+def test_pk_sampler_repeats_what_is_short():
+    labels = np.r_[np.zeros(2, int), np.ones(1, int), np.repeat(np.arange(2, 10), 6)]
+    plan = PKSampler(labels, 16, k=4).plan(0); check_plan(labels, plan, 4, 16)
+    assert len(PKSampler(labels, 16, k=4)) == 10 // 4 and len({tuple(b) for b in PKSampler(labels, 16, camids=np.arange(len(labels)) % 3)}) == 2
+
+
+def test_an_epoch_at_cion_al_size_fits_the_budget():
+    "246,904 identities, 3.9 M images: the plan of an epoch in seconds and under 300 MB."
+    import time
+    rng = np.random.default_rng(0); counts = rng.geometric(1 / 15.8, 246_904)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    sampler = IdentitySampler(labels, 960, 2)
+    start = time.process_time(); plan = sampler.plan(0); seconds = time.process_time() - start
+    who = np.sort(labels[plan[:, ::2]], 1)
+    assert (who[:, 1:] != who[:, :-1]).all() and plan.size > .95 * len(labels) and seconds < 6      # 0.8 s on an idle core
+    tracemalloc.start(); sampler.plan(1); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < 300e6
+
+
+def test_curriculum():
+    assert [id_curriculum(e) for e in (0, 39.99, 40, 60, 80, 1000)] == [2, 2, 4, 6, 8, 8]
+    assert [id_curriculum(e, 5) for e in range(5)] == [2, 2, 4, 6, 8] and id_curriculum(3, 10, (1,), (0,)) == 1
+    assert [id_curriculum(e, 10, (2, 4), (0, 5), of=10) for e in range(10)] == [2] * 5 + [4] * 5
+    for bad in (dict(values=(2, 4), at=(0,)), dict(values=(2, 4), at=(1, 5)), dict(values=(2, 4, 6), at=(0, 60, 40))):
+        with pytest.raises(ValueError, match="one rising epoch"): id_curriculum(0, **bad)
