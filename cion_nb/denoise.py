@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIE', 'LINKS', 'STATES', 'LEVELS', 'Layout', 'lay_out', 'clean_tracklets', 'reallocate', 'link_by_threshold',
-           'closure', 'add_up', 'Denoised', 'blocks', 'denoise', 'feature_world']
+           'closure', 'Denoised', 'blocks', 'denoise', 'feature_world']
 
 # %% ../nbs/08_denoise.ipynb #d8fdcb98
 import hashlib
@@ -16,7 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
-from .noise import check_thresholds, close_pairs, cosine_distance, noise, unit_centroids, unit_rows
+from .noise import check_thresholds, close_pairs, cosine_distance, group_sums, noise, unit_centroids, unit_rows
 from .runs import atomic, progress, read_json, resolve, write_json
 from .samples import DEFAULTS, as_samples, make_samples
 
@@ -82,7 +82,7 @@ def clean_tracklets(
 ) -> tuple:               # (n,) int32 round in which an image was removed, 0 if kept; (n,) its last deviation, NaN when alone
     "Eq. 4: take the image farthest from the mean of the others out of each tracklet, again and again."
     left = np.diff(offsets); of = np.repeat(np.arange(len(left)), left)
-    sums = np.add.reduceat(x, offsets[:-1], axis=0)
+    sums = group_sums(x, of, len(left))
     k, total = np.einsum("nd,nd->n", x, sums[of]), np.einsum("td,td->t", sums, sums)
     removed_in, deviation = np.zeros(len(x), dtype=np.int32), np.full(len(x), np.nan)
     rows, taken = np.flatnonzero(left[of] > 1), np.zeros(len(left), dtype=np.int64)
@@ -110,9 +110,8 @@ def _deviations(x, of, is_in, rows, k, total, n_others, sigma):
     again = (length2 < 1e-4 * n_others**2) | (np.abs(d - sigma) <= TIE)
     if again.any():
         members = np.flatnonzero(is_in & np.isin(of, of[rows[again]]))
-        starts = np.flatnonzero(np.r_[True, of[members][1:] != of[members][:-1]])
-        at = np.searchsorted(of[members][starts], of[rows[again]])
-        others = np.add.reduceat(x[members], starts, axis=0)[at] - x[rows[again]]
+        own, group = np.unique(of[members], return_inverse=True)
+        others = group_sums(x[members], group, len(own))[np.searchsorted(own, of[rows[again]])] - x[rows[again]]
         d[again] = cosine_distance(x[rows[again]], unit_centroids(others, n_others[again]))
     return d
 
@@ -164,16 +163,6 @@ def closure(
     first = np.unique(component, return_index=True)[1]
     rank = np.empty(len(first), np.int64); rank[np.argsort(first)] = np.arange(len(first))
     return rank[component]
-
-def add_up(
-    values: np.ndarray,  # (n, D) or (n,) sums or counts
-    groups: np.ndarray,  # (n,) group of each row, 0 … m-1, all in use
-) -> np.ndarray:         # (m, D) or (m,)
-    "Sum of the rows of each group: what a merge does to sums and counts."
-    if len(groups) == 0: return values
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(groups[order]) > 0])
-    return np.add.reduceat(values[order], starts, axis=0)
 
 # %% ../nbs/08_denoise.ipynb #559e8e56
 STATES = ("kept", "reallocated", "removed", "discarded")
@@ -245,9 +234,8 @@ def _clean_block(features, layout, first, end, clean, sigma_cst, max_rows):
         rounds, deviation = clean_tracklets(x, offsets, sigma_cst) if clean else (np.zeros(hi - lo, np.int32), np.full(hi - lo, np.nan))
         out = np.flatnonzero(rounds)
         of = np.repeat(np.arange(t1 - t0), np.diff(offsets))
-        removed = x[out]; x[out] = 0
-        counts = np.bincount(of[rounds == 0], minlength=t1 - t0)
-        parts.append((rounds, deviation, np.add.reduceat(x, offsets[:-1], axis=0), counts, removed, t0 + of[out], lo + out))
+        kept = (rounds == 0).astype(np.float64)
+        parts.append((rounds, deviation, group_sums(x, of, t1 - t0, kept), np.bincount(of, kept, t1 - t0).astype(np.int64), x[out], t0 + of[out], lo + out))
     return [np.concatenate(p) for p in zip(*parts)]
 
 def _images_of_videos(features, layout, levels, sigma_cst, max_rows):
@@ -314,7 +302,8 @@ def _merge(layout, sums, counts, sigma_drm, half_width, levels, linker):
     if "video" in levels:
         in_video = linker(unit_centroids(sums, counts), sigma_drm, np.searchsorted(layout.video, layout.video, side="right") - 1)
         video_identity = closure(n, *in_video[:2])
-        sums, counts = add_up(sums, video_identity), add_up(counts, video_identity)
+        n_groups = video_identity.max(initial=-1) + 1
+        sums, counts = group_sums(sums, video_identity, n_groups), group_sums(counts, video_identity, n_groups)
     m = len(counts)
     identity = np.arange(m)
     if "cross" in levels:

@@ -937,9 +937,9 @@ def _cast_shadow(c: Canvas, cam: Camera, p: Person, A: dict, i: int) -> None:
 BANKS = { # two banks that differ in place, light, colour and quality; `cameras("A")` numbers them from 1
  "A": (
     dict(name="A1", scene="plaza", focal=770, mount=3.3, pitch=.15, sun=(-.6, -.45, .75), gain=(1.03, 1., .95)),
-    dict(name="A2", scene="street", focal=800, mount=4.2, pitch=.22, sun=(.3, -.2, .9), sunlight=(.45, .46, .48), sky=(.68, .70, .76), gain=(.95, .99, 1.06), saturation=.9, exposure=1.08, noise=3, quality=82),
+    dict(name="A2", scene="street", focal=800, mount=4.2, pitch=.22, sun=(.3, -.2, .9), sunlight=(.5, .5, .5), sky=(.68, .70, .74), gain=(.98, 1., 1.04), saturation=.94, exposure=1.08, noise=3, quality=82),
     dict(name="A3", scene="park", focal=740, mount=3.0, pitch=.13, sun=(.7, -.3, .6), sunlight=(1.08, 1.02, .88), sky=(.40, .44, .40), gain=(.99, 1.03, .93), saturation=1.05, exposure=1.),
-    dict(name="A4", scene="parking", focal=780, mount=4.8, pitch=.26, sun=(-.2, -.3, .9), sunlight=(.5, .48, .46), sky=(.58, .59, .62), gain=(1.01, .98, 1.02), saturation=.84, exposure=1.08, gamma=1.02, black=.04, blur=.8, noise=4, quality=78),
+    dict(name="A4", scene="parking", focal=780, mount=4.8, pitch=.26, sun=(-.2, -.3, .9), sunlight=(.5, .48, .46), sky=(.58, .59, .62), gain=(1.01, .98, 1.02), saturation=.92, exposure=1.12, gamma=1., black=.03, blur=.7, noise=3, quality=78),
     dict(name="A5", scene="gate", focal=760, mount=2.9, pitch=.11, sun=(.45, -.8, .6), sunlight=(1.15, 1.05, .9), sky=(.44, .44, .45), gain=(1.06, 1., .92), exposure=1.1, gamma=.96, quality=84),
     dict(name="A6", scene="campus", size=(576, 324), focal=580, mount=3.6, pitch=.17, sun=(-.3, -.6, .8), gain=(.96, 1.01, 1.04), saturation=.94, exposure=1.04, gamma=1.02, blur=.7, noise=5, quality=72)),
  "B": (
@@ -958,12 +958,12 @@ def cameras(bank: str = "A", n: int = 6) -> tuple:
 
 # %% ../nbs/02_pedestrians.ipynb #a7d62f9f
 PROFILES = { # every value of a world; `make_world(profile, seed, **changes)` replaces any of them
- "tiny":  dict(bank="A", cameras=6, pretrain_people=48, appearances=4, walks_per_video=16, train_people=60, test_people=40, cameras_per_person=4, images_per_camera=4,
-               distractors=60, lookalikes=.3, fps=12, stride=6, gap=1.6, reid_gap=3., crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
- "small": dict(bank="A", cameras=6, pretrain_people=480, appearances=4, walks_per_video=16, train_people=400, test_people=300, cameras_per_person=5, images_per_camera=4,
-               distractors=600, lookalikes=.3, fps=12, stride=6, gap=1.6, reid_gap=3., crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
- "paper": dict(bank="A", cameras=6, pretrain_people=4800, appearances=6, walks_per_video=24, train_people=751, test_people=750, cameras_per_person=6, images_per_camera=4,
-               distractors=2793, lookalikes=.3, fps=12, stride=6, gap=1.6, reid_gap=3., crop=(256, 128), switch=.06, fragments=1.35, background=.03, drift=.04)}
+ "tiny":  dict(bank="A", cameras=6, pretrain_people=48, appearances=4, walks_per_video=16, train_people=100, test_people=40, cameras_per_person=4, images_per_camera=4, train_images_per_camera=3,
+               distractors=60, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
+ "small": dict(bank="A", cameras=6, pretrain_people=480, appearances=4, walks_per_video=16, train_people=400, test_people=300, cameras_per_person=5, images_per_camera=4, train_images_per_camera=3,
+               distractors=600, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
+ "paper": dict(bank="A", cameras=6, pretrain_people=4800, appearances=6, walks_per_video=24, train_people=751, test_people=750, cameras_per_person=6, images_per_camera=4, train_images_per_camera=3,
+               distractors=2793, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., crop=(256, 128), switch=.06, fragments=1.35, background=.03, drift=.04)}
 
 @dataclass(frozen=True)
 class Video:
@@ -1141,7 +1141,7 @@ def _observe(rng, t: pd.DataFrame, cam: Camera, loose: float = .03) -> pd.DataFr
     b = t[["x", "y", "w", "h"]].to_numpy(); n = len(b)
     centre, size = b[:, :2] + b[:, 2:] / 2, b[:, 2:] * np.exp(rng.normal(0, loose, (n, 2)) + .02)
     centre = centre + rng.normal(0, loose, (n, 2)) * size
-    size[:, 0] = np.maximum(size[:, 0], .34 * size[:, 1])
+    size[:, 0] = np.maximum(size[:, 0], .42 * size[:, 1])
     lo, hi = np.round(np.clip(centre - size / 2, 0, cam.size)), np.round(np.clip(centre + size / 2, 0, cam.size))
     lo = np.minimum(lo, np.array(cam.size) - 8); hi = np.maximum(hi, lo + 8)
     seen = (t.inside * t.clear).to_numpy() if "clear" in t else np.full(n, .3)
@@ -1261,18 +1261,18 @@ def _sample_reid(world: World) -> pd.DataFrame:
     for video in (q for q in world.videos if q.role != "pretrain"):
         cam, rng = world.camera(video), _rng(world.seed, v["bank"], "reid", video.name)
         t = _truth_boxes(cam, video, world.people, v["fps"], 2)
-        rows = []
+        rows, each = [], v["images_per_camera"] if video.role == "test" else v["train_images_per_camera"]
         for _, r in t.groupby("walk").indices.items():
             seen = (t.inside * t.clear).to_numpy()[r]
-            good = r[seen >= min(.75, np.sort(seen)[-min(len(r), 2 * v["images_per_camera"])])]
-            cells = np.array_split(good, min(v["images_per_camera"], len(good)))
+            good = r[seen >= min(.85, np.sort(seen)[-min(len(r), 2 * each)])]
+            cells = np.array_split(good, min(each, len(good)))
             rows.append([int(rng.choice(c)) for c in cells])
         split = {i: "train" if video.role == "train" else "gallery" for r in rows for i in r}
         if video.role == "test": split.update({int(rng.choice(r)): "query" for r in rows})
         pick = t.loc[sorted(split)].assign(split=[split[i] for i in sorted(split)], mistake="")
         pick["pid"] = pick.true_pid
         if video.role == "test": pick = pd.concat([pick, _distractors(rng, t, cam, v["distractors"] // v["cameras"] + (video.camid <= v["distractors"] % v["cameras"]))])
-        tables.append(_observe(rng, pick.reset_index(drop=True), cam, .04).assign(video=video.name, camid=video.camid, tracklet=-1))
+        tables.append(_observe(rng, pick.reset_index(drop=True), cam, .02).assign(video=video.name, camid=video.camid, tracklet=-1))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/02_pedestrians.ipynb #103f91aa

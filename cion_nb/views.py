@@ -266,7 +266,7 @@ class MultiCrop:
         p = self.parameters(np.asarray(index), np.array([i.shape[-2] for i in images]), np.array([i.shape[-1] for i in images]), epoch)
         V, G = self.n_views, self.n_global
         return [view for some, size in ((slice(0, G), self.global_size), (slice(G, V), self.local_size)) if some.stop > some.start
-                for view in self._cut(images, p.flat(some), size).unflatten(0, (-1, len(images)))]
+                for view in self._cut(images, p.flat(some), size).unflatten(0, (some.stop - some.start, len(images)))]
 
     def _cut(self, images, p, size):
         "The views of one size, (n * B, 3, h, w), from flattened parameters `p`."
