@@ -138,6 +138,15 @@ def test_a_pair_just_at_the_threshold_is_decided_by_its_own_product():
     assert linked == {(i, 400 + i) for i in range(400) if cosine[i] > .82}
 
 
+def test_a_threshold_equal_to_a_distance_excludes_that_pair_in_any_tile():
+    "The product of a whole tile may round otherwise than the product of the two rows, which decides."
+    units = unit_rows(np.random.default_rng(0).normal(size=(60, 96)))
+    for i, j in np.random.default_rng(1).permutation([(i, j) for i in range(60) for j in range(i + 1, 60)])[:250].tolist():
+        sigma = float(cosine_distance(units[[i]], units[[j]])[0])
+        for threshold, is_linked in ((sigma, False), (np.nextafter(sigma, 2), True)):
+            for tile in (4, 64): assert any(((a == i) & (b == j)).any() for a, b, _ in close_pairs(units, threshold, tile=tile)) == is_linked
+
+
 # ---------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("labels, kw, message", [
