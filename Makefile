@@ -35,7 +35,7 @@ readme: $(STAMP)
 	$(PY) .ci/readme.py
 
 notebooks: $(STAMP)
-	$(PY) -c "from nbdev.export import nbdev_export; nbdev_export()"
+	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
 
 lab: $(STAMP)

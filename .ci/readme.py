@@ -3,20 +3,23 @@ import re, sys
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import Preprocessor
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def shown(cell):
-    return not (cell.cell_type == "code" and re.match(r"\s*#\|\s*hide", cell.source))
+    return not (cell.cell_type == "code" and re.match(r"\s*#\|\s*hide\b", cell.source))
 
 
 def main():
     nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
     nb.cells = [c for c in nb.cells if shown(c)]
+    for c in nb.cells:
+        if "#| echo: false" in c.source: c.metadata["tags"] = ["output_only"]
     for c in nb.cells: c.source = "\n".join(line for line in c.source.split("\n") if not line.startswith("#|"))
-    text, extra = MarkdownExporter().from_notebook_node(nb)
+    only = dict(enabled=True, remove_input_tags=["output_only"])
+    text, extra = MarkdownExporter(config=Config(TagRemovePreprocessor=only)).from_notebook_node(nb)
     folder = ROOT / "reports" / "readme"
     for name, data in extra.get("outputs", {}).items():
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ def generated():
 
 def nbdev_changes_nothing():
     before = generated()
-    code, out = call(["-c", "from nbdev.export import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"], 120)
+    code, out = call(["-c", "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"], 120)
     changed = sorted(str(f) for f, content in generated().items() if before.get(f) != content)
     return code or bool(changed), out + "".join(f"\n{f} changes under nbdev_export/nbdev_clean: edit the notebook, run `make notebooks`, commit both" for f in changed)
 
@@ -60,7 +60,7 @@ def main():
     for name, job in jobs.items(): done(name, *timed(job))
     books = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     with ThreadPoolExecutor(2) as pool:
-        tests = pool.submit(timed, call, ["-m", "pytest", "-q", "-rs", "--durations=8", "-p", "no:cacheprovider"], PYTEST_SECONDS)
+        tests = pool.submit(timed, call, ["-m", "pytest", "-rs", "--durations=8", "-p", "no:cacheprovider"], PYTEST_SECONDS)
         runs = {pool.submit(timed, notebook, b): str(b.relative_to(ROOT)) for b in books}
         for f, name in runs.items(): done(name, *f.result())
         code, out, seconds = tests.result()

@@ -38,14 +38,15 @@ class ProjectionHead(nn.Module):
         bottleneck: int = 256,
         n_layers: int = 3,            # linear layers before the prototypes
         norm_last_layer: bool = True, # freeze the prototypes' length at 1
+        batch_norm: bool = False,     # DINO's `use_bn_in_head`: BatchNorm after every hidden layer
     ):
         super().__init__()
         if n_layers < 1: raise ValueError(f"ProjectionHead n_layers={n_layers}: at least 1")
         sizes = [in_dim] + [hidden] * (n_layers - 1) + [bottleneck]
-        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.GELU())]
-        self.mlp = nn.Sequential(*layers[:-1])
+        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), *[nn.BatchNorm1d(b)] * batch_norm, nn.GELU())]
+        self.mlp = nn.Sequential(*layers[:-2 if batch_norm else -1])
         self.last_layer = WeightNormLinear(bottleneck, out_dim, norm_last_layer)
-        for m in self.mlp[::2]: nn.init.trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
+        for m in (m for m in self.mlp if isinstance(m, nn.Linear)): nn.init.trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
 

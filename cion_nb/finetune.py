@@ -110,8 +110,7 @@ class FineTuning(Task):
         return sampler
 
     def load(self, rows, seen):
-        again = pd.Series(rows).groupby(rows).cumcount().to_numpy()       # an image that stands twice in a batch is not flipped and cropped alike
-        pixels, boxes, noise = self.transform(self.images[rows], rows + self.n_images * again, epoch=seen)
+        pixels, boxes, noise = self.transform(self.images[rows], rows, epoch=seen)
         return dict(pixels=pixels, boxes=boxes, noise=noise, pid=torch.from_numpy(self.labels[rows]))
 
     def schedule(self, share):

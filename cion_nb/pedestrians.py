@@ -6,9 +6,10 @@
 __all__ = ['FABRICS', 'TEXTURES', 'SKINS', 'HAIRS', 'JOINTS', 'PARTS', 'SCENES', 'MARGIN', 'BANKS', 'PROFILES', 'OTHER',
            'OCCLUDER', 'RENDERER', 'Garment', 'Person', 'skeleton', 'Camera', 'project', 'rays', 'Canvas', 'Light',
            'Walk', 'Sprite', 'Scenery', 'scenery', 'cameras', 'Video', 'World', 'truth_boxes', 'iou', 'make_world',
-           'Crop', 'render_frame', 'render', 'Truth', 'read_truth']
+           'mistake_rates', 'Crop', 'render_frame', 'render', 'Truth', 'read_truth', 'write_video', 'write_truth',
+           'write_detections', 'Picture', 'tile', 'portrait', 'one_person', 'montage']
 
-# %% ../nbs/02_pedestrians.ipynb #1a353116
+# %% ../nbs/02_pedestrians.ipynb #2d129916
 import json, os, shutil, subprocess, sys, threading, zlib
 from dataclasses import dataclass, asdict, replace
 from functools import lru_cache
@@ -16,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
 from .runs import atomic, fingerprint, progress, read_json, write_json
 from .samples import make_samples, read_samples, write_samples
 
-# %% ../nbs/02_pedestrians.ipynb #a7293188
+# %% ../nbs/02_pedestrians.ipynb #703d395f
 def _rng(*keys) -> np.random.Generator:
     "A generator that depends on `keys` alone: each thing of the world draws from its own stream."
     return np.random.default_rng([zlib.crc32(str(k).encode()) for k in keys])
@@ -36,7 +38,7 @@ def _jitter(rng, colour, amount=.12) -> tuple:
     c = np.clip(np.asarray(colour) * np.exp(rng.normal(0, amount, 3) * .5 + rng.normal(0, amount)), .008, .9)
     return tuple(float(x) for x in c)
 
-# %% ../nbs/02_pedestrians.ipynb #2d129916
+# %% ../nbs/02_pedestrians.ipynb #4e15cdc8
 FABRICS = {name: _linear(c) for name, c in dict(
     black="#18181b", charcoal="#36383d", grey="#8b8d92", silver="#c3c5c8", white="#efeeea", cream="#e5dcc3", beige="#c0a67c",
     brown="#6a4a32", rust="#a5502a", red="#b5212b", wine="#641a2b", pink="#e08fa6", magenta="#a9307c", purple="#553a80",
@@ -46,7 +48,7 @@ TEXTURES = ("plain", "stripes", "pinstripes", "checks", "dots", "block", "band",
 SKINS = [_linear(c) for c in ("#f3d3bd", "#e8bd9c", "#d6a17a", "#b67e55", "#8a5a3a", "#5f3c28", "#432a1e")]
 HAIRS = [_linear(c) for c in ("#14110f", "#2a1d15", "#4a3020", "#7a5230", "#b58b4f", "#8d8a86", "#c9c6c0", "#6b2c1a")]
 
-# %% ../nbs/02_pedestrians.ipynb #9faf03ca
+# %% ../nbs/02_pedestrians.ipynb #2b9ddd7d
 @dataclass(frozen=True)
 class Garment:
     "One piece of clothing: two linear colours, how they are arranged, and how far it reaches along its limb (0..2 segments)."
@@ -83,7 +85,7 @@ class Person:
     speed: float      # metres a second
     group: int        # look-alikes share a group; -1 none
 
-# %% ../nbs/02_pedestrians.ipynb #703d395f
+# %% ../nbs/02_pedestrians.ipynb #451df396
 def _wardrobe(rng, shape: float) -> tuple[Garment, Garment]:
     "A top and a bottom that one person might put on together."
     names = list(FABRICS)
@@ -100,7 +102,7 @@ def _wardrobe(rng, shape: float) -> tuple[Garment, Garment]:
     lower = Garment(low, pick(base), pick(names), str(rng.choice(["plain", "checks", "pinstripes", "side"], p=[.74, .08, .06, .12])), .11, float(legs))
     return upper, lower
 
-# %% ../nbs/02_pedestrians.ipynb #e71bc690
+# %% ../nbs/02_pedestrians.ipynb #d1b4e41d
 def _person(rng, pid: int, clothes=None, group: int = -1) -> Person:
     "One person; `clothes` dresses a look-alike."
     shape = float(np.clip(rng.choice([.2, .8]) + rng.normal(0, .12), 0, 1))
@@ -114,18 +116,18 @@ def _person(rng, pid: int, clothes=None, group: int = -1) -> Person:
         float(np.clip(rng.normal(1, .03), .93, 1.07)), float(np.clip(rng.normal(1, .05), .9, 1.12)),
         _jitter(rng, SKINS[int(rng.choice(7, p=[.17, .24, .2, .14, .1, .09, .06]))], .06), hair,
         _jitter(rng, bright[int(rng.integers(13))] if hair in ("cap", "hood") else HAIRS[int(rng.choice(8, p=[.3, .22, .16, .1, .08, .07, .03, .04]))], .1),
-        bool(shape < .5 and rng.random() < .25), upper, lower, float(rng.choice([.004, .014, .03], p=[.4, .4, .2])),
+        bool(shape < .5 and rng.random() < .25), upper, lower, float(rng.choice([.004, .012, .022], p=[.4, .4, .2])),
         _jitter(rng, bright[int(rng.choice(13, p=[.06, .07, .02, .03, .25, .25, .06, .03, .04, .07, .06, .04, .02]))], .1), bool(shape > .5 and rng.random() < .2),
-        bag, _jitter(rng, bright[int(rng.integers(13))]), float(rng.uniform(.74, .88)), float(rng.uniform(.3, .75)),
+        bag, _jitter(rng, bright[int(rng.integers(13))]), float(rng.uniform(.74, .88)), float(rng.uniform(.24, .58)),
         float(rng.normal(.04, .04)), float(rng.uniform(1.05, 1.6)), group)
 
-# %% ../nbs/02_pedestrians.ipynb #4e15cdc8
+# %% ../nbs/02_pedestrians.ipynb #a45e6f9a
 JOINTS = ("head_top", "head", "neck", "pelvis", "r_shoulder", "r_elbow", "r_wrist", "l_shoulder", "l_elbow", "l_wrist",
           "r_hip", "r_knee", "r_ankle", "r_toe", "l_hip", "l_knee", "l_ankle", "l_toe")
 PARTS = ("background", "hair", "face", "torso", "right arm", "left arm", "right leg", "left leg", "right foot", "left foot",
          "skirt", "bag", "other person", "occluder")
 
-# %% ../nbs/02_pedestrians.ipynb #2b9ddd7d
+# %% ../nbs/02_pedestrians.ipynb #8f50607d
 def _bump(x, width):
     "A smooth, periodic pulse of height 1 at x = 0 (radians)."
     return np.exp((np.cos(x) - 1) / width ** 2)
@@ -133,7 +135,7 @@ def _bump(x, width):
 def _leg(p: Person, phase, side: int) -> dict:
     "Hip, knee, ankle, heel and toe of one leg, relative to the pelvis: (n, 3) as (right, forward, up) in metres."
     H, f = p.height, phase + (0 if side > 0 else np.pi)
-    A = np.arcsin(np.clip(p.stride * H / (4 * .5 * H * p.legs), 0, .62))
+    A = .93 * np.arcsin(np.clip(p.stride / (2 * p.legs), 0, .62))
     hip = .05 + A * np.cos(f)                                       # thigh forward of vertical
     knee = .08 + .30 * _bump(f - .35 * np.pi, .5) * .6 + 1.02 * _bump(f - 1.36 * np.pi, .62)
     foot = .28 * _bump(f, .4) - .75 * _bump(f - 1.14 * np.pi, .5)   # toes up at heel strike, down at push-off
@@ -145,19 +147,19 @@ def _leg(p: Person, phase, side: int) -> dict:
     heel = a + .028 * H * down - .018 * H * ahead
     return dict(hip=h, knee=k, ankle=a, heel=heel, toe=heel + .118 * H * ahead + side * np.array([.012 * H, 0, 0]))
 
-# %% ../nbs/02_pedestrians.ipynb #451df396
+# %% ../nbs/02_pedestrians.ipynb #3e0c0c81
 def _arm(p: Person, phase, side: int, shoulder) -> dict:
     "Elbow, wrist and hand of one arm; it swings against the leg of its side and less when it carries a bag."
     H, carries = p.height, p.bag == "hand" and side > 0
     swing = p.swing * (.25 if carries else 1)
     f = phase + (np.pi if side > 0 else 0)
-    a = .02 + swing * np.cos(f); bend = (.1 if carries else .22) + .45 * swing * (1 + np.cos(f))
+    a = .02 + swing * np.cos(f); bend = (.08 if carries else .16) + .32 * swing * (1 + np.cos(f))
     out = side * (.10 + .10 * (p.build - 1))
     seg = lambda base, length, angle: base + length * np.stack([out + 0 * f, np.sin(angle), -np.cos(angle)], -1)
     e = seg(shoulder, .168 * H, a); w = seg(e, .142 * H, a + bend)
     return dict(elbow=e, wrist=w, hand=seg(w, .048 * H, a + bend + .15))
 
-# %% ../nbs/02_pedestrians.ipynb #d1b4e41d
+# %% ../nbs/02_pedestrians.ipynb #db98049a
 def skeleton(
     person: Person,
     phase: np.ndarray,   # (n,) gait phase in radians; 2 pi is two steps
@@ -177,11 +179,11 @@ def skeleton(
     twist = .14 * np.cos(phase)                                     # shoulders turn against the hips
     for s, n in ((1, "r_"), (-1, "l_")):
         across = np.stack([np.cos(twist), -s * 0 - np.sin(twist), z], -1) * s
-        J[n + "shoulder"] = J["neck"] - .043 * H * up + (.100 - .012 * person.shape) * H * (.6 + .4 * person.build) * across
+        J[n + "shoulder"] = J["neck"] - .050 * H * up + (.096 - .012 * person.shape) * H * (.6 + .4 * person.build) * across
         for k, v in _arm(person, phase, s, J[n + "shoulder"]).items(): J[n + k] = v
     return {**J, **_anchors(person, J, up, fwd, trunk)}
 
-# %% ../nbs/02_pedestrians.ipynb #dd53087e
+# %% ../nbs/02_pedestrians.ipynb #29f0ccf2
 def _anchors(p: Person, J: dict, up, fwd, trunk) -> dict:
     "Ends of the things a person wears: hem, skirt, bag, strap, hair."
     H, side = p.height, np.array([1., 0, 0])
@@ -204,7 +206,7 @@ def _anchors(p: Person, J: dict, up, fwd, trunk) -> dict:
     A["tail_top"] = J["head"] - .07 * H * fwd + (.03 if p.hair == "tail" else .05) * H * up
     return A
 
-# %% ../nbs/02_pedestrians.ipynb #53bd6eaf
+# %% ../nbs/02_pedestrians.ipynb #911e8e98
 @dataclass(frozen=True)
 class Camera:
     "A camera at (0, 0, `mount`) looking along +Y, `pitch` radians down; metres, pixels, linear light."
@@ -215,8 +217,7 @@ class Camera:
     focal: float = 760.   # pixels
     mount: float = 3.4
     pitch: float = .16
-    near: float = 5.5     # people walk between these distances
-    far: float = 15.
+    far: float = 15.      # nobody walks further away than this
     bend: float = -.05    # radial distortion k1
     vignette: float = .25
     sun: tuple = (.5, -.5, .7)        # world direction towards the sun
@@ -233,12 +234,17 @@ class Camera:
     seed: int = 0                     # of the scenery
 
     @property
+    def near(self) -> float:
+        "Where the ground enters the picture at the bottom, metres: people who cross are seen from head to (almost) foot."
+        return .95 * self.mount / np.tan(self.pitch + np.arctan(self.size[1] / 2 / self.focal))
+
+    @property
     def matrix(self) -> np.ndarray:
         "(3, 3) colour matrix: saturation about luminance, then white balance."
         grey = np.array([.2126, .7152, .0722]) * np.ones((3, 1))
         return np.diag(self.gain) @ (grey + self.saturation * (np.eye(3) - grey)) * self.exposure
 
-# %% ../nbs/02_pedestrians.ipynb #a45e6f9a
+# %% ../nbs/02_pedestrians.ipynb #81f7fb3f
 def _axes(cam: Camera) -> np.ndarray:
     "(3, 3) rows right, down, forward."
     s, c = np.sin(cam.pitch), np.cos(cam.pitch)
@@ -255,7 +261,7 @@ def project(
     uv = uv * (1 + cam.bend * (uv ** 2).sum(-1, keepdims=True))
     return np.concatenate([uv * cam.focal + np.array(cam.size) / 2, depth], -1)
 
-# %% ../nbs/02_pedestrians.ipynb #8f50607d
+# %% ../nbs/02_pedestrians.ipynb #3d69303b
 def rays(
     cam: Camera,
     x: np.ndarray, y: np.ndarray,  # pixel coordinates
@@ -267,7 +273,7 @@ def rays(
         s = 1 + cam.bend * (u * u + v * v); u, v = x / s, y / s
     return np.tensordot(_axes(cam).T, np.stack([u, v, np.ones_like(u)]), 1).astype(np.float32)
 
-# %% ../nbs/02_pedestrians.ipynb #db98049a
+# %% ../nbs/02_pedestrians.ipynb #c64d81ad
 class Canvas:
     "A window of a camera's frame while it is painted: linear RGB, whose pixel it is, and which part."
     def __init__(self, x, y, rgb):
@@ -284,7 +290,7 @@ class Canvas:
         X = np.arange(x0, x1, dtype=np.float32) + np.float32(.5); Y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(.5)
         return (slice(y0 - self.y, y1 - self.y), slice(x0 - self.x, x1 - self.x)), X, Y
 
-# %% ../nbs/02_pedestrians.ipynb #29f0ccf2
+# %% ../nbs/02_pedestrians.ipynb #74d4c679
 @lru_cache(4)
 def _tile(size: int, power: float, seed: int) -> np.ndarray:
     "(size, size) periodic noise with a 1/f^power spectrum, standard deviation 1."
@@ -297,7 +303,7 @@ def _cloth(u, v) -> np.ndarray:
     "Folds of cloth at integer texture coordinates."
     return _tile(128, 1.3, 5)[v.astype(np.int32) & 127, u.astype(np.int32) & 127]
 
-# %% ../nbs/02_pedestrians.ipynb #e61495ec
+# %% ../nbs/02_pedestrians.ipynb #540ec05c
 @dataclass
 class Light:
     "Light as one camera sees it: sun direction as (right, down, towards the viewer), colours (3, 1, 1)."
@@ -311,17 +317,17 @@ def _light(cam: Camera) -> Light:
     col = lambda c: np.array(c, np.float32)[:, None, None]
     return Light((s @ right, s @ down, -s @ forward), col(cam.sunlight), col(cam.sky))
 
-# %% ../nbs/02_pedestrians.ipynb #2e50cb54
-def _tube(c: Canvas, own, a, b, ra, rb, paint, light, label, flat=(0, 0), bulge=0., profile=None, soft=0., onto=None, fold=.1):
+# %% ../nbs/02_pedestrians.ipynb #2d2004ff
+def _tube(c: Canvas, own, a, b, ra, rb, paint, light, label, flat=(0, 0), bulge=0., profile=None, soft=0., onto=None, fold=.1, fade=False):
     """Paint a tapered limb from `a` to `b` (frame pixels) with end radii `ra`, `rb` (or `profile` = (t, radius)).
     `paint(t, u)` gives its colour at t in 0..1 along and u in -1..1 across; `flat` ends are cut instead of rounded;
-    `soft` pixels around it a shadow falls on what the same person shows already (on the pixels `onto`, where given)."""
+    `soft` pixels around it a shadow falls on what the same person shows already (on the pixels `onto`, where given); `fade` lets the far half melt into what is there."""
     R = max(ra, rb) + abs(bulge) if profile is None else float(max(profile[1]))
     m = R + soft + 1.5
     hit = c.box(min(a[0], b[0]) - m, min(a[1], b[1]) - m, max(a[0], b[0]) + m, max(a[1], b[1]) + m)
     if hit is None: return
     at, X, Y = hit
-    dx, dy = b[0] - a[0], b[1] - a[1]; L = max(float(np.hypot(dx, dy)), 1e-3); dx, dy = dx / L, dy / L
+    dx, dy = b[0] - a[0], b[1] - a[1]; L = float(np.hypot(dx, dy)); dx, dy, L = (dx / L, dy / L, L) if L > 1e-3 else (0., 1., 1e-3)
     X = X - np.float32(a[0]); Y = Y - np.float32(a[1])
     along = X * np.float32(dx) + Y * np.float32(dy); across = X * np.float32(dy) - Y * np.float32(dx)
     inside = np.clip(along, 0, np.float32(L)); t = inside * np.float32(1 / L)
@@ -334,6 +340,7 @@ def _tube(c: Canvas, own, a, b, ra, rb, paint, light, label, flat=(0, 0), bulge=
     if flat[0]: dist = np.maximum(dist, -along)
     if flat[1]: dist = np.maximum(dist, along - np.float32(L))
     alpha = np.clip(.5 - dist, 0, 1)
+    if fade: alpha = alpha * np.clip((1 - t) * 2.5, 0, 1)
     rgb, mine = c.rgb[:, at[0], at[1]], own[at]
     if soft: rgb *= 1 - np.float32(.4) * np.clip(1 - dist * np.float32(1 / soft), 0, 1) ** 2 * np.minimum(t * 3, 1) * (mine if onto is None else onto[at])
     u = np.clip(across / np.maximum(r, np.float32(.3)), -1, 1); nz = np.sqrt(1 - u * u)
@@ -345,7 +352,7 @@ def _tube(c: Canvas, own, a, b, ra, rb, paint, light, label, flat=(0, 0), bulge=
     solid = alpha > .5
     mine |= solid; c.part[at][solid] = label
 
-# %% ../nbs/02_pedestrians.ipynb #7c4f0b4e
+# %% ../nbs/02_pedestrians.ipynb #894f243b
 def _weave(g: Garment, az, v) -> np.ndarray:
     "How much of the second colour shows at azimuth `az` (radians from the front) and `v` metres down."
     edge = lambda x, k=6.: np.clip(x * np.float32(k) + np.float32(.5), 0, 1)
@@ -366,7 +373,7 @@ def _mix(one, two, m) -> np.ndarray:
     one, two = (np.asarray(x, np.float32)[:, None, None] for x in (one, two))
     return one + (two - one) * m
 
-# %% ../nbs/02_pedestrians.ipynb #f38969b1
+# %% ../nbs/02_pedestrians.ipynb #6e2f9db6
 def _limb_paint(g: Garment, skin, start: int, length: float, yaw: float, boots=None):
     "Colour along a limb segment that is the `start`-th (0, 1) of two: cloth as far as the garment reaches, then skin."
     cut = g.reach - start
@@ -380,7 +387,7 @@ def _limb_paint(g: Garment, skin, start: int, length: float, yaw: float, boots=N
         return base
     return paint
 
-# %% ../nbs/02_pedestrians.ipynb #f2fbaadc
+# %% ../nbs/02_pedestrians.ipynb #a4a699c2
 def _head(c: Canvas, own, at, r, p: Person, basis, light):
     "Paint a head: `at` centre and `r` radius in pixels, `basis` rows right, forward, up of the person in camera axes (right, down, near)."
     hit = c.box(at[0] - 1.3 * r - 2, at[1] - 1.5 * r - 2, at[0] + 1.3 * r + 2, at[1] + 1.5 * r + 2)
@@ -410,9 +417,9 @@ def _head(c: Canvas, own, at, r, p: Person, basis, light):
     solid = alpha > .5
     own[sl] |= solid; c.part[sl][solid] = np.where(is_hair > .5, 1, 2)[solid]
 
-# %% ../nbs/02_pedestrians.ipynb #911e8e98
+# %% ../nbs/02_pedestrians.ipynb #23b4fd8e
 _T = np.array([0, .04, .10, .17, .30, .46, .60, .80, 1.])   # shares of the way from neck to hem
-_FRONT = np.array([.036, .064, .098, .106, .104, .092, .086, .096, .098])
+_FRONT = np.array([.038, .080, .103, .107, .104, .092, .086, .096, .098])
 _SIDE = np.array([.034, .042, .054, .062, .068, .062, .060, .068, .066])
 
 @lru_cache(4096)
@@ -425,7 +432,7 @@ def _silhouette(p: Person) -> tuple:
     grow = .35 + .65 * b
     return p.height * front * grow + air, p.height * side * grow + air
 
-# %% ../nbs/02_pedestrians.ipynb #81f7fb3f
+# %% ../nbs/02_pedestrians.ipynb #34997918
 def _draw_leg(c, own, p: Person, P: dict, n: str, yaw, light, s):
     "Thigh, shin and shoe of leg `n`; `s` pixels a metre."
     H, b, air = p.height, .5 + .5 * p.build, p.loose if p.lower.kind == "trousers" else .003
@@ -442,7 +449,7 @@ def _draw_leg(c, own, p: Person, P: dict, n: str, yaw, light, s):
           flat=(0, covered), bulge=.006 * H * s * (1 - .4 * covered), soft=.05 * s, onto=before)
     _tube(c, own, P[n + "hip"], P[n + "knee"], (.052 * H * b + air) * s, (.033 * H * b + air) * s, paint(0), light, label, soft=.05 * s, onto=before)
 
-# %% ../nbs/02_pedestrians.ipynb #3d69303b
+# %% ../nbs/02_pedestrians.ipynb #114eab92
 def _draw_arm(c, own, p: Person, P: dict, n: str, yaw, light, s):
     "Upper arm, forearm and hand of arm `n`, and the handbag it may carry."
     H, b, label, before = p.height, .45 + .55 * p.build, 4 if n == "r_" else 5, own.copy()
@@ -455,7 +462,7 @@ def _draw_arm(c, own, p: Person, P: dict, n: str, yaw, light, s):
     _tube(c, own, P[n + "shoulder"], P[n + "elbow"], (.0285 * H * b + sleeve(0)) * s, (.0225 * H * b + sleeve(0)) * s, paint(0), light, label, soft=.045 * s, onto=before)
     if p.bag == "hand" and n == "r_": _draw_bag(c, own, p, P, light, s, .07, .035)
 
-# %% ../nbs/02_pedestrians.ipynb #2aa2bd59
+# %% ../nbs/02_pedestrians.ipynb #485cccca
 def _draw_bag(c, own, p: Person, P: dict, light, s, wide, deep):
     "The bag itself: a pouch with a flap between the anchors `bag_top` and `bag_low`, `wide` from the side, `deep` from the front."
     w = float(np.hypot(wide * P["side_on"], deep * P["front_on"])) * p.height * s
@@ -463,7 +470,7 @@ def _draw_bag(c, own, p: Person, P: dict, light, s, wide, deep):
     _tube(c, own, P["bag_top"], P["bag_low"], w * .82, w, lambda t, u: leather * (np.float32(.72) + np.float32(.28) * (t > .38)), light, 11,
           profile=(np.array([0, .12, .85, 1]), np.array([.78, .95, 1, .9]) * w), flat=(1, 1), soft=.03 * s)
 
-# %% ../nbs/02_pedestrians.ipynb #4793323b
+# %% ../nbs/02_pedestrians.ipynb #a8ee82ef
 def _draw_pack(c, own, p: Person, P: dict, light, s):
     "A backpack with a front pocket."
     w = float(np.hypot(.082 * P["front_on"], .052 * P["side_on"])) * p.height * s
@@ -471,7 +478,7 @@ def _draw_pack(c, own, p: Person, P: dict, light, s):
     paint = lambda t, u: leather * (1 - np.float32(.35) * ((np.abs(t - .5) < .03) | ((np.abs(np.abs(u) - .72) < .06) & (t > .5))))
     _tube(c, own, P["pack_top"], P["pack_low"], w, w, paint, light, 11, profile=(np.array([0, .1, .5, .9, 1]), np.array([.72, .9, 1, 1, .93]) * w), soft=.05 * s, fold=.06)
 
-# %% ../nbs/02_pedestrians.ipynb #c64d81ad
+# %% ../nbs/02_pedestrians.ipynb #4bb9311d
 def _draw_torso(c, own, p: Person, P: dict, yaw, light, s):
     "Hips, skirt or coat tail, trunk, straps."
     H, g = p.height, p.upper
@@ -481,7 +488,7 @@ def _draw_torso(c, own, p: Person, P: dict, yaw, light, s):
     az = lambda u: np.float32(yaw) - np.arcsin(u)
     hips = w[7] * .97
     _tube(c, own, P["waist"], P["crotch"], hips, hips * .8, lambda t, u: _mix(lower.colour, lower.second, _weave(lower, az(u), t * np.float32(.1 * H))), light, 3 if g.kind == "dress" else 10 if lower.kind == "skirt" else 3,
-          profile=(np.array([0, .5, 1]), np.array([.9, 1, .84]) * hips))
+          profile=(np.array([0, .5, 1]), np.array([.9, 1, .9]) * hips), flat=(0, 1), fade=True)
     tail = p.upper if g.kind in ("coat", "dress") else p.lower if p.lower.kind == "skirt" else None
     if tail is not None:
         spread = abs(P["r_knee"][0] - P["l_knee"][0]) / 2 * min(1., P["skirt_share"]) + .055 * H * s
@@ -491,7 +498,7 @@ def _draw_torso(c, own, p: Person, P: dict, yaw, light, s):
     L = np.float32(.36 * H)
     _tube(c, own, P["neck"], P["hem"], 0, 0, lambda t, u: _mix(g.colour, g.second, _weave(g, az(u), t * L)), light, 3, profile=(_T, w), flat=(1, 1), soft=.05 * s)
 
-# %% ../nbs/02_pedestrians.ipynb #4fe6dc87
+# %% ../nbs/02_pedestrians.ipynb #45448b8a
 def _draw_strap(c, own, p: Person, P: dict, light, s, front: bool):
     "Straps over the shoulders (backpack) or across the chest (shoulder bag)."
     leather = np.asarray(p.bag_colour, np.float32)[:, None, None] * np.float32(.8)
@@ -502,7 +509,7 @@ def _draw_strap(c, own, p: Person, P: dict, light, s, front: bool):
             q = lambda f, d: tuple(f * a + (1 - f) * b + e for a, b, e in zip(P[n + "shoulder"], P["neck"], (0, d)))
             line(q(.62, .0 * s), q(.8, .17 * p.height * s))
 
-# %% ../nbs/02_pedestrians.ipynb #74d4c679
+# %% ../nbs/02_pedestrians.ipynb #bfae1972
 def _draw_person(c: Canvas, p: Person, P: dict, light: Light) -> np.ndarray:
     "Paint one person, far parts first. `P` holds anchors in frame pixels and the view (`_views`). Returns the pixels that are theirs, occluded or not."
     own = np.zeros((c.h, c.w), bool)
@@ -534,7 +541,7 @@ def _draw_person(c: Canvas, p: Person, P: dict, light: Light) -> np.ndarray:
     if cf <= -.1: locks()
     return own
 
-# %% ../nbs/02_pedestrians.ipynb #540ec05c
+# %% ../nbs/02_pedestrians.ipynb #a4f16449
 @dataclass(frozen=True)
 class Walk:
     "One person crossing one camera's view: a curved path walked at constant speed."
@@ -561,7 +568,7 @@ class Walk:
         a, b, c = (np.array(q) for q in self.path); t = np.linspace(0, 1, 65)[:, None]
         return float(np.hypot(*np.diff((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t ** 2 * c, axis=0).T).sum())
 
-# %% ../nbs/02_pedestrians.ipynb #86989c34
+# %% ../nbs/02_pedestrians.ipynb #8e28dc5e
 def _stand(person: Person, position, heading, phase) -> dict:
     "Anchors in world metres: `skeleton` turned to `heading` (radians from +X) and put at `position`; (n, 3) each."
     c, s = np.cos(heading)[:, None], np.sin(heading)[:, None]
@@ -571,7 +578,7 @@ def _stand(person: Person, position, heading, phase) -> dict:
     base = np.concatenate([position, np.zeros((len(position), 1))], -1)
     return {k: turn(v) + base for k, v in skeleton(person, phase).items()}
 
-# %% ../nbs/02_pedestrians.ipynb #2d2004ff
+# %% ../nbs/02_pedestrians.ipynb #121d7856
 def _views(cam: Camera, person: Person, position, heading, phase) -> list:
     "For each of n moments what `_draw_person` needs: anchors in frame pixels, scale, and how the person is turned to the camera."
     A = _stand(person, position, heading, phase)
@@ -590,7 +597,7 @@ def _views(cam: Camera, person: Person, position, heading, phase) -> list:
         out.append(d)
     return out
 
-# %% ../nbs/02_pedestrians.ipynb #894f243b
+# %% ../nbs/02_pedestrians.ipynb #2ac307df
 def _smooth(u, v, octaves=(1., 3.7), seed=11) -> np.ndarray:
     "Smooth noise at world coordinates (bilinear), about standard deviation 1."
     tile, out = _tile(256, 1.5, seed), 0
@@ -612,7 +619,7 @@ def _grid(u, v, w, h, joint, shift=0.):
     j = np.floor(v / h); uu = u + shift * w * (j % 2); i = np.floor(uu / w)
     return i, j, (np.abs(uu / w - i - .5) > .5 - joint / w / 2) | (np.abs(v / h - j - .5) > .5 - joint / h / 2)
 
-# %% ../nbs/02_pedestrians.ipynb #6e2f9db6
+# %% ../nbs/02_pedestrians.ipynb #6e31d4d5
 def _mask(m, a, b): return np.where(m, b, a)
 
 def _ground(kind: str, x, y, colours, seed) -> np.ndarray:
@@ -643,7 +650,7 @@ def _ground(kind: str, x, y, colours, seed) -> np.ndarray:
     i, j, joint = _grid(x, y, 1.2, 1.2, .018)
     return (one + (two - one) * (_hash(i, j, seed) > .8)) * (1 + .04 * n + .05 * (_hash(i, j, seed + 1) - .5)) * np.where(joint, .72, 1)
 
-# %% ../nbs/02_pedestrians.ipynb #5603b948
+# %% ../nbs/02_pedestrians.ipynb #0999ece7
 def _wall(kind: str, u, z, colours, seed) -> np.ndarray:
     "Albedo (3, ...) of a wall at metres u along and z up: brick, shops, concrete, plaster, glass, hedge, panels."
     one, two = (_linear(q)[:, None, None] for q in colours)
@@ -675,7 +682,7 @@ def _wall(kind: str, u, z, colours, seed) -> np.ndarray:
         return np.where(door | arch, _linear("#4d3a2c")[:, None, None] * (1 + .2 * (np.abs(cell * 8 % 1 - .5) < .42)), np.where(grille, glass * (1 - .5 * (u * 9 % 1 < .2)), base))
     if kind == "glass":
         i, j, joint = _grid(u, z, 1.5, 2.6, .08)
-        return np.where(joint, one, glass * (1 + .3 * (_hash(i, j, seed) - .5)) + two * .12)
+        return np.where(joint, one, glass * (1 + .3 * (_hash(i, j, seed) - .5)) + two * (.22 + .16 * np.tanh(_smooth(u * .03 + z * .05, z * .02, (1., 2.3), seed + 5))))
     if kind == "hedge":
         leaves = _hash(np.floor(u * 14 + 3 * n), np.floor(z * 14), seed)
         return one * (.5 + .7 * leaves) * (1 + .35 * n) * (1 - .45 * np.exp(-z * 2)) + two * .25 * (leaves > .93)
@@ -683,12 +690,12 @@ def _wall(kind: str, u, z, colours, seed) -> np.ndarray:
     art = np.stack([_hash(np.floor(u / 5.4), i * 0 + k, seed) for k in range(3)]) * (.5 + .5 * np.sin(z * 3 + 2 * u + 2 * n))
     return np.where(poster, art * .6 + .08, np.where(band, two, one * (1 + .03 * n) * np.where(joint, .75, 1)))
 
-# %% ../nbs/02_pedestrians.ipynb #a4a699c2
+# %% ../nbs/02_pedestrians.ipynb #a8db3cfb
 SCENES = { # ground (kind, colours), wall (kind, colours, distance, height), side walls at ±x or None, sky (low, high), things (kind, x, y, colour)
  "plaza":   dict(ground=("tiles", ("#9c948a", "#827a72")), wall=("brick", ("#8a4a36", "#d9d4c8"), 19, 6.5), side=None, sky=("#c9d8e6", "#7fa6cf"), trees=True,
                  things=(("lamp", -3.6, 12.6, "#2f3436"), ("bench", 3.4, 13.6, "#6b4a30"), ("planter", -6.2, 15.2, "#8f8b84"), ("bin", 1.2, 14.6, "#2e4a3a"), ("bollard", 1.9, 7.2, "#4a4d50"))),
  "street":  dict(ground=("asphalt", ("#55585b", "#a09c95")), wall=("shops", ("#b9ad98", "#8d8375"), 17, 9), side=None, sky=("#d5dade", "#b4c0ca"), trees=False,
-                 things=(("lamp", 3.9, 9.6, "#3b4042"), ("car", -4.6, 7.9, "#8c2b2b"), ("bin", -1.2, 9.7, "#33373b"), ("bollard", 5.6, 9.5, "#b0a030"))),
+                 things=(("lamp", 3.9, 9.6, "#3b4042"), ("car", -5.6, 8.6, "#8c2b2b"), ("bin", -1.2, 9.7, "#33373b"), ("bollard", 5.6, 9.5, "#b0a030"))),
  "park":    dict(ground=("grass", ("#5b7d3a", "#b8a583")), wall=("hedge", ("#3f6a33", "#c25a70"), 19, 2.2), side=None, sky=("#dfe6ea", "#9cc0e4"), trees=True,
                  things=(("trunk", -2.7, 9.0, "#54402f"), ("bench", 4.0, 12.4, "#7a5636"), ("bush", 6.2, 11.0, "#3b6b33"), ("bush", -6.8, 12.8, "#4a7a38"), ("lamp", 1.4, 13.0, "#2b2f2e"))),
  "parking": dict(ground=("asphalt", ("#62625f", "#7d7d7a")), wall=("concrete", ("#9a9892", "#777"+"777"), 18, 5), side=None, sky=("#c3c7ca", "#a9b2ba"), trees=True,
@@ -710,7 +717,7 @@ SCENES = { # ground (kind, colours), wall (kind, colours, distance, height), sid
  "platform":dict(ground=("floor", ("#6f6b66", "#66625d")), wall=("panels", ("#9fa8a2", "#b5402e"), 15, 4.5), side=None, sky=("#2a2c2e", "#222426"), trees=False,
                  things=(("column", -2.2, 8.0, "#7d8480"), ("column", 3.2, 11.0, "#7d8480"), ("bench", .4, 12.6, "#3a4a44"), ("bin", -4.6, 11.4, "#50565a")))}
 
-# %% ../nbs/02_pedestrians.ipynb #490eaf03
+# %% ../nbs/02_pedestrians.ipynb #93b2334e
 def _prism(x, y, r, z0, z1, colour, n=12) -> list:
     "Faces (points (k, 3), colour) of an upright n-gon."
     a = np.arange(n + 1) * 2 * np.pi / n + .2
@@ -736,7 +743,7 @@ def _leaves(rng, x, y, z, r, colour, n=260) -> list:
         out.append((leaf.tolist(), tuple(c * (.45 + .55 * (q[2] / r + .8) / 1.6) * rng.uniform(.7, 1.35))))
     return out
 
-# %% ../nbs/02_pedestrians.ipynb #23b4fd8e
+# %% ../nbs/02_pedestrians.ipynb #16621165
 def _car(x, y, colour) -> list:
     "A parked car, side on: an extruded profile with windows, wheels and lights."
     body = np.array([[-2.1, .32], [-2.15, .72], [-1.95, .86], [-1.25, .93], [-.6, 1.42], [.75, 1.44], [1.45, .98], [2.05, .9], [2.15, .6], [2.1, .32]])
@@ -752,7 +759,7 @@ def _car(x, y, colour) -> list:
             ([[-.02, .4], [.0, .4], [.0, .95], [-.02, .95]], dark), ([[.3, .8], [.48, .8], [.48, .83], [.3, .83]], dark)]
     return faces + [(at(q, -.862), c) for q, c in trim]
 
-# %% ../nbs/02_pedestrians.ipynb #2b5557d6
+# %% ../nbs/02_pedestrians.ipynb #ad271257
 def _thing(kind: str, x: float, y: float, colour: str, rng) -> list:
     "Faces of a piece of street furniture, in drawing order where they overlap."
     c = tuple(_linear(colour)); dark = tuple(np.asarray(c) * .55)
@@ -770,7 +777,7 @@ def _thing(kind: str, x: float, y: float, colour: str, rng) -> list:
     return [(q, (.02, .02, .02)) for cx in (-.52, .52) for q in ring(cx, .3, .345)] + [(bar(a, b), c) for a, b in (((-.52, .34), (-.2, .8)), ((-.2, .8), (.38, .82)),
            ((-.2, .78), (.02, .34)), ((.02, .34), (.38, .8)), ((.38, .95), (.52, .34)), ((-.52, .34), (.02, .34)))] + [(bar((-.32, .92), (-.08, .94), .04), (.02, .02, .02)), (bar((.3, 1.0), (.45, .98)), (.02, .02, .02))]
 
-# %% ../nbs/02_pedestrians.ipynb #34997918
+# %% ../nbs/02_pedestrians.ipynb #d1b324a8
 @dataclass
 class Sprite:
     "A drawn occluder: premultiplied linear RGB (3, h, w) and alpha (h, w) at pixel (x, y), standing `depth` metres away."
@@ -799,7 +806,7 @@ def _sprite(cam: Camera, faces: list, depth: float, light: Light) -> Sprite | No
     rgb = (np.asarray(colour.reduce(k), np.float32).transpose(2, 0, 1) / 255) ** 2 * 2
     return Sprite(int(lo[0]), int(lo[1]), rgb, alpha, depth)
 
-# %% ../nbs/02_pedestrians.ipynb #114eab92
+# %% ../nbs/02_pedestrians.ipynb #0ca48f11
 MARGIN = 8 # pixels painted around every window, so that blur never sees an edge
 
 def _background(cam: Camera, light: Light) -> np.ndarray:
@@ -827,7 +834,7 @@ def _background(cam: Camera, light: Light) -> np.ndarray:
     if S["ground"][0] == "floor": _reflect(out, ground, gx, gy)
     return out.reshape(3, h + 2 * MARGIN, 2, w + 2 * MARGIN, 2).mean((2, 4), dtype=np.float32)
 
-# %% ../nbs/02_pedestrians.ipynb #485cccca
+# %% ../nbs/02_pedestrians.ipynb #7542f68e
 def _sky(S: dict, d, seed: int, Y: float) -> np.ndarray:
     "Sky or ceiling, and a line of trees behind the wall."
     lo, hi = (_linear(q)[:, None, None] for q in S["sky"])
@@ -838,7 +845,7 @@ def _sky(S: dict, d, seed: int, Y: float) -> np.ndarray:
         u, v = d[0] / d[1] * (Y + 9), d[2] / d[1] * (Y + 9)
         crown = 3.6 + 1.3 * _smooth(u * .012, u * 0, (1., 3.1), seed) + .9 * _smooth(u * .05, v * .05, (1., 3., 9.), seed + 1)
         leaf = .5 + .28 * _smooth(u * .08, v * .08, (1., 3.3, 9.), seed + 2) + .25 * _hash(np.floor(u * 9), np.floor(v * 9), seed)
-        out = np.where(v < crown, _linear("#4c6a35")[:, None, None] * np.clip(leaf, .12, 1.4) * (.55 + .1 * np.clip(v, 0, 5)) + lo * .06, out)
+        out = np.where(v < crown, _linear("#5d7f3f")[:, None, None] * np.clip(leaf, .15, 1.5) * (.8 + .12 * np.clip(v, 0, 5)) + lo * .03, out)
     return out.astype(np.float32)
 
 def _reflect(out, ground, gx, gy) -> None:
@@ -846,7 +853,7 @@ def _reflect(out, ground, gx, gy) -> None:
     streak = np.exp(-((gx + 8) % 4 - 2) ** 2 * 2.2) * np.clip((gy - 4) / 14, 0, 1)
     out[:, ground] += np.float32(.16) * streak * out[:, ground].mean()
 
-# %% ../nbs/02_pedestrians.ipynb #a8ee82ef
+# %% ../nbs/02_pedestrians.ipynb #67f43d45
 def _sun_shadow(cam: Camera, points) -> np.ndarray:
     "Where the shadow of world points (..., 3) falls on the ground, (..., 3)."
     s = np.array(cam.sun) / np.linalg.norm(cam.sun); p = np.asarray(points, float)
@@ -857,7 +864,7 @@ def _contrast(cam: Camera) -> float:
     sun = np.mean(cam.sunlight) * max(cam.sun[2], 0) / np.linalg.norm(cam.sun)
     return float(sun / (sun + np.mean(cam.sky) * .9))
 
-# %% ../nbs/02_pedestrians.ipynb #4bb9311d
+# %% ../nbs/02_pedestrians.ipynb #244003ac
 @dataclass
 class Scenery:
     "What a camera sees when nobody is there."
@@ -893,7 +900,7 @@ def _response(cam: Camera) -> np.ndarray:
     y = np.where(x < .0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - .055) ** cam.gamma
     return (255 * (cam.black + (1 - cam.black) * y)).astype(np.float32)
 
-# %% ../nbs/02_pedestrians.ipynb #45448b8a
+# %% ../nbs/02_pedestrians.ipynb #d4f04cb0
 def _expose(cam: Camera, scene: Scenery, c: Canvas, frame: int) -> np.ndarray:
     "From painted light (with margin) to the camera's picture (h, w, 3) uint8: lens blur, vignette, colours, response, noise."
     m, rgb = MARGIN, c.rgb
@@ -911,7 +918,7 @@ def _expose(cam: Camera, scene: Scenery, c: Canvas, frame: int) -> np.ndarray:
     grain = scene.grain[ys[:, None], xs] * np.float32(cam.noise * .7); grain = grain + grain[..., 1:2] * np.float32(.7)
     return np.clip(out + grain + np.float32(.5), 0, 255).astype(np.uint8)
 
-# %% ../nbs/02_pedestrians.ipynb #bfae1972
+# %% ../nbs/02_pedestrians.ipynb #ea1d2b41
 def _cast_shadow(c: Canvas, cam: Camera, p: Person, A: dict, i: int) -> None:
     "Darken the ground where a person keeps the sun away, and softly under the feet."
     pairs = (("r_heel", "r_knee"), ("r_knee", "r_hip"), ("l_heel", "l_knee"), ("l_knee", "l_hip"), ("pelvis", "neck"), ("neck", "head"), ("r_shoulder", "r_wrist"), ("l_shoulder", "l_wrist"))
@@ -933,7 +940,7 @@ def _cast_shadow(c: Canvas, cam: Camera, p: Person, A: dict, i: int) -> None:
         light = np.maximum(light, q * q * np.float32(.55 if feet else _contrast(cam)))
     c.rgb[:, at[0], at[1]] *= 1 - light
 
-# %% ../nbs/02_pedestrians.ipynb #7c776e87
+# %% ../nbs/02_pedestrians.ipynb #0425fe92
 BANKS = { # two banks that differ in place, light, colour and quality; `cameras("A")` numbers them from 1
  "A": (
     dict(name="A1", scene="plaza", focal=770, mount=3.3, pitch=.15, sun=(-.6, -.45, .75), gain=(1.03, 1., .95)),
@@ -945,8 +952,8 @@ BANKS = { # two banks that differ in place, light, colour and quality; `cameras(
  "B": (
     dict(name="B1", scene="hall", focal=720, mount=4.0, pitch=.2, sun=(.1, -.3, .95), sunlight=(.35, .4, .33), sky=(.6, .68, .56), gain=(.92, 1.08, .9), exposure=1.05, noise=4, quality=80),
     dict(name="B2", scene="night", focal=780, mount=4.4, pitch=.22, sun=(-.4, -.2, .9), sunlight=(.95, .6, .25), sky=(.14, .14, .22), gain=(1.15, .95, .72), saturation=.8, exposure=.95, gamma=.92, black=.03, blur=.9, noise=9, quality=72),
-    dict(name="B3", scene="corridor", focal=640, mount=2.7, pitch=.1, near=4.5, far=13, sun=(0, -.2, 1), sunlight=(.4, .42, .45), sky=(.66, .72, .8), gain=(.9, 1., 1.14), exposure=1.15, gamma=.88, noise=3),
-    dict(name="B4", scene="yard", focal=820, mount=7.0, pitch=.48, near=8, far=15, sun=(.5, .2, .6), sunlight=(.6, .62, .7), sky=(.42, .48, .6), gain=(.86, .97, 1.24), saturation=.75, exposure=1.05, quality=84),
+    dict(name="B3", scene="corridor", focal=640, mount=2.7, pitch=.1, far=14, sun=(0, -.2, 1), sunlight=(.4, .42, .45), sky=(.66, .72, .8), gain=(.9, 1., 1.14), exposure=1.15, gamma=.88, noise=3),
+    dict(name="B4", scene="yard", focal=820, mount=7.0, pitch=.48, sun=(.5, .2, .6), sunlight=(.6, .62, .7), sky=(.42, .48, .6), gain=(.86, .97, 1.24), saturation=.75, exposure=1.05, quality=84),
     dict(name="B5", scene="sunset", focal=760, mount=3.2, pitch=.14, sun=(.75, .55, .32), sunlight=(1.7, 1., .5), sky=(.3, .27, .34), gain=(1.2, .96, .82), saturation=1.1, exposure=.85, gamma=1.1),
     dict(name="B6", scene="platform", size=(576, 324), focal=560, mount=3.4, pitch=.16, far=13.5, sun=(.3, -.5, .8), sunlight=(.4, .42, .36), sky=(.26, .3, .25), gain=(.98, 1.06, .86), saturation=.7, exposure=1., gamma=1.1, black=.05, blur=1., noise=8, quality=66))}
 
@@ -956,14 +963,14 @@ def cameras(bank: str = "A", n: int = 6) -> tuple:
     if not 1 <= n <= len(BANKS[bank]): raise ValueError(f"bank {bank} has {len(BANKS[bank])} cameras, {n} were asked for")
     return tuple(Camera(camid=i + 1, seed=100 * ord(bank[0]) + i, **spec) for i, spec in enumerate(BANKS[bank][:n]))
 
-# %% ../nbs/02_pedestrians.ipynb #a7d62f9f
+# %% ../nbs/02_pedestrians.ipynb #905b0e19
 PROFILES = { # every value of a world; `make_world(profile, seed, **changes)` replaces any of them
  "tiny":  dict(bank="A", cameras=6, pretrain_people=48, appearances=4, walks_per_video=16, train_people=100, test_people=40, cameras_per_person=4, images_per_camera=4, train_images_per_camera=3,
-               distractors=60, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
+               distractors=60, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., company=.18, crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
  "small": dict(bank="A", cameras=6, pretrain_people=480, appearances=4, walks_per_video=16, train_people=400, test_people=300, cameras_per_person=5, images_per_camera=4, train_images_per_camera=3,
-               distractors=600, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
+               distractors=600, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., company=.18, crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
  "paper": dict(bank="A", cameras=6, pretrain_people=4800, appearances=6, walks_per_video=24, train_people=751, test_people=750, cameras_per_person=6, images_per_camera=4, train_images_per_camera=3,
-               distractors=2793, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., crop=(256, 128), switch=.06, fragments=1.35, background=.03, drift=.04)}
+               distractors=2793, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., company=.18, crop=(256, 128), switch=.06, fragments=1.35, background=.03, drift=.04)}
 
 @dataclass(frozen=True)
 class Video:
@@ -974,7 +981,7 @@ class Video:
     frames: int
     walks: tuple
 
-# %% ../nbs/02_pedestrians.ipynb #a4f16449
+# %% ../nbs/02_pedestrians.ipynb #eaca80fe
 @dataclass
 class World:
     "A described world: who walks where in which video, and what a tracker made of it. No pixels."
@@ -996,7 +1003,7 @@ class World:
     def __repr__(self): return (f"World({self.profile!r}, seed={self.seed}, bank={self.values['bank']}: {len(self.people)} people, {len(self.cameras)} cameras, "
                                 f"{len(self.videos)} videos, {len(self.tracklets)} tracklet images, {len(self.reid)} ReID images)")
 
-# %% ../nbs/02_pedestrians.ipynb #8e28dc5e
+# %% ../nbs/02_pedestrians.ipynb #a357cda5
 def _people(seed: int, values: dict) -> tuple:
     "All people of a world; a share of them in look-alike groups of three, who dress (almost) the same."
     n = values["pretrain_people"] + values["train_people"] + values["test_people"]
@@ -1011,12 +1018,12 @@ def _people(seed: int, values: dict) -> tuple:
         group += alike
     return tuple(people)
 
-# %% ../nbs/02_pedestrians.ipynb #121d7856
+# %% ../nbs/02_pedestrians.ipynb #e793aa53
 def _walk(rng, cam: Camera, who: int, person: Person, start: int) -> Walk:
     "Somebody crosses the view from side to side, comes towards the camera or walks away from it."
     edge = lambda y: y * cam.size[0] / 2 / cam.focal + .5
     near, far = cam.near, cam.far
-    y = rng.uniform(near + .3, far, 2)
+    y = rng.uniform(near, far, 2)
     if SCENES[cam.scene]["side"]: edge = lambda y, e=edge: min(e(y), SCENES[cam.scene]["side"] - .6)
     style = rng.choice(["cross", "come", "go"], p=[.56, .22, .22])
     if style == "cross":
@@ -1034,12 +1041,12 @@ def _beside(rng, walk: Walk, who: int) -> Walk:
     (ax, ay), _, (cx, cy) = walk.path; d = np.array([cy - ay, ax - cx]); d = d / max(np.linalg.norm(d), 1e-6) * rng.choice([-1, 1]) * rng.uniform(.55, .8)
     return replace(walk, person=who, path=tuple((float(x + d[0]), float(y + d[1])) for x, y in walk.path), phase=float(rng.uniform(0, 2 * np.pi)))
 
-# %% ../nbs/02_pedestrians.ipynb #c25ba099
-def _video(rng, name: str, cam: Camera, role: str, who: list, people, fps: int, gap: float) -> Video:
+# %% ../nbs/02_pedestrians.ipynb #b0857f9a
+def _video(rng, name: str, cam: Camera, role: str, who: list, people, fps: int, gap: float, company: float) -> Video:
     "A recording in which the people `who` (indices) walk by, now and then in company."
     walks, start = [], int(rng.integers(0, fps))
     for i in who:
-        if walks and rng.random() < .18: walks.append(_beside(rng, walks[-1], i))
+        if walks and rng.random() < company: walks.append(_beside(rng, walks[-1], i))
         else:
             walks.append(_walk(rng, cam, i, people[i], start)); start += int(rng.exponential(gap * fps)) + fps // 3
     last = max(w.start + w.length / w.speed * fps for w in walks)
@@ -1056,7 +1063,7 @@ def _deal(rng, n: int, bins: int, each: int, groups=None) -> list:
             got[b].append(int(i)); seen[i].add(groups[b])
     return got
 
-# %% ../nbs/02_pedestrians.ipynb #2ac307df
+# %% ../nbs/02_pedestrians.ipynb #ac0cdb21
 def _times(video: Video, walk: Walk, fps: int, stride: int = 1) -> np.ndarray:
     "Frame numbers (multiples of `stride`) during which a walk lasts."
     last = min(walk.start + int(walk.length / walk.speed * fps), video.frames - 1)
@@ -1073,7 +1080,7 @@ def _boxes(cam: Camera, person: Person, pose: tuple) -> np.ndarray:
     s = person.height * cam.focal / P[:, 3, 2]
     return np.stack([P[..., 0].min(1) - .042 * s, P[..., 1].min(1) - .012 * s, P[..., 0].max(1) + .042 * s, P[..., 1].max(1) + .02 * s], 1)
 
-# %% ../nbs/02_pedestrians.ipynb #6e31d4d5
+# %% ../nbs/02_pedestrians.ipynb #385e4f2a
 def truth_boxes(
     world: World,
     video: str | Video,   # which video
@@ -1095,7 +1102,7 @@ def _truth_boxes(cam: Camera, video: Video, people, fps: int, stride: int) -> pd
     t["inside"] = cut[:, 2] * cut[:, 3] / (t.w * t.h)
     return t.assign(clear=_clear(t, cam))[t.inside > .02].reset_index(drop=True)
 
-# %% ../nbs/02_pedestrians.ipynb #0999ece7
+# %% ../nbs/02_pedestrians.ipynb #68419a56
 def _clip(box: np.ndarray, size) -> np.ndarray:
     "(n, 4) x, y, w, h cut to the frame."
     lo, hi = np.clip(box[:, :2], 0, size), np.clip(box[:, :2] + box[:, 2:], 0, size)
@@ -1114,7 +1121,7 @@ def iou(
     both = _overlap(a, b)
     return both / np.maximum(a[:, 2:].prod(1)[:, None] + b[:, 2:].prod(1)[None] - both, 1e-9)
 
-# %% ../nbs/02_pedestrians.ipynb #49789698
+# %% ../nbs/02_pedestrians.ipynb #fa621855
 @lru_cache(32)
 def _thing_boxes(cam: Camera) -> np.ndarray:
     "(n, 5) x, y, w, h, depth of the solid occluders of a camera."
@@ -1135,7 +1142,7 @@ def _clear(t: pd.DataFrame, cam: Camera) -> np.ndarray:
         if j - i > 1: hidden[i:j] = np.maximum(hidden[i:j], (_overlap(box[i:j], box[i:j]) * (depth[None, i:j] < depth[i:j, None])).max(1))
     return 1 - hidden / area
 
-# %% ../nbs/02_pedestrians.ipynb #a8db3cfb
+# %% ../nbs/02_pedestrians.ipynb #691ec1be
 def _observe(rng, t: pd.DataFrame, cam: Camera, loose: float = .03) -> pd.DataFrame:
     "A detector's boxes: a little off, cut to the frame, in whole pixels, with a score."
     b = t[["x", "y", "w", "h"]].to_numpy(); n = len(b)
@@ -1148,7 +1155,7 @@ def _observe(rng, t: pd.DataFrame, cam: Camera, loose: float = .03) -> pd.DataFr
     score = np.clip(.62 + .34 * seen + rng.normal(0, .04, n), .3, .999)
     return t.assign(x=lo[:, 0].astype(int), y=lo[:, 1].astype(int), w=(hi - lo)[:, 0].astype(int), h=(hi - lo)[:, 1].astype(int), score=score.astype(np.float32))
 
-# %% ../nbs/02_pedestrians.ipynb #16621165
+# %% ../nbs/02_pedestrians.ipynb #578ec0c3
 def _fragments(rng, t: pd.DataFrame, mean: float) -> pd.DataFrame:
     "Break each walk's images into pieces, `mean` of them on average, of two images or more."
     t = t.sort_values(["walk", "frame"], ignore_index=True); piece = np.zeros(len(t), int)
@@ -1158,7 +1165,7 @@ def _fragments(rng, t: pd.DataFrame, mean: float) -> pd.DataFrame:
         piece[rows] = np.searchsorted(cuts, np.arange(len(rows)), side="right")
     return t.assign(tracklet=t.groupby(["walk", pd.Series(piece)], sort=True).ngroup(), mistake=np.where(piece > 0, "fragment", ""))
 
-# %% ../nbs/02_pedestrians.ipynb #ad271257
+# %% ../nbs/02_pedestrians.ipynb #2a3243c5
 def _meetings(t: pd.DataFrame) -> list:
     "(closeness, tracklet, tracklet, frame) for tracklets of two people: where they come closest, in box heights."
     spans = {k: g for k, g in t.groupby("tracklet")[["frame", "x", "y", "w", "h", "walk"]]}
@@ -1174,24 +1181,29 @@ def _meetings(t: pd.DataFrame) -> list:
             out.append((float(far.min()), a, b, int(A[far.argmin(), 0])))
     return out
 
-# %% ../nbs/02_pedestrians.ipynb #d1b324a8
+# %% ../nbs/02_pedestrians.ipynb #854a800e
+def _swap(rows_a, rows_b, frame, at):
+    "Two tracklets exchange their rows after frame `at`: rows that move (of a, of b), and rows that are then in the minority; None if one would vanish."
+    (ha, ta), (hb, tb) = ((r[frame[r] <= at], r[frame[r] > at]) for r in (rows_a, rows_b))
+    if not len(ta) + len(tb) or not len(ha) + len(tb) or not len(hb) + len(ta): return None
+    return ta, tb, np.concatenate([min(ha, tb, key=len), min(hb, ta, key=len)])
+
 def _switches(t: pd.DataFrame, share: float) -> pd.DataFrame:
     "Where two people come close, their tracklets exchange what follows, until `share` of all images belong to another person than most of their tracklet."
     need, used = round(share * len(t)), set()
     tracklet, frame, wrong = t.tracklet.to_numpy(copy=True), t.frame.to_numpy(), np.zeros(len(t), bool)
-    rows = t.groupby("tracklet").indices
-    for _, a, b, at in sorted(_meetings(t)):
-        if need <= 0: break
-        if a in used or b in used: continue
-        head = {k: rows[k][frame[rows[k]] <= at] for k in (a, b)}; tail = {k: rows[k][frame[rows[k]] > at] for k in (a, b)}
-        minor = [min(p, q, key=len) for p, q in ((head[a], tail[b]), (head[b], tail[a]))]
-        n = sum(map(len, minor))
-        if not n or n > need + 1 or not all(len(head[p]) + len(tail[q]) for p, q in ((a, b), (b, a))): continue
-        tracklet[tail[a]], tracklet[tail[b]] = b, a
-        wrong[np.concatenate(minor)] = True; used |= {a, b}; need -= n
+    rows = t.groupby("tracklet").indices; meetings = sorted(_meetings(t))
+    for late in (False, True):             # first where they are closest; if that is not enough, where it does most harm
+        for _, a, b, at in meetings:
+            if need <= 0 or a in used or b in used: continue
+            when = np.intersect1d(frame[rows[a]], frame[rows[b]]) if late else [at]
+            swaps = [s for f in when if (s := _swap(rows[a], rows[b], frame, f)) and 0 < len(s[2]) <= need + 1]
+            if not swaps: continue
+            ta, tb, minor = max(swaps, key=lambda s: len(s[2]))
+            tracklet[ta], tracklet[tb] = b, a; wrong[minor] = True; used |= {a, b}; need -= len(minor)
     return t.assign(tracklet=tracklet, mistake=np.where(wrong, "switch", t.mistake))
 
-# %% ../nbs/02_pedestrians.ipynb #11537598
+# %% ../nbs/02_pedestrians.ipynb #a9912323
 def _empty_box(rng, t: pd.DataFrame, cam: Camera, frames, like=None) -> np.ndarray | None:
     "A person-sized box x, y, w, h that meets nobody at `frames` (IoU < 0.1, and a quarter of it at most)."
     people = t.loc[t.frame.isin(frames), ["x", "y", "w", "h"]].to_numpy(float)
@@ -1207,7 +1219,7 @@ def _empty_box(rng, t: pd.DataFrame, cam: Camera, frames, like=None) -> np.ndarr
         if like is not None: return None
     return None
 
-# %% ../nbs/02_pedestrians.ipynb #0ca48f11
+# %% ../nbs/02_pedestrians.ipynb #5b1d56f2
 def _ghosts(rng, t: pd.DataFrame, cam: Camera, share: float, stride: int) -> pd.DataFrame:
     "Person-less images: half are boxes that stay behind when their person has left, half are tracklets of nobody."
     t = t.copy(); everyone = t.copy(); need = round(share * len(t) / (1 - share / 2)); stays = need // 2
@@ -1219,7 +1231,7 @@ def _ghosts(rng, t: pd.DataFrame, cam: Camera, share: float, stride: int) -> pd.
         for i in r[-2:] if len(r) >= 8 else r[-1:]:
             if stays <= 0 or mistake[i] == "switch" or _empty_box(rng, everyone, cam, [frame[i]], last) is None: continue
             box[i], mistake[i], pid[i] = last, "background", -1; stays -= 1
-    t[["x", "y", "w", "h"]] = box; t["mistake"], t["true_pid"] = mistake, pid
+    t[["x", "y", "w", "h"]] = box; t["mistake"], t["true_pid"], t["walk"] = mistake, pid, np.where(pid < 0, -1, t.walk)
     need -= int((mistake == "background").sum()); new, k = [], int(t.tracklet.max()) + 1
     while need > 0:
         n = int(min(rng.integers(2, 9), max(need, 2))); first = int(rng.integers(0, max(int(frame.max()) // stride - n, 1))) * stride
@@ -1227,7 +1239,15 @@ def _ghosts(rng, t: pd.DataFrame, cam: Camera, share: float, stride: int) -> pd.
         if b is not None: new.append(pd.DataFrame(dict(frame=frames, walk=-1, true_pid=-1, x=b[0], y=b[1], w=b[2], h=b[3], inside=1., clear=.2, tracklet=k, mistake="background"))); k += 1
     return pd.concat([t, *new], ignore_index=True)
 
-# %% ../nbs/02_pedestrians.ipynb #7542f68e
+# %% ../nbs/02_pedestrians.ipynb #c8087b25
+def _mark_switches(t: pd.DataFrame) -> pd.DataFrame:
+    "Label by what is left: `switch` is whoever is not the person of most of the tracklet's images (ties: not its first)."
+    n = t[t.true_pid > 0].groupby(["tracklet", "true_pid"]).frame.agg(["size", "min"]).reset_index()
+    owner = n.sort_values(["tracklet", "size", "min"], ascending=[True, False, True]).drop_duplicates("tracklet").set_index("tracklet").true_pid
+    wrong = (t.true_pid > 0) & (t.true_pid != t.tracklet.map(owner))
+    return t.assign(mistake=np.where(wrong, "switch", np.where(t.mistake == "switch", "", t.mistake)))
+
+# %% ../nbs/02_pedestrians.ipynb #3694cd3d
 def _drift(rng, t: pd.DataFrame, share: float) -> pd.DataFrame:
     "Boxes that slipped: moved by a third to a half, wrong in size, IoU with the truth about 0.3 to 0.5."
     fit = np.flatnonzero(t.mistake.isin(["", "fragment"])); pick = rng.permutation(fit)[:round(share * len(t))]
@@ -1239,7 +1259,10 @@ def _drift(rng, t: pd.DataFrame, share: float) -> pd.DataFrame:
     t = t.copy(); t[["x", "y", "w", "h"]] = box; t.loc[t.index[pick], "mistake"] = "drift"
     return t
 
-# %% ../nbs/02_pedestrians.ipynb #67f43d45
+# %% ../nbs/02_pedestrians.ipynb #1ba14f0a
+_NOBODY = pd.DataFrame({c: pd.Series([], dtype=d) for c, d in dict(video=str, camid=int, frame=int, walk=int, pid=int, true_pid=int, tracklet=int,
+                        x=int, y=int, w=int, h=int, score=np.float32, split=str, mistake=str).items()})
+
 def _track_all(world: World) -> pd.DataFrame:
     "The tracklet table of all pre-training videos."
     v, tables, first = world.values, [], 0
@@ -1247,14 +1270,14 @@ def _track_all(world: World) -> pd.DataFrame:
         cam, rng = world.camera(video), _rng(world.seed, v["bank"], "tracker", video.name)
         t = _truth_boxes(cam, video, world.people, v["fps"], v["stride"]).drop(columns="depth")
         t = t[(t.inside > .5) & (t.clear > .25)].reset_index(drop=True)
-        t = _switches(_fragments(rng, t, v["fragments"]), v["switch"])
-        t = _drift(rng, _ghosts(rng, t, cam, v["background"], v["stride"]), v["drift"])
+        t = _switches(_fragments(rng, t, v["fragments"]), v["switch"] / (1 - v["background"]))
+        t = _drift(rng, _mark_switches(_ghosts(rng, t, cam, v["background"], v["stride"])), v["drift"])
         t = _observe(rng, t, cam).sort_values(["tracklet", "frame"], ignore_index=True)
         t["tracklet"] = t.groupby("tracklet").ngroup() + first; first = int(t.tracklet.max()) + 1
         tables.append(t.assign(video=video.name, camid=video.camid, pid=-1, split=""))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else _NOBODY
 
-# %% ../nbs/02_pedestrians.ipynb #244003ac
+# %% ../nbs/02_pedestrians.ipynb #05564c3f
 def _sample_reid(world: World) -> pd.DataFrame:
     "Train, query and gallery rows: some well seen moments of each walk through a train or test video, one of them the query."
     v, tables = world.values, []
@@ -1273,9 +1296,9 @@ def _sample_reid(world: World) -> pd.DataFrame:
         pick["pid"] = pick.true_pid
         if video.role == "test": pick = pd.concat([pick, _distractors(rng, t, cam, v["distractors"] // v["cameras"] + (video.camid <= v["distractors"] % v["cameras"]))])
         tables.append(_observe(rng, pick.reset_index(drop=True), cam, .02).assign(video=video.name, camid=video.camid, tracklet=-1))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else _NOBODY
 
-# %% ../nbs/02_pedestrians.ipynb #103f91aa
+# %% ../nbs/02_pedestrians.ipynb #f460038a
 def _distractors(rng, t: pd.DataFrame, cam: Camera, n: int) -> pd.DataFrame:
     "Gallery boxes of pid 0: places without a person, and slipped boxes."
     frames = rng.choice(t.frame.unique(), n); out = []
@@ -1286,35 +1309,12 @@ def _distractors(rng, t: pd.DataFrame, cam: Camera, n: int) -> pd.DataFrame:
         else: out.append(dict(frame=f, walk=-1, true_pid=-1, x=box[0], y=box[1], w=box[2], h=box[3], depth=0, inside=1., clear=.2, mistake="background"))
     return pd.DataFrame(out, columns=[*t.columns, "mistake"]).assign(pid=0, split="gallery")
 
-# %% ../nbs/02_pedestrians.ipynb #d4f04cb0
-def make_world(
-    profile: str = "tiny",  # a key of PROFILES
-    seed: int = 0,
-    **changes,              # any value of the profile, for instance bank="B", switch=.2
-) -> World:
-    "Describe a world: people, cameras, videos, walks, a tracker's boxes. Cheap; nothing is drawn."
-    if profile not in PROFILES: raise ValueError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
-    values = {**PROFILES[profile], **changes}
-    if odd := set(values) - set(PROFILES[profile]): raise ValueError(f"unknown value {', '.join(sorted(odd))}; a world has {', '.join(PROFILES[profile])}")
-    _check_values(values)
-    people, cams = _people(seed, values), cameras(values["bank"], values["cameras"])
-    world = World(profile, seed, values, people, cams, _videos(seed, values, people, cams), None, None)
-    world.tracklets, world.reid = (_paths(t) for t in (_track_all(world), _sample_reid(world)))
-    return world
-
-def _check_values(v: dict) -> None:
-    "Rates and counts a world can have."
-    for k, hi in dict(switch=.3, background=.3, drift=.5, lookalikes=.9).items():
-        if not 0 <= v[k] <= hi: raise ValueError(f"{k}={v[k]} must lie in [0, {hi}]")
-    if not 1 <= v["fragments"] <= 8: raise ValueError(f"fragments={v['fragments']} is the mean number of tracklets a walk is broken into, 1 to 8")
-    if not 2 <= v["cameras_per_person"] <= v["cameras"]: raise ValueError(f"cameras_per_person={v['cameras_per_person']} must lie in [2, {v['cameras']}] (the cameras there are)")
-
-# %% ../nbs/02_pedestrians.ipynb #ea1d2b41
+# %% ../nbs/02_pedestrians.ipynb #c297b4fb
 def _videos(seed: int, v: dict, people, cams) -> tuple:
     "Pre-training videos (several a camera), and one train and one test video a camera, each with its people."
     rng, out, n = _rng(seed, v["bank"], "videos"), [], len(cams)
     name = lambda role, cam, k="": f"{cams[cam].name}-{role}{k}"
-    def add(label, role, cam, who): out.append(_video(_rng(seed, v["bank"], label), label, cams[cam], role, who, people, v["fps"], v["gap"] if role == "pretrain" else v["reid_gap"])) if who else None
+    def add(label, role, cam, who): out.append(_video(_rng(seed, v["bank"], label), label, cams[cam], role, who, people, v["fps"], *((v["gap"], v["company"]) if role == "pretrain" else (v["reid_gap"], v["company"] / 4)))) if who else None
     a, b = v["pretrain_people"], v["pretrain_people"] + v["train_people"]
     count = max(-(-a * v["appearances"] // v["walks_per_video"]), v["appearances"])
     for k, who in enumerate(_deal(rng, a, count, v["appearances"], np.arange(count) % n)): add(name("video", k % n, f"{k // n:02d}"), "pretrain", k % n, who)
@@ -1329,7 +1329,43 @@ def _paths(t: pd.DataFrame) -> pd.DataFrame:
     return make_samples([f"crops/{v}/{i:05d}.jpg" for v, i in zip(t.video, k)], t.pid.to_numpy(), t.camid.to_numpy(), t.video.to_numpy(), t.tracklet.to_numpy(),
                         t.frame.to_numpy(), t.split.to_numpy(), **extra, mistake=t.mistake.to_numpy())
 
-# %% ../nbs/02_pedestrians.ipynb #0425fe92
+# %% ../nbs/02_pedestrians.ipynb #75f0b8f8
+def make_world(
+    profile: str = "tiny",  # a key of PROFILES
+    seed: int = 0,
+    **changes,              # any value of the profile, for instance bank="B", switch=.2
+) -> World:
+    "Describe a world: people, cameras, videos, walks, a tracker's boxes. Cheap; nothing is drawn."
+    if profile not in PROFILES: raise ValueError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
+    values = {**PROFILES[profile], **changes}
+    if odd := set(values) - set(PROFILES[profile]): raise ValueError(f"unknown value {', '.join(sorted(odd))}; a world has {', '.join(PROFILES[profile])}")
+    _check_values(values)
+    world = _cast(profile, seed, values)
+    world.tracklets, world.reid = (_paths(t) for t in (_track_all(world), _sample_reid(world)))
+    return world
+
+def _cast(profile: str, seed: int, values: dict) -> World:
+    "A world before anybody looks at it: people, cameras and videos, no tables."
+    people, cams = _people(seed, values), cameras(values["bank"], values["cameras"])
+    return World(profile, seed, values, people, cams, _videos(seed, values, people, cams), None, None)
+
+def _check_values(v: dict) -> None:
+    "Rates and counts a world can have."
+    for k, hi in dict(switch=.3, background=.3, drift=.5, lookalikes=.9).items():
+        if not 0 <= v[k] <= hi: raise ValueError(f"{k}={v[k]} must lie in [0, {hi}]")
+    if not 1 <= v["fragments"] <= 8: raise ValueError(f"fragments={v['fragments']} is the mean number of tracklets a walk is broken into, 1 to 8")
+    if not 2 <= v["cameras_per_person"] <= v["cameras"]: raise ValueError(f"cameras_per_person={v['cameras_per_person']} must lie in [2, {v['cameras']}] (the cameras there are)")
+
+# %% ../nbs/02_pedestrians.ipynb #d4c5616a
+def mistake_rates(
+    world: World,
+) -> dict: # switch, background, drift: shares of tracklet images; fragments: tracklets a walk
+    "What a world's tracker got wrong, measured in its table (the rates asked for are in `world.values`)."
+    t = world.tracklets; real = t[t.walk >= 0]
+    walks = len(real.drop_duplicates(["video", "walk"]))
+    return dict({k: float((t.mistake == k).mean()) for k in ("switch", "background", "drift")}, fragments=real.tracklet.nunique() / walks)
+
+# %% ../nbs/02_pedestrians.ipynb #592c33cf
 class _Stage:
     "A video ready to be painted at given frames: everybody's anchors in pixels and on the ground."
     def __init__(self, world: World, video: Video, frames):
@@ -1345,7 +1381,7 @@ class _Stage:
     def paint(self, frame: int, x: int, y: int, w: int, h: int):
         "The window (x, y, w, h) of a frame: Canvas with margin, and {walk: pixels of its person, hidden or not}."
         m = MARGIN; c = Canvas(x - m, y - m, self.scene.rgb[:, y:y + h + 2 * m, x:x + w + 2 * m].copy())
-        cast = [q for q in self.at[frame]]; own = {}
+        cast, own = self.at[frame], {}
         for q in sorted(cast, key=lambda q: -q[0]): _cast_shadow(c, self.cam, q[2], q[4], q[5])
         for q in sorted([*cast, *((s.depth, -1, s) for s in self.scene.sprites)], key=lambda q: (-q[0], q[1])):
             if q[1] < 0: _put_sprite(c, q[2])
@@ -1357,11 +1393,11 @@ class _Stage:
         return b[0] - pad < c.x + c.w and b[2] + pad > c.x and b[1] - pad < c.y + c.h and b[3] + pad > c.y
 
     def _person(self, c: Canvas, q) -> np.ndarray:
-        below = c.part.copy(); own = _draw_person(c, q[2], q[3], self.scene.light)
+        own = _draw_person(c, q[2], q[3], self.scene.light)
         c.owner[own] = q[1]
         return own
 
-# %% ../nbs/02_pedestrians.ipynb #42f13e78
+# %% ../nbs/02_pedestrians.ipynb #3cc3b426
 def _put_sprite(c: Canvas, s: Sprite) -> None:
     "Lay an occluder over the window."
     hit = c.box(s.x, s.y, s.x + s.alpha.shape[1], s.y + s.alpha.shape[0])
@@ -1375,7 +1411,7 @@ OTHER, OCCLUDER = PARTS.index("other person"), PARTS.index("occluder")
 
 def _inner(a): return a[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
 
-# %% ../nbs/02_pedestrians.ipynb #c8a27109
+# %% ../nbs/02_pedestrians.ipynb #d68060f4
 @dataclass
 class Crop:
     "One box cut from a frame at the camera's own resolution, with its truth."
@@ -1405,7 +1441,7 @@ def _cut(stage: _Stage, frame: int, walk: int, x: int, y: int, w: int, h: int) -
         share = float(mine[window].sum() / max(_inner(own[walk]).sum(), 1) * frame_share) if walk in own else 0.
     return Crop(image[window], part, joints.astype(np.float32), seen, share)
 
-# %% ../nbs/02_pedestrians.ipynb #315b237d
+# %% ../nbs/02_pedestrians.ipynb #58ec28a8
 def render_frame(
     world: World,
     video: str | Video,
@@ -1430,7 +1466,7 @@ def _frame(stage: _Stage, frame: int) -> tuple[np.ndarray, dict]:
     visible = np.array([(owner == q[1]).sum() / _inner(own[q[1]]).sum() for q in cast]) * share
     return _expose(stage.cam, stage.scene, c, frame), dict(pid=pid[walks], box=box, joints=joints, seen=seen, visibility=visible, owner=np.where(owner >= 0, pid[np.maximum(owner, 0)], 0), parts=part.copy())
 
-# %% ../nbs/02_pedestrians.ipynb #905b0e19
+# %% ../nbs/02_pedestrians.ipynb #1f934bbe
 def _render_video(world: World, video: Video, root: Path, tick=lambda n: None) -> None:
     "Crops and truth of one video, written beside their place and renamed: a folder that exists is whole."
     rows = pd.concat([t[t.video == video.name] for t in (world.tracklets, world.reid)])
@@ -1452,11 +1488,12 @@ def _render_video(world: World, video: Video, root: Path, tick=lambda n: None) -
         if not done.exists(): raise
         shutil.rmtree(tmp)
 
-# %% ../nbs/02_pedestrians.ipynb #eaca80fe
+# %% ../nbs/02_pedestrians.ipynb #d231fd42
 def _work(root: str) -> None:
     "A worker process: renders the videos named on standard input, reports crops on standard output."
     root = Path(root); told = read_json(root / "world.json")
-    world = make_world(told["profile"], told["seed"], **told["changes"])
+    world = _cast(told["profile"], told["seed"], told["values"])
+    world.tracklets, world.reid = (read_samples(root / f".{name}.parquet") for name in ("tracklets", "reid"))
     for line in sys.stdin: _render_video(world, world.video(line.strip()), root, lambda n: print(n, flush=True))
 
 def _spawn(root: Path, videos: list, bar) -> tuple:
@@ -1470,7 +1507,7 @@ def _spawn(root: Path, videos: list, bar) -> tuple:
     t = threading.Thread(target=lambda: [bar.update(int(n)) for n in p.stdout], daemon=True); t.start()
     return p, t, errors
 
-# %% ../nbs/02_pedestrians.ipynb #db0c1375
+# %% ../nbs/02_pedestrians.ipynb #7e2cab3e
 def _render_all(world: World, root: Path, workers: int, bar) -> None:
     "All videos, by `workers` processes (1: this one). A camera's videos stay together, since its scenery is built once a process."
     todo = [v for v in world.videos if not (root / "crops" / v.name).exists()]
@@ -1489,27 +1526,32 @@ def _render_all(world: World, root: Path, workers: int, bar) -> None:
     finally:
         for p, t, errors in jobs: p.kill(); p.wait(); errors.close(); Path(errors.name).unlink(missing_ok=True)
 
-# %% ../nbs/02_pedestrians.ipynb #a357cda5
+# %% ../nbs/02_pedestrians.ipynb #77e40d14
 def render(
     world: World,
     root: str | Path,           # a folder; made if it is not there
     workers: int | None = None, # processes; None: one a core, 8 at most
 ) -> dict:                      # "tracklets" and "reid": the two samples tables
     "Draw a world: crops, truth, `tracklets.parquet`, `reid.parquet`, `world.json`. Goes on where an earlier call was stopped; a finished world is only read."
-    root = Path(root).resolve(); told = _describe(world)
+    root = Path(root).resolve(); told = _describe(world); root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock"): return _render(world, root, workers, told)
+
+def _render(world: World, root: Path, workers, told: dict) -> dict:
     if (root / "world.json").exists() and read_json(root / "world.json")["fingerprint"] != told["fingerprint"]:
         raise ValueError(f"{root} holds another world (other profile, seed, values or renderer); choose an empty folder or delete it")
     if not (root / "finished.json").exists():
-        write_json(root / "world.json", told); (root / "crops").mkdir(exist_ok=True)
+        (root / "crops").mkdir(exist_ok=True); write_json(root / "world.json", told)
+        for name, t in (("tracklets", world.tracklets), ("reid", world.reid)): write_samples(t, root / f".{name}.parquet")   # for the workers
         workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
         with progress(total=len(world.tracklets) + len(world.reid), desc=f"render {world.values['bank']} {world.profile}", unit="crop") as bar: _render_all(world, root, workers, bar)
         for name, t in (("tracklets", world.tracklets), ("reid", world.reid)):
             write_samples(t.assign(visibility=read_truth(root, t).visibility).drop(columns="walk"), root / f"{name}.parquet")
-        for left in (root / "crops").glob(".*"): shutil.rmtree(left, ignore_errors=True)
+        for left in (root / "crops").glob(".*"): shutil.rmtree(left, ignore_errors=True)       # of workers that were killed
+        for left in (*root.glob(".*.parquet"), *root.glob(".worker*.log")): left.unlink(missing_ok=True)
         write_json(root / "finished.json", dict(crops=len(world.tracklets) + len(world.reid), fingerprint=told["fingerprint"]))
     return {name: read_samples(root / f"{name}.parquet") for name in ("tracklets", "reid")}
 
-# %% ../nbs/02_pedestrians.ipynb #26c75e91
+# %% ../nbs/02_pedestrians.ipynb #8e698c9e
 RENDERER = 1 # raise it when the same seed draws other pixels
 
 def _describe(world: World) -> dict:
@@ -1520,7 +1562,7 @@ def _describe(world: World) -> dict:
                 videos=[dict(name=v.name, camid=v.camid, role=v.role, frames=v.frames, walks=len(v.walks)) for v in world.videos],
                 people=[dict(pid=p.pid, group=p.group, height=p.height, hair=p.hair, bag=p.bag, upper=p.upper.kind, lower=p.lower.kind) for p in world.people])
 
-# %% ../nbs/02_pedestrians.ipynb #5feb4ea4
+# %% ../nbs/02_pedestrians.ipynb #532bf904
 @dataclass
 class Truth:
     "What is true about N crops, row i for row i of the table that was asked about."
@@ -1542,3 +1584,163 @@ def read_truth(
             for k in ("parts", "joints", "seen", "visibility"):
                 a = z[k]; out.setdefault(k, np.empty((len(samples), *a.shape[1:]), a.dtype))[rows] = a[row[rows]]
     return Truth(**out) if out else Truth(np.zeros((0, 0, 0), np.uint8), np.zeros((0, len(JOINTS), 2), np.float32), np.zeros((0, len(JOINTS)), bool), np.zeros(0, np.float32))
+
+# %% ../nbs/02_pedestrians.ipynb #8c52c7b4
+def _codec(path: Path):
+    "OpenCV and the four-letter code for a suffix."
+    try: import cv2
+    except ImportError as e: raise ImportError('writing video needs OpenCV: pip install "cion_nb[track]"') from e
+    codes = {".avi": "MJPG", ".mp4": "mp4v"}
+    if path.suffix not in codes: raise ValueError(f"{path.name}: videos are written as {' or '.join(codes)}, not {path.suffix!r}")
+    return cv2, cv2.VideoWriter_fourcc(*codes[path.suffix])
+
+def _span(video: Video, start: int, stop: int | None) -> range:
+    stop = video.frames if stop is None else stop
+    if not 0 <= start < stop <= video.frames: raise ValueError(f"{video.name} has frames 0 to {video.frames - 1}; start={start}, stop={stop} is no part of it")
+    return range(start, stop)
+
+def write_video(
+    world: World,
+    video: str | Video,
+    path: str | Path,        # .avi (MJPG) or .mp4 (mp4v)
+    start: int = 0,          # first frame
+    stop: int | None = None, # after the last frame; None: the end
+) -> Path:
+    "Film a video of the world, atomically. Needs OpenCV (`cion_nb[track]`)."
+    video = world.video(video) if isinstance(video, str) else video
+    path, frames = Path(path), _span(video, start, stop); cv2, code = _codec(path)
+    stage = _Stage(world, video, frames)
+    with atomic(path) as tmp:
+        out = cv2.VideoWriter(str(tmp), code, world.values["fps"], stage.cam.size)
+        if not out.isOpened(): raise RuntimeError(f"OpenCV cannot write {path.suffix} here; try {'.avi' if path.suffix == '.mp4' else '.mp4'}")
+        for f in progress(frames, desc=f"film {video.name}", unit="frame"): out.write(_frame(stage, f)[0][..., ::-1])
+        out.release()
+    return path
+
+# %% ../nbs/02_pedestrians.ipynb #fba0d15b
+def _write_mot(path: Path, t: pd.DataFrame, columns: list) -> Path:
+    "Rows as MOT text: frames from 1, boxes in pixels."
+    with atomic(path) as tmp: t.sort_values(["frame", columns[0]], kind="stable").assign(frame=lambda t: t.frame + 1)[["frame", *columns]].to_csv(tmp, header=False, index=False, float_format="%.3f")
+    return Path(path)
+
+def write_truth(
+    world: World,
+    video: str | Video,
+    path: str | Path,        # MOT ground truth: frame, id, left, top, width, height, 1, 1, visibility
+    start: int = 0,
+    stop: int | None = None,
+) -> Path:
+    "Who is where, for the frames that `write_video` films (numbered from 1); people of whom next to nothing is in the picture are left out."
+    video = world.video(video) if isinstance(video, str) else video
+    frames = _span(video, start, stop); t = truth_boxes(world, video)
+    t = t[(t.frame >= frames.start) & (t.frame < frames.stop) & (t.inside > .25)]
+    t = t.assign(frame=t.frame - frames.start, one=1, kind=1, visibility=t.inside * t.clear)
+    return _write_mot(path, t, ["true_pid", "x", "y", "w", "h", "one", "kind", "visibility"])
+
+# %% ../nbs/02_pedestrians.ipynb #e2c448f5
+def write_detections(
+    world: World,
+    video: str | Video,
+    path: str | Path,        # MOT detections: frame, -1, left, top, width, height, score, -1, -1, -1
+    start: int = 0,
+    stop: int | None = None,
+    miss: float = .06,       # share of well seen people that are missed; hidden ones are missed more often
+    jitter: float = .03,     # box noise as a share of its size
+    ghosts: float = .1,      # false boxes a frame
+    seed: int = 0,
+) -> Path:
+    "What a middling person detector says about those frames: misses, loose boxes, boxes of nobody."
+    video = world.video(video) if isinstance(video, str) else video
+    frames, cam, rng = _span(video, start, stop), world.camera(video), _rng("detector", seed, video.name)
+    t = truth_boxes(world, video); t = t[(t.frame >= frames.start) & (t.frame < frames.stop) & (t.inside > .3)]
+    seen = (t.inside * t.clear).to_numpy()
+    t = t[rng.random(len(t)) > miss + (1 - miss) * np.clip((.55 - seen) / .35, 0, 1)]
+    false = [dict(frame=f, inside=1., clear=.1, **dict(zip("xywh", b))) for f in rng.choice(frames, rng.poisson(ghosts * len(frames)))
+             if (b := _empty_box(rng, t, cam, [f])) is not None]
+    t = _observe(rng, pd.concat([t, pd.DataFrame(false)], ignore_index=True) if false else t, cam, jitter)
+    t = t.assign(frame=t.frame - frames.start, id=-1, a=-1, b=-1, c=-1)
+    return _write_mot(path, t, ["id", "x", "y", "w", "h", "score", "a", "b", "c"])
+
+# %% ../nbs/02_pedestrians.ipynb #7e3d34a8
+class Picture(Image.Image):
+    "A PIL image that a notebook keeps as JPEG: a camera's noise makes a PNG ten times as large."
+    def __init__(self, image): super().__init__(); self.__dict__.update((image if isinstance(image, Image.Image) else Image.fromarray(image)).__dict__)
+    def _repr_png_(self): return None
+    def _repr_jpeg_(self): import io; b = io.BytesIO(); self.convert("RGB").save(b, "JPEG", quality=84); return b.getvalue()
+
+def tile(
+    images: list,         # of (h, w, 3) uint8 arrays or PIL images, all scaled to one height a row
+    columns: int,
+    height: int = 128,    # pixels of a row
+    gap: int = 4,
+    width: int | None = None, # scale every row to this width instead
+) -> Picture:
+    "Images in rows on white."
+    images = [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in images]; rows = []
+    for k in range(0, len(images), columns):
+        row = [i.resize((max(round(i.width * height / i.height), 1), height), Image.LANCZOS) for i in images[k:k + columns]]
+        out = Image.new("RGB", (sum(i.width for i in row) + gap * (len(row) - 1), height), "white"); x = 0
+        for i in row: out.paste(i, (x, 0)); x += i.width + gap
+        rows.append(out if width is None else out.resize((width, round(height * width / out.width)), Image.LANCZOS))
+    page = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows) + gap * (len(rows) - 1)), "white"); y = 0
+    for r in rows: page.paste(r, (0, y)); y += r.height + gap
+    return Picture(page)
+
+# %% ../nbs/02_pedestrians.ipynb #d891d923
+def portrait(
+    person: Person,
+    heading: float = -1.2,       # radians; -pi/2 looks at us, +pi/2 shows the back, 0 walks to the right
+    phase: float = .6,           # gait phase, radians
+    size: tuple = (160, 320),    # width, height in pixels
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (h, w, 3) uint8, (h, w) part labels, (K, 2) joints
+    "One person in a studio: soft light from the left, no lens, no noise."
+    cam = Camera(0, "studio", "plaza", size=size, focal=size[1] * 3.1, mount=1.25, pitch=.045, bend=0, vignette=0, sun=(-.55, -.7, .75), sunlight=(.75, .73, .7), sky=(.5, .51, .53), blur=.3, noise=0)
+    pose = (np.array([[0., 6.1]]), np.array([heading]), np.array([phase])); light = _light(cam)
+    y = np.linspace(0, 1, size[1] + 2 * MARGIN, dtype=np.float32)[:, None]; floor = 1 / (1 + np.exp(-(y - .8) * 30))
+    c = Canvas(-MARGIN, -MARGIN, np.ones((3, 1, size[0] + 2 * MARGIN), np.float32) * (.62 + .1 * floor))
+    _cast_shadow(c, cam, person, _stand(person, *pose), 0); view = _views(cam, person, *pose)[0]; _draw_person(c, person, view, light)
+    scene = Scenery(c.rgb, [], light, _response(cam), np.zeros((512, 512, 3), np.float32), np.ones(size[::-1], np.float32))
+    return _expose(cam, scene, c, 0), _inner(c.part).copy(), np.array([view[j][:2] for j in JOINTS], np.float32)
+
+# %% ../nbs/02_pedestrians.ipynb #4b102af6
+def _crowded(world: World, cam: Camera) -> tuple:
+    "The (video, frame) of a camera in which the most people are seen well, in the first pre-training videos."
+    best = (-1, None, 0)
+    for video in [v for v in world.videos if v.camid == cam.camid and v.role == "pretrain"][:2]:
+        t = truth_boxes(world, video, 6); t = t.assign(score=t.inside * t.clear * (t.h / t.h.max()) ** .3)
+        score = t.groupby("frame").score.sum()
+        if score.max() > best[0]: best = (score.max(), video, int(score.idxmax()))
+    return best[1:]
+
+def one_person(
+    world: World,
+    pid: int,                # who
+    cams=None,               # camera ids; None: all
+    turns=(-.75, 2.3),       # headings, radians, one crop each
+) -> list:                   # of (h, w, 3) uint8
+    "The same person filmed for the purpose in each camera, at the camera's own resolution."
+    out, person = [], world.people[pid - 1]
+    for cam in world.cameras:
+        if cams is not None and cam.camid not in cams: continue
+        for k, turn in enumerate(turns):
+            y = cam.near + 1.6; x = -1.1 + .9 * k; step = np.array([np.cos(turn), np.sin(turn)]) * .4
+            walk = Walk(pid - 1, 0, tuple(tuple(float(q) for q in np.array([x, y]) + s * step) for s in (-1, 0, 1)), person.speed, .5 + 2 * k)
+            f = round(.4 / person.speed * world.values["fps"]); stage = _Stage(world, Video("", cam.camid, "", 10 ** 6, (walk,)), [f])
+            b = stage.at[f][0][6]; h = (b[3] - b[1]) * 1.1; mid = (b[:2] + b[2:]) / 2
+            lo = np.maximum(np.round(mid - [h * .25, h / 2]), 0).astype(int); hi = np.minimum(np.round(mid + [h * .25, h / 2]), cam.size).astype(int)
+            out.append(_cut(stage, f, 0, *lo.tolist(), *(hi - lo).tolist()).image)
+    return out
+
+# %% ../nbs/02_pedestrians.ipynb #00915c6f
+def montage(
+    world: World,
+    width: int = 1280, # pixels
+    pid: int | None = None, # who is shown in every camera; None: somebody with a bag and a pattern
+) -> Picture:
+    "What this world looks like: a frame of every camera, and one person through all of them."
+    frames = [render_frame(world, *_crowded(world, cam))[0] for cam in world.cameras]
+    if pid is None: pid = max(world.people, key=lambda p: (p.bag in ("backpack", "shoulder")) + (p.upper.texture in ("stripes", "checks", "block")) + (p.lower.kind == "trousers") + float(np.ptp(p.upper.colour)) + .5 * float(np.ptp(p.bag_colour))).pid
+    top = tile(frames, 3, 288, width=width); strip = tile(one_person(world, pid), 99, 256, width=width)
+    page = Image.new("RGB", (width, top.height + 4 + strip.height), "white")
+    page.paste(top, (0, 0)); page.paste(strip, (0, top.height + 4))
+    return Picture(page)

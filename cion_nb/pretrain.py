@@ -61,8 +61,8 @@ class Pretraining(Task):
         return sampler
 
     def load(self, rows, seen):
-        again = pd.Series(rows).groupby(rows).cumcount().to_numpy()       # an image that stands twice in a batch gets other views the second time
-        return dict(views=self.views(self.images[rows], rows + self.n_images * again, epoch=seen), identity=torch.from_numpy(self.labels[rows]))
+        n_id = self.phase(seen - self.recipe["batch_size"] // self.recipe["accumulate"])      # `seen` counts this batch already
+        return dict(views=self.views(self.images[rows], rows, epoch=seen), identity=torch.arange(len(rows)) // n_id)
 
     def schedule(self, share):
         r = self.recipe
@@ -88,7 +88,7 @@ class Distillation(Pretraining):
     def build(self, device):
         r = self.recipe
         backbone = create_backbone(r["backbone"], r["image_size"])
-        head = ProjectionHead(backbone.embed_dim, r["out_dim"], r["head_hidden"], r["head_bottleneck"])
+        head = ProjectionHead(backbone.embed_dim, r["out_dim"], r["head_hidden"], r["head_bottleneck"], batch_norm=r["head_bn"])
         student = MultiViewModel(backbone, head).to(device)
         if r["channels_last"]: student = student.to(memory_format=torch.channels_last)
         teacher = deepcopy(student).requires_grad_(False)          # starts equal, stays in train mode: its BatchNorm has its own statistics

@@ -151,7 +151,7 @@ RECIPES["pretrain"] = dict(
         augmentation="paper", loss="identity", variant="paper", teacher="step", centre="ema",
         epochs=100, images_per_epoch=None, batch_size=960, accumulate=1,
         n_id=[2, 4, 6, 8], n_id_epochs=[0, 40, 60, 80],
-        out_dim=65536, head_hidden=2048, head_bottleneck=256, student_temp=0.1, teacher_temp=0.04, centre_momentum=0.9,
+        out_dim=65536, head_hidden=2048, head_bottleneck=256, head_bn=False, student_temp=0.1, teacher_temp=0.04, centre_momentum=0.9,
         ema=[0.996, 1.0], optimizer="adamw", lr=5e-4, lr_per=256, lr_end=1e-6, warmup_epochs=10,
         weight_decay=[0.04, 0.4], clip=3.0, freeze_last_layer_epochs=1,
         queue=65536, moco_dim=128, moco_momentum=0.999, moco_temp=0.1,
@@ -161,7 +161,7 @@ RECIPES["pretrain"] = dict(
         epochs=100, images_per_epoch=2400, batch_size=96, out_dim=4096, ema=[0.99, 1.0],
         queue=4096, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(
-        data=dict(stage="world", bank="A"), backbone="resnet10_tiny", image_size=[64, 32], local_size=[32, 16], n_local=2,
+        data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], local_size=[32, 16], n_local=2,
         global_scale=[0.5, 1.0], local_scale=[0.2, 0.5],
         epochs=10, images_per_epoch=480, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],
         out_dim=256, head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], lr=2e-3, warmup_epochs=1, freeze_last_layer_epochs=0,
@@ -174,7 +174,7 @@ METHODS = dict(
     cion_true=dict(identities="true_pid"),                   # the ceiling: true identities instead of denoised ones
     tracklet=dict(identities="tracklet"),                    # one identity a raw tracklet
     dino=dict(identities="image", n_id=[1], n_id_epochs=[0]),   # every image its own identity
-    lup=dict(identities="image", n_id=[1], n_id_epochs=[0], loss="moco", augmentation="lup", n_local=0,
+    lup=dict(identities="image", n_id=[1], n_id_epochs=[0], loss="moco", augmentation="lup", n_local=0, global_scale=None, aspect=None,   # LUP's own crops
              optimizer="sgd", lr=0.03, weight_decay=[1e-4, 1e-4], lr_end=0.0, clip=None))
 
 # %% ../nbs/01_runs.ipynb #0930c691
@@ -189,8 +189,8 @@ RECIPES["finetune"] = dict(
         feature="before_neck", precision="fp16", channels_last=True, compile=False, workers=8, checkpoint_minutes=30, seed=0),
     small=dict(data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64],
                epochs=60, warmup_epochs=6, pad=5, precision="auto", workers=0, checkpoint_minutes=5),
-    tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny", image_size=[64, 32],
-              epochs=30, images_per_epoch=640, warmup_epochs=3, lr=0.1, pad=3, precision="auto", workers=0, checkpoint_minutes=2))
+    tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32],
+              epochs=30, images_per_epoch=640, warmup_epochs=3, lr=0.1, pad=3, erasing=0.0, precision="auto", workers=0, checkpoint_minutes=2))
 RECIPES["finetune"]["smoke"] = RECIPES["finetune"]["tiny"] | dict(epochs=2, images_per_epoch=128, warmup_epochs=1)
 
 # %% ../nbs/01_runs.ipynb #b326ddbb

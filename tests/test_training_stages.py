@@ -52,7 +52,7 @@ def test_every_method_gives_a_backbone(people, runs, method):
     model = load_backbone(run.folder / "backbone.safetensors")
     assert embed(model, [people.parent / "1_1_0.png"]).shape == (1, model.embed_dim)
     assert run.result["images"] == 96 and run.result["train_images"] == 96 and np.isfinite(run.result["loss"])
-    fresh = create_backbone("resnet10_tiny", (64, 32))
+    fresh = create_backbone("resnet10_tiny_ibn", (64, 32))
     assert model.card["recipe"] == run.recipe and not torch.equal(dict(model.named_parameters())["conv1.weight"], dict(fresh.named_parameters())["conv1.weight"])
     stamp = (run.folder / "result.json").stat().st_mtime_ns
     assert (pretrain(run.recipe).folder / "result.json").stat().st_mtime_ns == stamp, "the same request was computed twice"
