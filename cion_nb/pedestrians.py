@@ -10,7 +10,7 @@ __all__ = ['FABRICS', 'TEXTURES', 'SKINS', 'HAIRS', 'JOINTS', 'PARTS', 'SCENES',
            'write_detections', 'Picture', 'tile', 'portrait', 'one_person', 'montage']
 
 # %% ../nbs/02_pedestrians.ipynb #2d129916
-import json, os, shutil, subprocess, sys, threading, zlib
+import io, os, shutil, subprocess, sys, threading, zlib
 from dataclasses import dataclass, asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -137,7 +137,7 @@ def _leg(p: Person, phase, side: int) -> dict:
     H, f = p.height, phase + (0 if side > 0 else np.pi)
     A = .93 * np.arcsin(np.clip(p.stride / (2 * p.legs), 0, .62))
     hip = .05 + A * np.cos(f)                                       # thigh forward of vertical
-    knee = .08 + .30 * _bump(f - .35 * np.pi, .5) * .6 + 1.02 * _bump(f - 1.36 * np.pi, .62)
+    knee = .08 + .18 * _bump(f - .35 * np.pi, .5) + 1.02 * _bump(f - 1.36 * np.pi, .62)
     foot = .28 * _bump(f, .4) - .75 * _bump(f - 1.14 * np.pi, .5)   # toes up at heel strike, down at push-off
     z = np.zeros_like(f)
     at = lambda base, length, angle: base + length * np.stack([z, np.sin(angle), -np.cos(angle)], -1)
@@ -178,7 +178,7 @@ def skeleton(
     J["head_top"] = J["head"] + .072 * H * person.head * up
     twist = .14 * np.cos(phase)                                     # shoulders turn against the hips
     for s, n in ((1, "r_"), (-1, "l_")):
-        across = np.stack([np.cos(twist), -s * 0 - np.sin(twist), z], -1) * s
+        across = np.stack([np.cos(twist), -np.sin(twist), z], -1) * s
         J[n + "shoulder"] = J["neck"] - .050 * H * up + (.096 - .012 * person.shape) * H * (.6 + .4 * person.build) * across
         for k, v in _arm(person, phase, s, J[n + "shoulder"]).items(): J[n + k] = v
     return {**J, **_anchors(person, J, up, fwd, trunk)}
@@ -486,17 +486,17 @@ def _draw_torso(c, own, p: Person, P: dict, yaw, light, s):
     w = np.hypot(front * P["front_on"], side * P["side_on"]) * s
     lower = p.upper if g.kind == "dress" else p.lower
     az = lambda u: np.float32(yaw) - np.arcsin(u)
-    hips = w[7] * .97
-    _tube(c, own, P["waist"], P["crotch"], hips, hips * .8, lambda t, u: _mix(lower.colour, lower.second, _weave(lower, az(u), t * np.float32(.1 * H))), light, 3 if g.kind == "dress" else 10 if lower.kind == "skirt" else 3,
+    hips, cloth = w[7] * .97, lambda g, az, v: _mix(g.colour, g.second, _weave(g, az, v))
+    _tube(c, own, P["waist"], P["crotch"], hips, hips * .8, lambda t, u: cloth(lower, az(u), t * np.float32(.1 * H)), light, 10 if lower.kind == "skirt" else 3,
           profile=(np.array([0, .5, 1]), np.array([.9, 1, .9]) * hips), flat=(0, 1), fade=True)
     tail = p.upper if g.kind in ("coat", "dress") else p.lower if p.lower.kind == "skirt" else None
     if tail is not None:
         spread = abs(P["r_knee"][0] - P["l_knee"][0]) / 2 * min(1., P["skirt_share"]) + .055 * H * s
         end = max(hips * (1.04 if tail.kind == "coat" else 1.16), spread)
-        _tube(c, own, P["waist"], P["skirt"], hips, end, lambda t, u: _mix(tail.colour, tail.second, _weave(tail, az(u), np.float32(.5) + t * np.float32(P["skirt_share"] * .3 * H))), light,
-              10, profile=(np.array([0, .25, 1]), np.array([w[6], hips * 1.02, end])), flat=(1, 1), soft=.05 * s, fold=.16)
+        _tube(c, own, P["waist"], P["skirt"], hips, end, lambda t, u: cloth(tail, az(u), np.float32(.5) + t * np.float32(P["skirt_share"] * .3 * H)), light, 10,
+              profile=(np.array([0, .25, 1]), np.array([w[6], hips * 1.02, end])), flat=(1, 1), soft=.05 * s, fold=.16)
     L = np.float32(.36 * H)
-    _tube(c, own, P["neck"], P["hem"], 0, 0, lambda t, u: _mix(g.colour, g.second, _weave(g, az(u), t * L)), light, 3, profile=(_T, w), flat=(1, 1), soft=.05 * s)
+    _tube(c, own, P["neck"], P["hem"], 0, 0, lambda t, u: cloth(g, az(u), t * L), light, 3, profile=(_T, w), flat=(1, 1), soft=.05 * s)
 
 # %% ../nbs/02_pedestrians.ipynb #45448b8a
 def _draw_strap(c, own, p: Person, P: dict, light, s, front: bool):
@@ -770,12 +770,17 @@ def _thing(kind: str, x: float, y: float, colour: str, rng) -> list:
     if kind == "bin": return _prism(x, y, .3, 0, .85, c, 14) + _prism(x, y, .33, .85, .98, dark, 14) + _prism(x, y, .18, .98, 1.0, (.01, .01, .01), 14)
     if kind == "planter": return _leaves(rng, x, y + .1, .95, .62, _linear("#4a7a34")) + _box3(x, y, 0, 1.5, .7, .6, c)
     if kind == "bush": return _leaves(rng, x, y, .7, 1.0, c, 700)
-    if kind == "bench": return [f for k in range(3) for f in _box3(x, y + .28, .55 + .17 * k, 1.9, .05, .12, c)] + [f for s in (-.75, .75) for f in _box3(x + s, y, 0, .08, .5, .45, (.03, .03, .03))] + _box3(x, y, .43, 1.9, .5, .06, c)
+    if kind == "bench":
+        back = [f for k in range(3) for f in _box3(x, y + .28, .55 + .17 * k, 1.9, .05, .12, c)]
+        feet = [f for s in (-.75, .75) for f in _box3(x + s, y, 0, .08, .5, .45, (.03, .03, .03))]
+        return back + feet + _box3(x, y, .43, 1.9, .5, .06, c)
     if kind == "car": return _car(x, y, c)
     ring = lambda cx, r0, r1: [[[x + cx + r * np.cos(a), y, .34 + r * np.sin(a)] for r, a in ((r0, t), (r1, t), (r1, t + .3), (r0, t + .3))] for t in np.arange(0, 6.28, .26)]
     bar = lambda a, b, w=.025: [[x + a[0], y, a[1] - w], [x + b[0], y, b[1] - w], [x + b[0], y, b[1] + w], [x + a[0], y, a[1] + w]]
-    return [(q, (.02, .02, .02)) for cx in (-.52, .52) for q in ring(cx, .3, .345)] + [(bar(a, b), c) for a, b in (((-.52, .34), (-.2, .8)), ((-.2, .8), (.38, .82)),
-           ((-.2, .78), (.02, .34)), ((.02, .34), (.38, .8)), ((.38, .95), (.52, .34)), ((-.52, .34), (.02, .34)))] + [(bar((-.32, .92), (-.08, .94), .04), (.02, .02, .02)), (bar((.3, 1.0), (.45, .98)), (.02, .02, .02))]
+    black = (.02, .02, .02)                                                        # a bicycle
+    tubes = (((-.52, .34), (-.2, .8)), ((-.2, .8), (.38, .82)), ((-.2, .78), (.02, .34)), ((.02, .34), (.38, .8)), ((.38, .95), (.52, .34)), ((-.52, .34), (.02, .34)))
+    return ([(q, black) for cx in (-.52, .52) for q in ring(cx, .3, .345)] + [(bar(a, b), c) for a, b in tubes]
+            + [(bar((-.32, .92), (-.08, .94), .04), black), (bar((.3, 1.0), (.45, .98)), black)])
 
 # %% ../nbs/02_pedestrians.ipynb #d1b324a8
 @dataclass
@@ -944,18 +949,29 @@ def _cast_shadow(c: Canvas, cam: Camera, p: Person, A: dict, i: int) -> None:
 BANKS = { # two banks that differ in place, light, colour and quality; `cameras("A")` numbers them from 1
  "A": (
     dict(name="A1", scene="plaza", focal=770, mount=3.3, pitch=.15, sun=(-.6, -.45, .75), gain=(1.03, 1., .95)),
-    dict(name="A2", scene="street", focal=800, mount=4.2, pitch=.22, sun=(.3, -.2, .9), sunlight=(.5, .5, .5), sky=(.68, .70, .74), gain=(.98, 1., 1.04), saturation=.94, exposure=1.08, noise=3, quality=82),
-    dict(name="A3", scene="park", focal=740, mount=3.0, pitch=.13, sun=(.7, -.3, .6), sunlight=(1.08, 1.02, .88), sky=(.40, .44, .40), gain=(.99, 1.03, .93), saturation=1.05, exposure=1.),
-    dict(name="A4", scene="parking", focal=780, mount=4.8, pitch=.26, sun=(-.2, -.3, .9), sunlight=(.5, .48, .46), sky=(.58, .59, .62), gain=(1.01, .98, 1.02), saturation=.92, exposure=1.12, gamma=1., black=.03, blur=.7, noise=3, quality=78),
-    dict(name="A5", scene="gate", focal=760, mount=2.9, pitch=.11, sun=(.45, -.8, .6), sunlight=(1.15, 1.05, .9), sky=(.44, .44, .45), gain=(1.06, 1., .92), exposure=1.1, gamma=.96, quality=84),
-    dict(name="A6", scene="campus", size=(576, 324), focal=580, mount=3.6, pitch=.17, sun=(-.3, -.6, .8), gain=(.96, 1.01, 1.04), saturation=.94, exposure=1.04, gamma=1.02, blur=.7, noise=5, quality=72)),
+    dict(name="A2", scene="street", focal=800, mount=4.2, pitch=.22, sun=(.3, -.2, .9), sunlight=(.5, .5, .5), sky=(.68, .70, .74),
+         gain=(.98, 1., 1.04), saturation=.94, exposure=1.08, noise=3, quality=82),
+    dict(name="A3", scene="park", focal=740, mount=3.0, pitch=.13, sun=(.7, -.3, .6), sunlight=(1.08, 1.02, .88), sky=(.40, .44, .40),
+         gain=(.99, 1.03, .93), saturation=1.05, exposure=1.),
+    dict(name="A4", scene="parking", focal=780, mount=4.8, pitch=.26, sun=(-.2, -.3, .9), sunlight=(.5, .48, .46), sky=(.58, .59, .62),
+         gain=(1.01, .98, 1.02), saturation=.92, exposure=1.12, gamma=1., black=.03, blur=.7, noise=3, quality=78),
+    dict(name="A5", scene="gate", focal=760, mount=2.9, pitch=.11, sun=(.45, -.8, .6), sunlight=(1.15, 1.05, .9), sky=(.44, .44, .45),
+         gain=(1.06, 1., .92), exposure=1.1, gamma=.96, quality=84),
+    dict(name="A6", scene="campus", size=(576, 324), focal=580, mount=3.6, pitch=.17, sun=(-.3, -.6, .8),
+         gain=(.96, 1.01, 1.04), saturation=.94, exposure=1.04, gamma=1.02, blur=.7, noise=5, quality=72)),
  "B": (
-    dict(name="B1", scene="hall", focal=720, mount=4.0, pitch=.2, sun=(.1, -.3, .95), sunlight=(.35, .4, .33), sky=(.6, .68, .56), gain=(.92, 1.08, .9), exposure=1.05, noise=4, quality=80),
-    dict(name="B2", scene="night", focal=780, mount=4.4, pitch=.22, sun=(-.4, -.2, .9), sunlight=(.95, .6, .25), sky=(.14, .14, .22), gain=(1.15, .95, .72), saturation=.8, exposure=.95, gamma=.92, black=.03, blur=.9, noise=9, quality=72),
-    dict(name="B3", scene="corridor", focal=640, mount=2.7, pitch=.1, far=14, sun=(0, -.2, 1), sunlight=(.4, .42, .45), sky=(.66, .72, .8), gain=(.9, 1., 1.14), exposure=1.15, gamma=.88, noise=3),
-    dict(name="B4", scene="yard", focal=820, mount=7.0, pitch=.48, sun=(.5, .2, .6), sunlight=(.6, .62, .7), sky=(.42, .48, .6), gain=(.86, .97, 1.24), saturation=.75, exposure=1.05, quality=84),
-    dict(name="B5", scene="sunset", focal=760, mount=3.2, pitch=.14, sun=(.75, .55, .32), sunlight=(1.7, 1., .5), sky=(.3, .27, .34), gain=(1.2, .96, .82), saturation=1.1, exposure=.85, gamma=1.1),
-    dict(name="B6", scene="platform", size=(576, 324), focal=560, mount=3.4, pitch=.16, far=13.5, sun=(.3, -.5, .8), sunlight=(.4, .42, .36), sky=(.26, .3, .25), gain=(.98, 1.06, .86), saturation=.7, exposure=1., gamma=1.1, black=.05, blur=1., noise=8, quality=66))}
+    dict(name="B1", scene="hall", focal=720, mount=4.0, pitch=.2, sun=(.1, -.3, .95), sunlight=(.35, .4, .33), sky=(.6, .68, .56),
+         gain=(.95, 1.05, .93), exposure=1.05, noise=4, quality=80),
+    dict(name="B2", scene="night", focal=780, mount=4.4, pitch=.22, sun=(-.4, -.2, .9), sunlight=(.95, .6, .25), sky=(.14, .14, .22),
+         gain=(1.1, .97, .8), saturation=.9, exposure=1.1, gamma=.92, black=.03, blur=.8, noise=6, quality=76),
+    dict(name="B3", scene="corridor", focal=640, mount=2.7, pitch=.1, far=14, sun=(0, -.2, 1), sunlight=(.4, .42, .45), sky=(.66, .72, .8),
+         gain=(.9, 1., 1.14), exposure=1.15, gamma=.88, noise=3),
+    dict(name="B4", scene="yard", focal=820, mount=7.0, pitch=.48, sun=(.5, .2, .6), sunlight=(.6, .62, .7), sky=(.42, .48, .6),
+         gain=(.9, .98, 1.16), saturation=.85, exposure=1.08, quality=84),
+    dict(name="B5", scene="sunset", focal=760, mount=3.2, pitch=.14, sun=(.75, .55, .32), sunlight=(1.7, 1., .5), sky=(.3, .27, .34),
+         gain=(1.2, .96, .82), saturation=1.1, exposure=.85, gamma=1.1),
+    dict(name="B6", scene="platform", size=(576, 324), focal=560, mount=3.4, pitch=.16, far=13.5, sun=(.3, -.5, .8), sunlight=(.4, .42, .36), sky=(.26, .3, .25),
+         gain=(.98, 1.05, .88), saturation=.82, exposure=1.12, gamma=1.05, black=.04, blur=.8, noise=5, quality=72))}
 
 def cameras(bank: str = "A", n: int = 6) -> tuple:
     "The first `n` cameras of a bank, numbered from 1."
@@ -964,13 +980,15 @@ def cameras(bank: str = "A", n: int = 6) -> tuple:
     return tuple(Camera(camid=i + 1, seed=100 * ord(bank[0]) + i, **spec) for i, spec in enumerate(BANKS[bank][:n]))
 
 # %% ../nbs/02_pedestrians.ipynb #905b0e19
+_COMMON = dict(bank="A", cameras=6, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., company=.18,   # share of look-alikes; seconds between walkers; share who walk in company
+               switch=.06, fragments=1.35, background=.03, drift=.04)                                         # the tracker's mistakes
 PROFILES = { # every value of a world; `make_world(profile, seed, **changes)` replaces any of them
- "tiny":  dict(bank="A", cameras=6, pretrain_people=48, appearances=4, walks_per_video=16, train_people=100, test_people=40, cameras_per_person=4, images_per_camera=4, train_images_per_camera=3,
-               distractors=60, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., company=.18, crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
- "small": dict(bank="A", cameras=6, pretrain_people=480, appearances=4, walks_per_video=16, train_people=400, test_people=300, cameras_per_person=5, images_per_camera=4, train_images_per_camera=3,
-               distractors=600, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., company=.18, crop=(128, 64), switch=.06, fragments=1.35, background=.03, drift=.04),
- "paper": dict(bank="A", cameras=6, pretrain_people=4800, appearances=6, walks_per_video=24, train_people=751, test_people=750, cameras_per_person=6, images_per_camera=4, train_images_per_camera=3,
-               distractors=2793, lookalikes=.15, fps=12, stride=6, gap=1.6, reid_gap=5., company=.18, crop=(256, 128), switch=.06, fragments=1.35, background=.03, drift=.04)}
+ "tiny":  dict(_COMMON, pretrain_people=48, appearances=4, walks_per_video=16, train_people=100, test_people=40, cameras_per_person=4,
+               images_per_camera=4, train_images_per_camera=3, distractors=60, crop=(128, 64)),
+ "small": dict(_COMMON, pretrain_people=480, appearances=4, walks_per_video=16, train_people=400, test_people=300, cameras_per_person=5,
+               images_per_camera=4, train_images_per_camera=4, distractors=600, crop=(128, 64)),
+ "paper": dict(_COMMON, pretrain_people=4800, appearances=6, walks_per_video=24, train_people=751, test_people=750, cameras_per_person=6,
+               images_per_camera=4, train_images_per_camera=4, distractors=2793, crop=(256, 128))}
 
 @dataclass(frozen=True)
 class Video:
@@ -1314,7 +1332,9 @@ def _videos(seed: int, v: dict, people, cams) -> tuple:
     "Pre-training videos (several a camera), and one train and one test video a camera, each with its people."
     rng, out, n = _rng(seed, v["bank"], "videos"), [], len(cams)
     name = lambda role, cam, k="": f"{cams[cam].name}-{role}{k}"
-    def add(label, role, cam, who): out.append(_video(_rng(seed, v["bank"], label), label, cams[cam], role, who, people, v["fps"], *((v["gap"], v["company"]) if role == "pretrain" else (v["reid_gap"], v["company"] / 4)))) if who else None
+    def add(label, role, cam, who):
+        crowd = (v["gap"], v["company"]) if role == "pretrain" else (v["reid_gap"], v["company"] / 4)
+        if who: out.append(_video(_rng(seed, v["bank"], label), label, cams[cam], role, who, people, v["fps"], *crowd))
     a, b = v["pretrain_people"], v["pretrain_people"] + v["train_people"]
     count = max(-(-a * v["appearances"] // v["walks_per_video"]), v["appearances"])
     for k, who in enumerate(_deal(rng, a, count, v["appearances"], np.arange(count) % n)): add(name("video", k % n, f"{k // n:02d}"), "pretrain", k % n, who)
@@ -1426,7 +1446,9 @@ def _cut(stage: _Stage, frame: int, walk: int, x: int, y: int, w: int, h: int) -
     cam = stage.cam; who = next((q for q in stage.at[frame] if q[1] == walk), None)
     X0, Y0, X1, Y1 = x, y, x + w, y + h
     if who is not None:   # the whole person, so that visibility has its denominator
-        b = who[6]; X0, Y0 = (max(min(lo, int(v)), 0) for lo, v in ((x, b[0] - 4), (y, b[1] - 4))); X1, Y1 = (min(max(hi, int(v)), n) for hi, v, n in ((x + w, b[2] + 4, cam.size[0]), (y + h, b[3] + 4, cam.size[1])))
+        b = who[6]
+        X0, Y0 = (max(min(lo, int(v) - 4), 0) for lo, v in zip((x, y), b[:2]))
+        X1, Y1 = (min(max(hi, int(v) + 4), n) for hi, v, n in zip((x + w, y + h), b[2:], cam.size))
     c, own = stage.paint(frame, X0, Y0, X1 - X0, Y1 - Y0)
     image = _expose(cam, stage.scene, c, frame)
     part, owner = _inner(c.part), _inner(c.owner); window = (slice(y - Y0, y - Y0 + h), slice(x - X0, x - X0 + w))
@@ -1437,7 +1459,7 @@ def _cut(stage: _Stage, frame: int, walk: int, x: int, y: int, w: int, h: int) -
         joints = np.array([who[3][j][:2] for j in JOINTS], np.float32) - [x, y]
         i = np.floor(joints).astype(int); inside = (i >= 0).all(1) & (i[:, 0] < w) & (i[:, 1] < h)
         seen[inside] = mine[window][i[inside, 1], i[inside, 0]]
-        b = who[6]; frame_share = float(_clip(np.array([[b[0], b[1], b[2] - b[0], b[3] - b[1]]]), cam.size)[0, 2:].prod() / ((b[2] - b[0]) * (b[3] - b[1])))
+        b = np.array([[*b[:2], b[2] - b[0], b[3] - b[1]]]); frame_share = _clip(b, cam.size)[0, 2:].prod() / b[0, 2:].prod()
         share = float(mine[window].sum() / max(_inner(own[walk]).sum(), 1) * frame_share) if walk in own else 0.
     return Crop(image[window], part, joints.astype(np.float32), seen, share)
 
@@ -1446,8 +1468,8 @@ def render_frame(
     world: World,
     video: str | Video,
     frame: int,
-) -> tuple[np.ndarray, dict]: # (H, W, 3) uint8 picture; truth with pid (n,), box (n, 4) x y w h, joints (n, K, 2), seen (n, K), visibility (n,), owner (H, W) pid or 0, parts (H, W)
-    "A whole camera frame with everything that is true about it."
+) -> tuple[np.ndarray, dict]: # (H, W, 3) uint8, and the truth
+    "A whole camera frame. Truth: pid (n,), box (n, 4) x y w h, joints (n, K, 2), seen (n, K), visibility (n,); owner (H, W) pid or 0, parts (H, W)."
     video = world.video(video) if isinstance(video, str) else video
     if not 0 <= frame < video.frames: raise ValueError(f"{video.name} has frames 0 to {video.frames - 1}, not {frame}")
     return _frame(_Stage(world, video, [frame]), frame)
@@ -1464,7 +1486,8 @@ def _frame(stage: _Stage, frame: int) -> tuple[np.ndarray, dict]:
     seen = inside & (owner[i[..., 1], i[..., 0]] == walks[:, None])
     share = _clip(box, (w, h))[:, 2:].prod(1) / np.maximum(box[:, 2:].prod(1), 1e-9)
     visible = np.array([(owner == q[1]).sum() / _inner(own[q[1]]).sum() for q in cast]) * share
-    return _expose(stage.cam, stage.scene, c, frame), dict(pid=pid[walks], box=box, joints=joints, seen=seen, visibility=visible, owner=np.where(owner >= 0, pid[np.maximum(owner, 0)], 0), parts=part.copy())
+    truth = dict(pid=pid[walks], box=box, joints=joints, seen=seen, visibility=visible, owner=np.where(owner >= 0, pid[np.maximum(owner, 0)], 0), parts=part.copy())
+    return _expose(stage.cam, stage.scene, c, frame), truth
 
 # %% ../nbs/02_pedestrians.ipynb #1f934bbe
 def _render_video(world: World, video: Video, root: Path, tick=lambda n: None) -> None:
@@ -1513,7 +1536,9 @@ def _render_all(world: World, root: Path, workers: int, bar) -> None:
     todo = [v for v in world.videos if not (root / "crops" / v.name).exists()]
     size = pd.concat([world.tracklets.video, world.reid.video]).value_counts()
     bar.update(int(sum(size.get(v.name, 0) for v in world.videos if v not in todo)))
-    if workers <= 1 or len(todo) < 2: return [_render_video(world, v, root, bar.update) for v in todo] and None
+    if workers <= 1 or len(todo) < 2:
+        for v in todo: _render_video(world, v, root, bar.update)
+        return
     shares = [[] for _ in range(workers)]
     for v in sorted(todo, key=lambda v: (v.camid, -size.get(v.name, 0))):
         mine = [s for s in shares if any(q.camid == v.camid for q in s) and sum(size.get(q.name, 0) for q in s) < size.sum() / workers]
@@ -1558,7 +1583,8 @@ def _describe(world: World) -> dict:
     "What world.json says."
     changes = {k: v for k, v in world.values.items() if v != PROFILES[world.profile][k]}
     told = dict(profile=world.profile, seed=world.seed, changes=changes, values=world.values, renderer=RENDERER)
-    return dict(told, fingerprint=fingerprint(told), cameras=[asdict(c) for c in world.cameras], joints=JOINTS, parts=PARTS,
+    told["cameras"] = [asdict(c) for c in world.cameras]
+    return dict(told, fingerprint=fingerprint(told), joints=JOINTS, parts=PARTS,
                 videos=[dict(name=v.name, camid=v.camid, role=v.role, frames=v.frames, walks=len(v.walks)) for v in world.videos],
                 people=[dict(pid=p.pid, group=p.group, height=p.height, hair=p.hair, bag=p.bag, upper=p.upper.kind, lower=p.lower.kind) for p in world.people])
 
@@ -1666,7 +1692,9 @@ class Picture(Image.Image):
     "A PIL image that a notebook keeps as JPEG: a camera's noise makes a PNG ten times as large."
     def __init__(self, image): super().__init__(); self.__dict__.update((image if isinstance(image, Image.Image) else Image.fromarray(image)).__dict__)
     def _repr_png_(self): return None
-    def _repr_jpeg_(self): import io; b = io.BytesIO(); self.convert("RGB").save(b, "JPEG", quality=84); return b.getvalue()
+    def _repr_jpeg_(self):
+        b = io.BytesIO(); self.convert("RGB").save(b, "JPEG", quality=80)
+        return b.getvalue()
 
 def tile(
     images: list,         # of (h, w, 3) uint8 arrays or PIL images, all scaled to one height a row
@@ -1739,7 +1767,9 @@ def montage(
 ) -> Picture:
     "What this world looks like: a frame of every camera, and one person through all of them."
     frames = [render_frame(world, *_crowded(world, cam))[0] for cam in world.cameras]
-    if pid is None: pid = max(world.people, key=lambda p: (p.bag in ("backpack", "shoulder")) + (p.upper.texture in ("stripes", "checks", "block")) + (p.lower.kind == "trousers") + float(np.ptp(p.upper.colour)) + .5 * float(np.ptp(p.bag_colour))).pid
+    striking = lambda p: ((p.bag in ("backpack", "shoulder")) + (p.upper.texture in ("stripes", "checks", "block")) + (p.lower.kind == "trousers")
+                          + float(np.ptp(p.upper.colour)) + .5 * float(np.ptp(p.bag_colour)))
+    if pid is None: pid = max(world.people, key=striking).pid
     top = tile(frames, 3, 288, width=width); strip = tile(one_person(world, pid), 99, 256, width=width)
     page = Image.new("RGB", (width, top.height + 4 + strip.height), "white")
     page.paste(top, (0, 0)); page.paste(strip, (0, top.height + 4))

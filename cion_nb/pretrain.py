@@ -47,7 +47,7 @@ class Pretraining(Task):
         self.samples, self.labels, self.n_images = samples[kept].reset_index(drop=True), labels[kept], int(kept.sum())
         self.images = ImageStore(self.samples.assign(pid=self.labels), root)      # a broken image is replaced within its identity
         self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"], r["aspect"],
-                               recipe=r["augmentation"], seed=r["seed"])
+                               recipe=r["augmentation"], seed=r["seed"], **r["view_changes"])
 
     def phase(self, seen: int) -> int:
         "Images an identity, by the share of the budget."

@@ -148,7 +148,7 @@ RECIPES["pretrain"] = dict(
         method="cion", data="cion_al", data_root=None, annotation=None, identities="pid",
         backbone="resnet50_ibn", image_size=[256, 128], local_size=[128, 64], n_local=8,
         global_scale=[0.4, 1.0], local_scale=[0.05, 0.4], aspect=[0.375, 0.667],       # assumed: DINO's, aspect times w/h
-        augmentation="paper", loss="identity", variant="paper", teacher="step", centre="ema",
+        augmentation="paper", view_changes={}, loss="identity", variant="paper", teacher="step", centre="ema",
         epochs=100, images_per_epoch=None, batch_size=960, accumulate=1,
         n_id=[2, 4, 6, 8], n_id_epochs=[0, 40, 60, 80],
         out_dim=65536, head_hidden=2048, head_bottleneck=256, head_bn=False, student_temp=0.1, teacher_temp=0.04, centre_momentum=0.9,
@@ -162,9 +162,11 @@ RECIPES["pretrain"] = dict(
         queue=4096, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(
         data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], local_size=[32, 16], n_local=2,
-        global_scale=[0.5, 1.0], local_scale=[0.2, 0.5],
-        epochs=10, images_per_epoch=480, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],
-        out_dim=256, head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], lr=2e-3, warmup_epochs=1, freeze_last_layer_epochs=0,
+        global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],                                # at 64x32 smaller crops hold nobody; hard jitter hides the clothes
+        view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
+        epochs=10, images_per_epoch=960, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],
+        out_dim=256, head_hidden=256, head_bottleneck=64, head_bn=True, teacher_temp=0.02,
+        ema=[0.97, 1.0], lr=1e-2, weight_decay=[0.04, 0.04], moco_momentum=0.97, warmup_epochs=1, freeze_last_layer_epochs=0,
         queue=512, precision="auto", workers=0, checkpoint_minutes=2))
 RECIPES["pretrain"]["smoke"] = RECIPES["pretrain"]["tiny"] | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1], queue=96)
 
