@@ -13,7 +13,7 @@ import pandas as pd
 from .backbones import load_backbone
 from .denoise import denoise
 from .features import Features, extract, read_data
-from .finetune import finetune
+from .finetune import finetune, load_finetuned
 from .pedestrians import make_world, render
 from .pretrain import pretrain
 from .report import report_folder, write_index
@@ -36,11 +36,17 @@ def extract_features(recipe: dict) -> Run:
     with run.computing() as todo:
         if not todo: return run
         if recipe["model"] is None: raise ValueError("extract needs model: a run's recipe, or a file of save_backbone")
-        model = Run(recipe["model"]).require().folder / "backbone.safetensors" if isinstance(recipe["model"], dict) else resolve(recipe["model"])
+        model = _model(recipe["model"])
         samples, root = read_data(recipe, recipe["subset"])
-        found = extract(samples, root, load_backbone(model), run.folder, batch_size=recipe["batch_size"], precision=recipe["precision"], flip=recipe["flip"])
+        found = extract(samples, root, model, run.folder, batch_size=recipe["batch_size"], precision=recipe["precision"], flip=recipe["flip"])
         run.finish(dict(images=len(found), unreadable=len(found.unreadable)))
     return run
+
+def _model(named):
+    "A run's model (a fine-tuned one with its neck), or a saved backbone by path."
+    if not isinstance(named, dict): return load_backbone(resolve(named))
+    folder = Run(named).require().folder
+    return load_finetuned(folder) if named["stage"] == "finetune" else load_backbone(folder / "backbone.safetensors")
 
 def denoise_features(recipe: dict) -> Run:
     "Eq. 4-7 on a run's features; labels, provenance and noise in the run's folder, with the table they belong to."
