@@ -101,10 +101,10 @@ def compare(
     report = report or read_report(table, profile) or dict(rows=[])
     ours = pd.DataFrame(report["rows"], columns=None if report["rows"] else ["method", "data", "mAP", "rank1"])
     out = []
-    for method, row in KEYS[table].items():
-        line = {("", "method"): method}
+    for method in [*(m for m in dict.fromkeys(ours.method) if m not in KEYS[table]), *KEYS[table]]:       # rows the paper does not have stand first
+        line, row = {("", "method"): method}, KEYS[table].get(method)
         for label, column in (("Market-1501", "market"), ("MSMT17", "msmt")):
-            line |= {(f"paper: {label}", "mAP"): theirs.loc[row, f"{column}_map"], (f"paper: {label}", "rank-1"): theirs.loc[row, f"{column}_r1"]}
+            line |= {(f"paper: {label}", name): theirs.loc[row, f"{column}_{key}"] if row else None for name, key in (("mAP", "map"), ("rank-1", "r1"))}
         for data, part in ours[ours.method == method].groupby("data"):
             line |= {(f"ours: {data}", "mAP"): show_mean(part.mAP), (f"ours: {data}", "rank-1"): show_mean(part.rank1), (f"ours: {data}", "seeds"): len(part)}
         out.append(line)

@@ -148,7 +148,7 @@ def run_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     began, error = time.time(), None
     try: papermill.execute_notebook(str(path), str(out), parameters=dict(profile=profile) | parameters, kernel_name="python3", cwd=str(project_root()),
-                                    progress_bar=sys.stderr.isatty(), log_output=False)
+                                    progress_bar=sys.stderr.isatty(), log_output=False, extra_arguments=["--IPKernelApp.log_level=40"])
     except papermill.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
     body, _ = HTMLExporter().from_notebook_node(nbformat.read(out, 4))
     with atomic(out.with_suffix(".html")) as tmp: tmp.write_text(body, encoding="utf-8")
@@ -165,12 +165,14 @@ def reproduce(
     for name in names:
         if name not in notebooks(): raise ValueError(f"there is no notebook {name!r}: choose from {', '.join(notebooks())}")
         check_names(notebooks()[name], parameters)            # before anything is run
-    entries = []
+    entries, book = [], report_folder(profile) / "index.json"
     for i, name in enumerate(names):
         print(f"[{i + 1}/{len(names)}] {TITLES[name]}", flush=True)
         entries.append(run_notebook(name, profile, **parameters))
         print(f"      {entries[-1]['seconds']:.0f} s" + (f"   FAILED: {entries[-1]['error']}" if entries[-1]["error"] else ""), flush=True)
-        index = write_index(profile, entries)
+        known = {e["name"]: e for e in (read_json(book) if book.exists() else []) + entries}      # notebooks that are not run this time keep their place
+        write_json(book, [known[n] for n in TITLES if n in known])
+        index = write_index(profile, read_json(book))
     print(f"report: {index}")
     return entries
 
