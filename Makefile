@@ -42,4 +42,4 @@ lab: $(STAMP)
 	$(PY) -m jupyter lab nbs
 
 clean:
-	rm -rf .venv runs reports/tiny reports/small build *.egg-info
+	rm -rf .venv runs reports/tiny reports/small reports/paper_runs build *.egg-info

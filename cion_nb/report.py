@@ -64,9 +64,9 @@ def verdict_text(claim: str, v: dict) -> str:
 
 # %% ../nbs/16_report.ipynb #2c54993d
 def report_folder(profile: str) -> Path:
-    "`reports/<profile>` of the project."
+    "`reports/<profile>` of the project; `reports/paper_runs` for the `paper` profile, since `reports/paper` holds the paper's own numbers."
     if profile not in PROFILES: raise ValueError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
-    return resolve("reports") / profile
+    return resolve("reports") / ("paper_runs" if profile == "paper" else profile)
 
 def write_report(
     name: str,                     # "table4", "figure4", …
@@ -76,9 +76,9 @@ def write_report(
     notes: list[str] = (),         # what was assumed, what differs from the paper
     **more,                        # anything else that a figure redraws from
 ) -> Path | None:
-    "Write `reports/<profile>/<name>.json`; the `smoke` profile proves that cells run and leaves no report."
-    if profile == "smoke": return None
+    "Write `reports/<profile>/<name>.json`. The `smoke` profile proves that cells run and leaves no report, and neither do runs that are not there yet."
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
+    if profile == "smoke" or not rows: return None
     return write_json(report_folder(profile) / f"{name}.json", dict(name=name, profile=profile, rows=rows, verdicts=list(verdicts), notes=list(notes),
                                                                     environment=environment()) | more)
 
@@ -87,7 +87,7 @@ def read_report(name: str, profile: str) -> dict | None:
     file = report_folder(profile) / f"{name}.json"
     return read_json(file) if file.exists() else None
 
-# %% ../nbs/16_report.ipynb #29e2ba45
+# %% ../nbs/16_report.ipynb #5c1deab8
 KEYS = dict(table4=dict(lup="LUP+MGN", dino="DINO+MGN", cion="Ours+MGN"))       # our method: the paper's row
 
 def compare(
@@ -112,7 +112,7 @@ def compare(
     table.columns = pd.MultiIndex.from_tuples(table.columns)
     return table.set_index(("", "method")).rename_axis("method")
 
-# %% ../nbs/16_report.ipynb #d6b73d39
+# %% ../nbs/16_report.ipynb #4b0dc111
 def tsne(
     features: np.ndarray,        # (n, D) L2-normalised
     seed: int = 0,
@@ -147,7 +147,7 @@ def plot_tsne(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/16_report.ipynb #deea5478
+# %% ../nbs/16_report.ipynb #3dbec832
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
 th:first-child,td:first-child{text-align:left}code{background:#f4f4f4;padding:0 .2rem}.agrees{color:#17692b}.contradicts{color:#a11}.open{color:#666}img{max-width:100%}"""
