@@ -37,6 +37,8 @@ def budget(
 ) -> int:           # image presentations, a whole number of batches
     "Image presentations of a run."
     batch = recipe["batch_size"]
+    for name in ("epochs", "batch_size"):
+        if not recipe[name] > 0: raise ValueError(f"{name}={recipe[name]}: must be positive")
     if n_images < 1: raise ValueError("the training set is empty: no image is left to learn from")
     return max(1, round(recipe["epochs"] * (recipe["images_per_epoch"] or n_images) / batch)) * batch
 

@@ -248,7 +248,17 @@ class _PartialStore:
             self.x = np.lib.format.open_memmap(self.file, mode="r+")
         else:
             self.x = np.lib.format.open_memmap(self.file, mode="w+", dtype=dtype, shape=self.shape)
+            self._reserve()
             self.flush()
+
+    def _reserve(self):
+        "Claim the disk space now: writing to a mapped page that does not fit kills the process without a word."
+        if not hasattr(os, "posix_fallocate"): return
+        with open(self.file, "r+b") as f:
+            try: os.posix_fallocate(f.fileno(), 0, max(1, self.file.stat().st_size))
+            except OSError as e:
+                del self.x; self.file.unlink()
+                raise OSError(e.errno, f"{self.shape[0]:,} x {self.shape[1]} features do not fit on the disk of {self.folder}: {e.strerror}") from e
 
     def add(self, rows: np.ndarray, n_read: int, unreadable: list, every: float):
         self.x[self.written:self.written + len(rows)] = rows

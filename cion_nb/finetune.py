@@ -17,7 +17,7 @@ from .backbones import create_backbone, load_backbone, load_backbone_weights, sa
 from .engine import Task, fit
 from .evaluate import evaluate
 from .features import extract, read_data
-from .runs import Run, atomic, is_main_process, recipe, recipe_from_arguments, resolve
+from .runs import Run, atomic, is_main_process, recipe, run_from_arguments, resolve
 from .views import ImageStore, PKSampler, TrainTransform, erase_, normalise
 
 # %% ../nbs/14_finetune.ipynb #19bca0f8
@@ -80,12 +80,14 @@ def epoch_lr(
 class FineTuning(Task):
     "PK batches, cross-entropy and batch-hard triplet on the `train` split of a data set."
     def __init__(self, r: dict):
+        if r["optimizer"] != "sgd": raise ValueError(f"optimizer {r['optimizer']!r}: fine-tuning has sgd")
         self.recipe = r
         self.samples, root = read_data(r, "train")
         names, self.labels = np.unique(self.samples.pid.to_numpy(), return_inverse=True)
         if len(names) < 2: raise ValueError(f"fine-tuning needs at least two people, the train split has {len(names)}")
         self.n_images, self.n_ids = len(self.samples), len(names)
         self.images = ImageStore(self.samples, root)
+        self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1       # a person without a readable image sits out
         self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"])
 
     def build(self, device):
@@ -183,6 +185,4 @@ def finetune(
         run.finish(report)
     return run
 
-if __name__ == "__main__" and "__file__" in globals():
-    done = finetune(recipe_from_arguments("finetune"))
-    print(f"mAP {100 * done.result['mAP']:.1f}, rank-1 {100 * done.result['rank1']:.1f}: {done.folder}")
+if __name__ == "__main__" and "__file__" in globals(): run_from_arguments("finetune", finetune)

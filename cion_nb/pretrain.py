@@ -16,7 +16,7 @@ from .denoise import Denoised
 from .distill import ContrastHead, IdentityGuidedLoss, InfoNCELoss, MultiViewModel, ProjectionHead, clip_gradients_, freeze_last_layer, param_groups, update_teacher
 from .engine import Task, budget, fit, warmup_cosine
 from .features import read_data
-from .runs import Run, is_main_process, recipe, recipe_from_arguments
+from .runs import Run, is_main_process, recipe, run_from_arguments
 from .views import IdentitySampler, ImageStore, MultiCrop, id_curriculum, normalise
 
 # %% ../nbs/13_pretrain.ipynb #8180a853
@@ -29,7 +29,9 @@ def identity_labels(
         run = Run(identities).require()
         found = Denoised.load(run.folder)
         paths = pd.read_parquet(run.folder / "samples.parquet", columns=["path"]).path
-        return samples.path.map(pd.Series(found.labels, index=paths.to_numpy())).fillna(-1).to_numpy(np.int64)
+        labels = samples.path.map(pd.Series(found.labels, index=paths.to_numpy())).fillna(-1).to_numpy(np.int64)
+        if not (labels >= 0).any(): raise ValueError(f"denoising run {run.name} gives no identity to any of the {len(samples)} images: is it a run on other data?")
+        return labels
     if identities == "image": return np.arange(len(samples))
     if identities not in samples: raise ValueError(f"identities={identities!r}: the table has no such column; it has {', '.join(samples.columns)}")
     labels = samples[identities].to_numpy(np.int64)
@@ -45,7 +47,9 @@ class Pretraining(Task):
         labels = identity_labels(samples, r["identities"])
         kept = labels >= 0
         self.samples, self.labels, self.n_images = samples[kept].reset_index(drop=True), labels[kept], int(kept.sum())
-        self.images = ImageStore(self.samples.assign(pid=self.labels), root)      # a broken image is replaced within its identity
+        self.images = ImageStore(self.samples.assign(pid=self.labels), root)      # a broken image is replaced within its identity,
+        self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1   # and an identity without a readable image sits out
+        self.n_images = int((self.labels >= 0).sum())
         self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"], r["aspect"],
                                recipe=r["augmentation"], seed=r["seed"], **r["view_changes"])
 
@@ -156,7 +160,7 @@ def pretrain(
         if is_main_process():
             kept = task.modules["teacher" if recipe["loss"] == "identity" else "model"]
             save_backbone(kept.backbone.cpu(), run.folder / "backbone.safetensors", recipe=recipe, run=run.name)
-        run.finish(report | dict(train_images=task.n_images, identities=int(len(np.unique(task.labels))), unreadable=len(task.images.unreadable)))
+        run.finish(report | dict(train_images=task.n_images, identities=int(len(np.unique(task.labels[task.labels >= 0]))), unreadable=len(task.images.unreadable)))
     return run
 
-if __name__ == "__main__" and "__file__" in globals(): print(pretrain(recipe_from_arguments("pretrain")).folder)
+if __name__ == "__main__" and "__file__" in globals(): run_from_arguments("pretrain", pretrain)

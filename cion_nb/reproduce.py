@@ -95,7 +95,7 @@ def make_runs(
     "Compute what is missing; big ones are left to the cluster."
     missing = [r for r in recipes if not Run(r).is_done]
     big = [r for r in missing if r["profile"] == "paper"]
-    for r in big: print(f"to compute on a cluster: {Run(r).request().command}")
+    _print_commands(big)
     todo = plan([r for r in missing if r not in big])
     bar = progress(total=int((todo.state == "to do").sum()), desc=desc, unit="run")
     order = {}
@@ -109,7 +109,20 @@ def make_runs(
     bar.close()
     return [Run(r) for r in recipes]
 
-# %% ../nbs/17_reproduce.ipynb #8cf2d05d
+# %% ../nbs/17_reproduce.ipynb #ba4ee743
+def _print_commands(recipes):
+    "The commands of missing runs, dependencies first and each once; data whose folder was not named is asked for."
+    ordered, unnamed = {}, set()
+    def add(r):
+        for needed in dependencies(r): add(needed)
+        if not Run(r).is_done: ordered.setdefault(Run(r).name, r)
+        if isinstance(r.get("data"), str) and not r["data"].endswith(".parquet") and not r.get("data_root"): unnamed.add(r["data"])
+    for r in recipes: add(r)
+    if unnamed: print(f"the folder of {', '.join(sorted(unnamed))} was not named: pass it as a parameter (data_root, pretrain_root, annotation); the commands below lack it")
+    if ordered: print("to compute on a cluster, in this order:")
+    for r in ordered.values(): print(f"  {Run(r).request().command}")
+
+# %% ../nbs/17_reproduce.ipynb #98cc5b9e
 TITLES = dict(road="The whole road once: from a video to identities", figure4="Figure 4: t-SNE of instance-level, tracklet-level and identity-level features",
               table4="Table 4: LUP-style, DINO-style and CION pre-training at equal budget")
 
@@ -136,7 +149,7 @@ def check_names(
             close = difflib.get_close_matches(name, known, 1)
             raise ValueError(f"{path.name} has no parameter {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + f" It has: {', '.join(known)}")
 
-# %% ../nbs/17_reproduce.ipynb #f83eb3f0
+# %% ../nbs/17_reproduce.ipynb #3bfe0462
 def run_notebook(
     name: str,
     profile: str,
@@ -178,7 +191,7 @@ def reproduce(
     print(f"report: {index}")
     return entries
 
-# %% ../nbs/17_reproduce.ipynb #31d168a7
+# %% ../nbs/17_reproduce.ipynb #9fc7cc6c
 def main(argv: list[str] | None = None) -> int:
     "`python -m cion_nb.reproduce`"
     parser = argparse.ArgumentParser(prog="python -m cion_nb.reproduce", description="Run the companion's notebooks, or one run by its recipe.")

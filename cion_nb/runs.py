@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPES', 'METHODS', 'PACKAGES', 'INPUTS', 'project_root', 'resolve', 'runs_dir', 'atomic', 'write_json',
            'read_json', 'progress', 'fingerprint', 'recipe', 'table5', 'environment', 'git_commit', 'is_main_process',
-           'MissingRun', 'dependencies', 'run_hash', 'Run', 'recipe_from_arguments', 'check_parameters']
+           'MissingRun', 'dependencies', 'run_hash', 'Run', 'recipe_from_arguments', 'run_from_arguments',
+           'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
 import ast, copy, difflib, hashlib, json, os, platform, subprocess, sys, time
@@ -205,10 +206,11 @@ def recipe(
     "A recipe with every value filled in: the paper's values, then the profile's, then the method's, then `changes`."
     _known("stage", stage, RECIPES); _known("profile", profile, PROFILES)
     values = copy.deepcopy({**RECIPES[stage]["paper"], **RECIPES[stage].get(profile, {})})
-    for name in changes: _known(f"{stage} setting", name, values)
+    for name, value in changes.items(): _known(f"{stage} setting", name, values); _of_kind(f"{stage} setting", name, value, values[name])
     if stage == "pretrain":
         method = changes.get("method", values["method"]); _known("method", method, METHODS)
-        if isinstance(values["data"], dict) and method == "cion": values["identities"] = dict(stage="denoise")
+        data = changes.get("data", values["data"])
+        if method == "cion" and isinstance(data, dict): values["identities"] = dict(stage="denoise", features=dict(stage="extract", data=copy.deepcopy(data)))
         values.update(copy.deepcopy(METHODS[method]))
     values.update(copy.deepcopy(changes))
     return dict(stage=stage, profile=profile) | {k: _complete(v, profile) for k, v in values.items()}
@@ -220,6 +222,14 @@ def _complete(value, profile):
         return recipe(value.pop("stage"), value.pop("profile", profile), **value)
     if isinstance(value, np.generic): return value.item()
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+def _of_kind(what, name, value, default):
+    "A value is of its default's kind (number, text, list, switch); None and nested recipes have no kind."
+    kinds = [(bool, "true or false"), ((int, float, np.number), "a number"), (str, "text"), ((list, tuple), "a list")]
+    for kind, said in kinds:
+        if isinstance(default, kind) and value is not None and not isinstance(value, dict):
+            if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool): raise ValueError(f"{what} {name}={value!r}: {said} is needed, as its default {default!r}")
+            return
 
 def _known(what, name, names):
     if name in names: return
@@ -317,8 +327,9 @@ class Run:
 
     @property
     def command(self) -> str:
-        "The shell command that computes this run and what it needs."
-        return f"python -m cion_nb.reproduce --recipe {self.folder / 'recipe.json'}"
+        "The shell command that computes this run; what it needs comes first (at `paper`) or with it."
+        module = f"accelerate launch -m cion_nb.{self.recipe['stage']}" if self.recipe["profile"] == "paper" and self.recipe["stage"] in ("pretrain", "finetune") else "python -m cion_nb.reproduce"
+        return f"{module} --recipe {self.folder / 'recipe.json'}"
 
     def require(self) -> "Run":
         "This run if it is done, else `MissingRun` with the command that computes it."
@@ -392,7 +403,16 @@ def recipe_from_arguments(
         base = read_json(args.recipe)
         if base.get("stage") != stage: parser.error(f"{args.recipe} is a recipe of stage {base.get('stage')!r}, not {stage!r}")
         return recipe(**base | changes)
-    except (ValueError, OSError) as e: parser.error(str(e))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e: parser.error(f"{args.recipe or 'the settings'}: {e}")
+
+def run_from_arguments(
+    stage: str,
+    function,            # recipe -> Run
+) -> None:
+    "A stage as a command: prints the run's folder; what is wrong goes to stderr in one line, with exit code 2."
+    try: run = function(recipe_from_arguments(stage))
+    except (ValueError, LookupError, OSError) as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    if is_main_process(): print(run.folder)
 
 # %% ../nbs/01_runs.ipynb #fb146537
 def check_parameters(
@@ -407,13 +427,16 @@ def check_parameters(
         for name, value in injected.items():
             _known("parameter", name, defined)
             default = defined[name]
+            if isinstance(default, type):                       # `seeds: int = None`
+                if value is not None and not isinstance(value, default): raise ValueError(f"parameter {name!r} is {value!r}: pass a value of type {default.__name__}")
+                continue
             right = (type(default), type(None)) + ((int,) if type(default) is float else ())
             if default is not None and value is not ... and not isinstance(value, right) or isinstance(value, bool) and not isinstance(default, (bool, type(None))):
                 raise ValueError(f"parameter {name!r} is {value!r}, but its default {default!r} is of type {type(default).__name__}: pass a {type(default).__name__}")
     if "profile" in namespace: _known("profile", namespace["profile"], PROFILES)
 
 def _assigned(source):
-    "Names assigned in a cell with their literal values (`...` where the value is not a literal)."
+    "Names assigned in a cell with their literal values (`...` where the value is not a literal; the type where `name: type = None`)."
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign): targets = node.targets
@@ -421,5 +444,7 @@ def _assigned(source):
         else: continue
         try: value = ast.literal_eval(node.value)
         except (ValueError, TypeError): value = ...
+        kind = getattr(node, "annotation", None)
+        if value is None and isinstance(kind, ast.Name): value = dict(int=int, str=str, float=float, bool=bool).get(kind.id)
         found |= {t.id: value for t in targets if isinstance(t, ast.Name)}
     return found

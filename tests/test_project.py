@@ -40,14 +40,13 @@ def test_constraints_pin_every_installed_package():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_without_heavy_optional_libraries(module):
-    code = f"import sys, cion_nb.{module}; print([m for m in ('torchvision', 'faiss', 'onnxruntime', 'onnx', 'cv2', 'trackers', 'trackeval') if m in sys.modules])"
+    heavy = ["torchvision", "faiss", "onnxruntime", "onnx", "cv2", "trackers", "trackeval"]
+    code = f"import sys, json, cion_nb.{module}; print(json.dumps([m for m in {heavy + ['cion_nb.backbones']} if m in sys.modules]))"
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert p.returncode == 0, p.stderr
-    heavy = {"backbones"}          # timm, and with it torchvision, is what `backbones` is for
-    imports_backbones = ".backbones import" in (ROOT / "cion_nb" / f"{module}.py").read_text()
-    found = json.loads(p.stdout.strip().replace("'", '"'))
-    allowed = {"torchvision"} if module in heavy or imports_backbones else set()
-    assert set(found) <= allowed, f"importing cion_nb.{module} pulls in {found}"
+    found = set(json.loads(p.stdout))
+    allowed = {"torchvision", "cion_nb.backbones"} if "cion_nb.backbones" in found else set()     # timm, which `backbones` is for, imports torchvision itself
+    assert found <= allowed, f"importing cion_nb.{module} pulls in {found - allowed}"
 
 
 def test_rooms_import_only_rooms_above():
