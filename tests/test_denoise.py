@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import cion_nb.denoise as module
-from cion_nb.denoise import LEVELS, Denoised, blocks, clean_tracklets, closure, denoise, feature_world, lay_out
+from cion_nb.denoise import LEVELS, Denoised, blocks, denoise
+from cion_nb.levels import clean_tracklets, closure, feature_world, lay_out
 from cion_nb.noise import identity_scores, noise, unit_rows
 from cion_nb.samples import make_samples
 
@@ -397,13 +398,14 @@ def test_blocks_never_divide_a_group():
     assert list(blocks(offsets, groups, 99)) == [(0, 6)] and list(blocks(np.array([0]), np.empty(0), 9)) == []
 
 
-@pytest.mark.parametrize("max_rows", [1, 7, 50, 10**6])
-def test_blocks_change_nothing(max_rows):
+@pytest.mark.parametrize("part_rows, floats", [(1, 1), (300, 500), (2000, 2**21)])
+def test_parts_and_blocks_change_nothing(part_rows, floats, monkeypatch):
     x, samples = feature_world(80, dim=16, seed=8)
-    layout = lay_out(samples, x)
-    got = module._images_of_videos(x, layout, LEVELS, .2, max_rows)
-    want = module._images_of_videos(x, layout, LEVELS, .2, 10**6)
-    for a, b in zip(got, want): np.testing.assert_array_equal(a, b)
+    samples["video"] = samples.video.where(samples.tracklet >= 20, "one long video")
+    want = denoise(x, samples)
+    monkeypatch.setattr(module, "PART_ROWS", (part_rows, part_rows)); monkeypatch.setattr(module, "_BLOCK_FLOATS", floats)
+    got = denoise(x, samples)
+    for name in ("provenance", "tracklets", "links", "noise"): pd.testing.assert_frame_equal(getattr(got, name), getattr(want, name), check_exact=True)
 
 
 # ---------------------------------------------------------------- keeping a result
@@ -421,7 +423,7 @@ def test_save_and_load(tmp_path):
 def test_out_computes_a_request_once(tmp_path, monkeypatch):
     x, samples = feature_world(40, seed=1)
     first = denoise(x, samples, out=tmp_path / "a")
-    monkeypatch.setattr(module, "_images_of_videos", None)                      # a second computation would fail
+    monkeypatch.setattr(module, "_do_parts", None)                      # a second computation would fail
     assert np.array_equal(denoise(x, samples, out=tmp_path / "a").labels, first.labels)
     assert np.array_equal(denoise(x, samples.assign(pid=-1), out=tmp_path / "a").labels, first.labels)  # columns it does not read
     for kw in (dict(sigma_cst=.3), dict(levels=("tracklet",)), dict(half_width=3)):
@@ -434,7 +436,10 @@ def test_out_computes_a_request_once(tmp_path, monkeypatch):
 def test_an_interrupted_save_is_no_result(tmp_path, monkeypatch):
     x, samples = feature_world(40, seed=1)
     got = denoise(x, samples, out=tmp_path / "a")
-    def stop(*_): raise KeyboardInterrupt
+    real = module.write_json
+    def stop(path, obj):
+        if path.name == "denoised.json": raise KeyboardInterrupt
+        return real(path, obj)
     monkeypatch.setattr(module, "write_json", stop)
     with pytest.raises(KeyboardInterrupt): denoise(x, samples, sigma_cst=.4, out=tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="unfinished|no finished"): Denoised.load(tmp_path / "a")

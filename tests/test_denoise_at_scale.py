@@ -1,0 +1,184 @@
+"""Parts, kills, shards: what must not change a label. Real processes, since that is what gets killed."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import cion_nb.denoise as module
+from cion_nb.denoise import Denoised, clean_on_device, denoise, denoise_shard
+from cion_nb.levels import clean_and_sum, feature_world, lay_out, read_rows
+from cion_nb.samples import write_samples
+from test_denoise import fast_oracle, random_world
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch): monkeypatch.setenv("CION_NB_PROGRESS", "0")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "Eleven thousand tracklets on disk, in sixteen parts."
+    folder = tmp_path_factory.mktemp("world")
+    x, samples = feature_world(11_000, dim=32, images=16, seed=7, path=folder / "features.npy")
+    write_samples(samples, folder / "samples.parquet")
+    return folder, x, samples, denoise(x, samples, measure=False)
+
+
+def command(folder, out, *more): return [sys.executable, "-m", "cion_nb.denoise", str(folder / "features.npy"), str(folder / "samples.parquet"), "--out", str(out), "--set", "measure=false", *more]
+
+
+JOB = """
+import sys; from cion_nb.denoise import denoise; import cion_nb.denoise as module, numpy as np, pandas as pd
+module.PART_ROWS = 3000, 3000
+module._chunks = lambda m, half_width, pairs=0: [(i, min(i + 500, m)) for i in range(0, m, 500)]
+x, samples = np.load(sys.argv[1] + "/features.npy", mmap_mode="r"), pd.read_parquet(sys.argv[1] + "/samples.parquet")
+denoise(x[:9], samples[:9]); print("begin", flush=True)
+denoise(x, samples, out=sys.argv[2], measure=False, workers=1)
+print("end", flush=True)
+"""
+
+def test_killed_at_ten_moments(world, tmp_path):
+    "SIGKILL at random moments of the work itself, which goes on each time; then it is let to its end."
+    folder, _, _, want = world
+    def start(out):
+        p = subprocess.Popen([sys.executable, "-c", JOB, str(folder), str(out)], env=ENV, stdout=subprocess.PIPE, text=True)
+        assert p.stdout.readline() == "begin\n"
+        return p, time.time()
+    p, begin = start(tmp_path / "whole"); assert p.stdout.readline() == "end\n"; whole = time.time() - begin; p.wait()
+    rng, out, kills, pieces = np.random.default_rng(0), tmp_path / "out", 0, []
+    while kills < 10:
+        p, _ = start(out)
+        time.sleep(rng.uniform(0, .4) * whole)
+        p.send_signal(signal.SIGKILL); p.wait(); kills += p.returncode == -signal.SIGKILL
+        pieces.append(len(list((out / "work").glob("*.npz"))) if (out / "work").exists() else 0)
+        if (out / "denoised.json").exists(): module.shutil.rmtree(out)                      # it was done already: begin anew, so that every kill meets work
+    assert max(pieces) > 3 and min(pieces) < max(pieces), pieces
+    p, _ = start(out); assert p.stdout.readline() == "end\n"; p.wait()
+    got = Denoised.load(out)
+    assert np.array_equal(got.labels, want.labels) and not (out / "work").exists()
+    for name in ("provenance", "tracklets", "links"): pd.testing.assert_frame_equal(getattr(got, name), getattr(want, name), check_exact=True)
+    assert not [f for f in out.rglob("*") if f.name.startswith(".")]
+
+
+@pytest.mark.parametrize("stop_at", (0, 1, 9, 17, 18, 20))
+def test_stopped_after_each_piece(world, tmp_path, monkeypatch, stop_at):
+    "The moments between pieces, exactly: the n-th piece is written, then the process is gone."
+    _, x, samples, want = world
+    monkeypatch.setattr(module, "_chunks", lambda m, half_width, pairs=0: [(i, min(i + 1500, m)) for i in range(0, m, 1500)])
+    real, written = module._Store.put, []
+    def put(self, name, **arrays):
+        if len(written) == stop_at: raise KeyboardInterrupt
+        real(self, name, **arrays); written.append(name)
+    monkeypatch.setattr(module._Store, "put", put)
+    with pytest.raises(KeyboardInterrupt): denoise(x, samples, out=tmp_path, measure=False, workers=1)
+    monkeypatch.setattr(module._Store, "put", lambda self, name, **arrays: (written.append(name), real(self, name, **arrays)))
+    assert np.array_equal(denoise(x, samples, out=tmp_path, measure=False).labels, want.labels)
+    assert len(written) == len(set(written)), "a finished piece was computed again"
+
+
+def test_another_request_does_not_take_over_the_work(world, tmp_path, monkeypatch):
+    _, x, samples, want = world
+    monkeypatch.setattr(module, "_finish", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError): denoise(x, samples, sigma_cst=.7, out=tmp_path, measure=False)
+    monkeypatch.undo(); monkeypatch.setenv("CION_NB_PROGRESS", "0")
+    with pytest.raises(ValueError, match="another request"): denoise_shard(x, samples, tmp_path, "videos", 0, 2, measure=False)
+    assert np.array_equal(denoise(x, samples, out=tmp_path, measure=False).labels, want.labels)
+
+
+@pytest.mark.parametrize("half_width", [1000, None])
+def test_slurm_array_gives_the_labels_of_one_process(world, tmp_path, half_width):
+    "slurm/denoise.sh with a scheduler that runs the jobs here, one after the other."
+    folder, x, samples, want = world
+    if half_width is None: want = denoise(x, samples, half_width=None, measure=False)
+    scheduler = tmp_path / "sbatch"
+    scheduler.write_text("""#!/bin/bash
+set -e
+array=0; export_=""
+while [[ $1 == --* ]]; do case $1 in --array=*) array=${1#*-0-}; array=$(seq 0 ${1##*-});; --export=*) export_=${1#--export=ALL,};; esac; shift; done
+for i in $array; do env ${export_//,/ } SLURM_ARRAY_TASK_ID=$i bash "$@" >> "$LOG"; done
+echo 17
+""")
+    scheduler.chmod(0o755)
+    setting = ["measure=false"] + (["half_width=null"] if half_width is None else [])
+    p = subprocess.run(["bash", str(ROOT / "slurm" / "denoise.sh"), str(folder / "features.npy"), str(folder / "samples.parquet"), str(tmp_path / "out"), *setting],
+                       env=ENV | dict(SBATCH=str(scheduler), SHARDS="3", PYTHON=sys.executable, LOG=str(tmp_path / "log")), capture_output=True, text=True)
+    assert p.returncode == 0 and "merge 17" in p.stdout, p.stderr
+    log = (tmp_path / "log").read_text()
+    assert log.count("--step videos") == 3 and log.count("--step links") == 3 and "pieces" in log
+    got = Denoised.load(tmp_path / "out")
+    assert np.array_equal(got.labels, want.labels)
+    pd.testing.assert_frame_equal(got.links, want.links, check_exact=True)
+
+
+def test_shards_refuse_what_is_not_ready(world, tmp_path):
+    _, x, samples, _ = world
+    denoise_shard(x, samples, tmp_path, "videos", 0, 3, measure=False)
+    with pytest.raises(ValueError, match="parts of step videos are missing"): denoise_shard(x, samples, tmp_path, "links", 0, 3, measure=False)
+    with pytest.raises(ValueError, match="shard"): denoise_shard(x, samples, tmp_path, "videos", 3, 3)
+    with pytest.raises(ValueError, match="unknown step"): denoise_shard(x, samples, tmp_path, "merge", 0, 3)
+
+
+def test_command_line_says_what_is_wrong(world, tmp_path):
+    folder = world[0]
+    for more, message in ((["sigma=1"], "sigma"), (["sigma_cst=3"], "sigma_cst must be"), (["levels=[\"up\"]"], "unknown level")):
+        p = subprocess.run(command(folder, tmp_path / "x", *more), env=ENV, capture_output=True, text=True)
+        assert p.returncode == 2 and message in p.stderr and "Traceback" not in p.stderr
+    p = subprocess.run([sys.executable, "-m", "cion_nb.denoise", str(folder / "nothing.npy"), str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True, text=True)
+    assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(half_width=None), dict(link="reciprocal"), dict(cannot_link="frames"), dict(link="reciprocal", cannot_link="frames", half_width=50)])
+def test_in_memory_and_in_a_folder_agree(world, tmp_path, monkeypatch, kw):
+    _, x, samples, _ = world
+    a, b = denoise(x, samples, measure=False, **kw), denoise(x, samples, measure=False, out=tmp_path, workers=1, **kw)
+    for name in ("provenance", "tracklets", "links"): pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name), check_exact=True)
+    assert a.parameters["rules"] == b.parameters["rules"]
+
+
+@pytest.mark.parametrize("n_tracklets", [2_000, 20_000, 60_000])
+def test_large_worlds_equal_the_oracle(n_tracklets):
+    x, samples = feature_world(n_tracklets, dim=48, images=5, seed=n_tracklets, dtype=np.float32)
+    got = denoise(x, samples, measure=False)
+    labels, state = fast_oracle(x, samples, 1000)
+    assert np.array_equal(got.labels, labels) and got.provenance.state.tolist() == state
+    assert labels.max() < n_tracklets / 2 and (labels == -1).any()
+
+
+# ---------------------------------------------------------------- Eq. 4 by batched products
+
+@pytest.mark.parametrize("kind", ["clusters", "lattice", "copies", "axes"])
+@pytest.mark.parametrize("floats", [40, 2**26])
+def test_batched_products_decide_alike(kind, floats):
+    for seed in range(40):
+        x, samples = random_world(seed, kind, 60, dim=3)
+        layout = lay_out(samples, x); rows = read_rows(x, layout.rows)
+        for sigma in (.05, .2, 1.0, 2.0, np.inf):
+            a, b = clean_and_sum(rows, layout.offsets, sigma), clean_on_device(rows, layout.offsets, sigma, device="cpu", floats=floats)
+            assert np.array_equal(a[0], b[0]) and np.array_equal(a[3], b[3])
+            np.testing.assert_allclose(a[1], b[1], atol=1e-8); np.testing.assert_allclose(a[2], b[2], atol=1e-9)
+
+
+def test_batched_products_through_the_door(world, monkeypatch):
+    _, x, samples, want = world
+    monkeypatch.setattr(module, "clean_and_sum", lambda x, offsets, sigma: clean_on_device(x, offsets, sigma, device="cpu"))
+    got = denoise(x, samples, measure=False)
+    assert np.array_equal(got.labels, want.labels) and got.provenance.state.equals(want.provenance.state)
+
+
+@pytest.mark.skipif(not module.torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_labels(world):
+    _, x, samples, want = world
+    for kw in (dict(), dict(half_width=None)):
+        a, b = denoise(x, samples, measure=False, **kw), denoise(x, samples, measure=False, device="cuda", **kw)
+        assert np.array_equal(a.labels, b.labels) and a.provenance.state.equals(b.provenance.state)
+    bad = np.array(x); bad[5] = 0
+    with pytest.raises(ValueError, match="rows 5"): denoise(bad, samples, measure=False, device="cuda")
