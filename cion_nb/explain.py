@@ -31,7 +31,8 @@ from .runs import atomic, progress
 from .samples import COLUMNS, IMAGE_SUFFIXES, UnreadableImage, as_samples, open_image
 
 # %% ../nbs/08a_explain.ipynb #d46a0fdd
-from .denoise import LINKS, Denoised, blocks, denoise
+from .denoise import Denoised, denoise
+from .parts import LINKS, blocks
 
 # %% ../nbs/08a_explain.ipynb #c8fc15ae
 @njit(nogil=True, cache=__name__.startswith("cion_nb"))

@@ -220,7 +220,7 @@ def _nearer(units, a, b, d, sigma_drm):
     near = cosine_distance(units[a], units[b]) < sigma_drm
     return a[near], b[near], d[near]
 
-# %% ../nbs/07b_linking.ipynb #21f4f137
+# %% ../nbs/07b_linking.ipynb #3f58fd5d
 def centre_on_videos(
     units,                # (n, D) centroids; rows of zeros stay
     video,                # (n,) number of the video of each
@@ -243,7 +243,7 @@ def centre_on_videos(
         out[rows] = part / np.maximum(np.sqrt(np.einsum("nd,nd->n", part, part)), 1e-12)[:, None]
     return out
 
-# %% ../nbs/07b_linking.ipynb #3f58fd5d
+# %% ../nbs/07b_linking.ipynb #f30d9739
 @_jit
 def _root(parent, i):
     "The group of `i`, with its path halved."
@@ -267,7 +267,7 @@ def _sweep(table, parent, n):
         if key >= 0 and parent[key // n] == key // n and parent[key % n] == key % n: table[_slot(table, key)] = key; used += 1
     return used
 
-# %% ../nbs/07b_linking.ipynb #0eb0c996
+# %% ../nbs/07b_linking.ipynb #28592981
 @_jit
 def _forbid(n, a, b, table):
     "Lists of forbidden partners as half-edges: first and last of each thing, next and partner of each half-edge, length of each list. Fills the table."
@@ -280,7 +280,7 @@ def _forbid(n, a, b, table):
         table[_slot(table, min(one, other) * n + max(one, other))] = min(one, other) * n + max(one, other)
     return first, last, after, partner, length
 
-# %% ../nbs/07b_linking.ipynb #bc324f0a
+# %% ../nbs/07b_linking.ipynb #142bfd06
 @_jit
 def _join(n, a, b, apart_a, apart_b, table):
     "Union of the links in the order given, unless a forbidden pair would meet: (n,) parents, (m,) refused."
@@ -303,7 +303,7 @@ def _join(n, a, b, apart_a, apart_b, table):
             length[p] += length[q]
     return parent, refused
 
-# %% ../nbs/07b_linking.ipynb #7c423d9d
+# %% ../nbs/07b_linking.ipynb #5861188b
 def constrained_closure(
     n: int,      # things to merge
     a,           # (m,) links a-b, things 0 … n-1

@@ -1209,6 +1209,7 @@ def _swap(rows_a, rows_b, frame, at):
 def _switches(t: pd.DataFrame, share: float) -> pd.DataFrame:
     "Where two people come close, their tracklets exchange what follows, until `share` of all images belong to another person than most of their tracklet."
     need, used = round(share * len(t)), set()
+    if need <= 0: return t
     tracklet, frame, wrong = t.tracklet.to_numpy(copy=True), t.frame.to_numpy(), np.zeros(len(t), bool)
     rows = t.groupby("tracklet").indices; meetings = sorted(_meetings(t))
     for late in (False, True):             # first where they are closest; if that is not enough, where it does most harm

@@ -141,7 +141,7 @@ RECIPES["extract"]["smoke"] = RECIPES["extract"]["tiny"]
 # That floor was set after seeing the grid, with seven pairs' scores on world A beside it; `small` was never run.
 RECIPES["denoise"] = dict(
     paper=dict(features=dict(stage="extract"), sigma_cst=0.20, sigma_drm=0.18, half_width=1000,
-               levels=["tracklet", "video", "cross"], link="threshold"),
+               levels=["tracklet", "video", "cross"], link="threshold", k1=10, k2=3, eps=0.4, min_samples=2, centre=None, cannot_link=None),
     small=dict(sigma_cst=0.5, sigma_drm=0.2), tiny=dict(sigma_cst=0.5, sigma_drm=0.2), smoke=dict(sigma_cst=0.5, sigma_drm=0.2))
 
 # %% ../nbs/01_runs.ipynb #9eb4f611

@@ -341,7 +341,7 @@ def read_cion_al(
     root=None,  # image folder; only used to make absolute paths relative
 ) -> pd.DataFrame: # all rows in `train`, camid unknown, in the file's order
     "CION-AL's annotation, or any of the same form."
-    try: entries = json.loads(Path(annotation).read_text())
+    try: entries = json.loads(Path(annotation).read_text(encoding="utf-8"))
     except json.JSONDecodeError as e: raise ValueError(f"{annotation} is no JSON: {e}") from None
     if not isinstance(entries, list): raise ValueError(f"{annotation}: expected a list of {{id, file_path}}, found a {type(entries).__name__}")
     for i, entry in enumerate(entries):
@@ -444,7 +444,8 @@ def read_csv(
     if asked: raise ValueError(f"{path}: no column {', '.join(asked)}; it has {', '.join(header)}; say columns=dict(path=...) if it is called otherwise")
     ours = {names[c]: c for c in COLUMNS if names[c] in header}
     rows = pd.read_csv(path, sep=sep, dtype={c: "string" for c in ours}, keep_default_na=False, na_values={c: [""] for c in header if c not in ours}).rename(columns={v: k for k, v in (columns or {}).items()})
-    for c in set(ours.values()) & set(DEFAULTS): rows[c] = rows[c].str.strip().replace("", str(DEFAULTS[c]))
+    for c in set(ours.values()) & set(DEFAULTS):                                       # blanks around a number mean nothing, in a video's name they may
+        rows[c] = (rows[c] if c == "video" else rows[c].str.strip()).replace("", str(DEFAULTS[c]))
     if root is not None: rows["path"] = [_relative(p, root) for p in rows["path"]]
     try: samples = make_samples(**rows)
     except ValueError as e: raise ValueError(f"{path}: {e} (row 0 is the line after the header)") from None

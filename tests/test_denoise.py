@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import cion_nb.denoise as module
-from cion_nb.denoise import LEVELS, Denoised, blocks, denoise
+import cion_nb.parts as parts
+from cion_nb.denoise import LEVELS, Denoised, denoise
 from cion_nb.levels import clean_tracklets, closure, feature_world, lay_out
+from cion_nb.parts import blocks
 from cion_nb.noise import identity_scores, noise, unit_rows
 from cion_nb.samples import make_samples
 
@@ -403,7 +405,7 @@ def test_parts_and_blocks_change_nothing(part_rows, floats, monkeypatch):
     x, samples = feature_world(80, dim=16, seed=8)
     samples["video"] = samples.video.where(samples.tracklet >= 20, "one long video")
     want = denoise(x, samples)
-    monkeypatch.setattr(module, "PART_ROWS", (part_rows, part_rows)); monkeypatch.setattr(module, "_BLOCK_FLOATS", floats)
+    monkeypatch.setattr(parts, "PART_ROWS", (part_rows, part_rows)); monkeypatch.setattr(parts, "_BLOCK_FLOATS", floats)
     got = denoise(x, samples)
     for name in ("provenance", "tracklets", "links", "noise"): pd.testing.assert_frame_equal(getattr(got, name), getattr(want, name), check_exact=True)
 
@@ -423,7 +425,7 @@ def test_save_and_load(tmp_path):
 def test_out_computes_a_request_once(tmp_path, monkeypatch):
     x, samples = feature_world(40, seed=1)
     first = denoise(x, samples, out=tmp_path / "a")
-    monkeypatch.setattr(module, "_do_parts", None)                      # a second computation would fail
+    monkeypatch.setattr(module, "do_parts", None)                      # a second computation would fail
     assert np.array_equal(denoise(x, samples, out=tmp_path / "a").labels, first.labels)
     assert np.array_equal(denoise(x, samples.assign(pid=-1), out=tmp_path / "a").labels, first.labels)  # columns it does not read
     for kw in (dict(sigma_cst=.3), dict(levels=("tracklet",)), dict(half_width=3)):

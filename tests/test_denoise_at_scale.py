@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 
 import cion_nb.denoise as module
-from cion_nb.denoise import Denoised, clean_on_device, denoise, denoise_shard
+import cion_nb.parts as parts
+from cion_nb.denoise import Denoised, denoise, denoise_shard
 from cion_nb.levels import clean_and_sum, feature_world, lay_out, read_rows
+from cion_nb.parts import clean_on_device
 from cion_nb.samples import write_samples
 from test_denoise import fast_oracle, random_world
 
@@ -37,9 +39,9 @@ def command(folder, out, *more): return [sys.executable, "-m", "cion_nb.denoise"
 
 
 JOB = """
-import sys; from cion_nb.denoise import denoise; import cion_nb.denoise as module, numpy as np, pandas as pd
-module.PART_ROWS = 3000, 3000
-module._chunks = lambda m, half_width, pairs=0: [(i, min(i + 500, m)) for i in range(0, m, 500)]
+import sys; from cion_nb.denoise import denoise; import cion_nb.parts as parts, numpy as np, pandas as pd
+parts.PART_ROWS = 3000, 3000
+parts.chunks_of = lambda m, half_width, pairs=0: [(i, min(i + 500, m)) for i in range(0, m, 500)]
 x, samples = np.load(sys.argv[1] + "/features.npy", mmap_mode="r"), pd.read_parquet(sys.argv[1] + "/samples.parquet")
 denoise(x[:9], samples[:9]); print("begin", flush=True)
 denoise(x, samples, out=sys.argv[2], measure=False, workers=1)
@@ -73,21 +75,21 @@ def test_killed_at_ten_moments(world, tmp_path):
 def test_stopped_after_each_piece(world, tmp_path, monkeypatch, stop_at):
     "The moments between pieces, exactly: the n-th piece is written, then the process is gone."
     _, x, samples, want = world
-    monkeypatch.setattr(module, "_chunks", lambda m, half_width, pairs=0: [(i, min(i + 1500, m)) for i in range(0, m, 1500)])
-    real, written = module._Store.put, []
+    monkeypatch.setattr(parts, "chunks_of", lambda m, half_width, pairs=0: [(i, min(i + 1500, m)) for i in range(0, m, 1500)])
+    real, written = parts.Store.put, []
     def put(self, name, **arrays):
         if len(written) == stop_at: raise KeyboardInterrupt
         real(self, name, **arrays); written.append(name)
-    monkeypatch.setattr(module._Store, "put", put)
+    monkeypatch.setattr(parts.Store, "put", put)
     with pytest.raises(KeyboardInterrupt): denoise(x, samples, out=tmp_path, measure=False, workers=1)
-    monkeypatch.setattr(module._Store, "put", lambda self, name, **arrays: (written.append(name), real(self, name, **arrays)))
+    monkeypatch.setattr(parts.Store, "put", lambda self, name, **arrays: (written.append(name), real(self, name, **arrays)))
     assert np.array_equal(denoise(x, samples, out=tmp_path, measure=False).labels, want.labels)
     assert len(written) == len(set(written)), "a finished piece was computed again"
 
 
 def test_another_request_does_not_take_over_the_work(world, tmp_path, monkeypatch):
     _, x, samples, want = world
-    monkeypatch.setattr(module, "_finish", lambda *a: 1 / 0)
+    monkeypatch.setattr(module, "merge_parts", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError): denoise(x, samples, sigma_cst=.7, out=tmp_path, measure=False)
     monkeypatch.undo(); monkeypatch.setenv("CION_NB_PROGRESS", "0")
     with pytest.raises(ValueError, match="another request"): denoise_shard(x, samples, tmp_path, "videos", 0, 2, measure=False)
@@ -136,7 +138,7 @@ def test_command_line_says_what_is_wrong(world, tmp_path):
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(half_width=None), dict(link="reciprocal"), dict(cannot_link="frames"), dict(link="reciprocal", cannot_link="frames", half_width=50)])
+@pytest.mark.parametrize("kw", [dict(), dict(half_width=None), dict(link="reciprocal"), dict(cannot_link="frames"), dict(link="reciprocal", cannot_link="frames", half_width=50), dict(centre="video"), dict(link="reciprocal", centre="video")])
 def test_in_memory_and_in_a_folder_agree(world, tmp_path, monkeypatch, kw):
     _, x, samples, _ = world
     a, b = denoise(x, samples, measure=False, **kw), denoise(x, samples, measure=False, out=tmp_path, workers=1, **kw)
@@ -169,12 +171,12 @@ def test_batched_products_decide_alike(kind, floats):
 
 def test_batched_products_through_the_door(world, monkeypatch):
     _, x, samples, want = world
-    monkeypatch.setattr(module, "clean_and_sum", lambda x, offsets, sigma: clean_on_device(x, offsets, sigma, device="cpu"))
+    monkeypatch.setattr(parts, "clean_and_sum", lambda x, offsets, sigma: clean_on_device(x, offsets, sigma, device="cpu"))
     got = denoise(x, samples, measure=False)
     assert np.array_equal(got.labels, want.labels) and got.provenance.state.equals(want.provenance.state)
 
 
-@pytest.mark.skipif(not module.torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not parts.torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_labels(world):
     _, x, samples, want = world
     for kw in (dict(), dict(half_width=None)):

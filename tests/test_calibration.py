@@ -1,0 +1,206 @@
+"""Thresholds from unlabelled data: definitions, properties, and tables that lack what it needs."""
+import numpy as np
+import pandas as pd
+import pytest
+from cion_nb import calibration as C
+from cion_nb.calibration import calibrate, street_world
+from cion_nb.levels import clean_tracklets, feature_world, lay_out
+from cion_nb.linking import seen_together
+from cion_nb.noise import identity_scores, unit_rows
+from cion_nb.samples import make_samples
+
+QUICK = dict(k1=(5,), eps=(.3, .45), centres=(None,))
+KEYS = {"sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre"}
+
+
+@pytest.fixture(scope="module")
+def world(): return street_world(n_people=40, videos=10)
+
+
+def identities(calibration, features, samples):
+    "Labels of the rows by the proposed parameters, through the levels."
+    table, x, layout, _ = C._look(features, samples, 10**6, 10**7)
+    p = calibration.parameters
+    state = C._state(x, table, layout, p["sigma_cst"], 1000, None, ())
+    how = {k: p[k] for k in (("sigma_drm",) if p["link"] == "threshold" else ("k1", "k2", "eps", "min_samples"))}
+    label = np.append(C._identities(state, 1000, p["link"], p["centre"], **how), -1)
+    of = np.repeat(np.arange(len(layout.tracklets)), np.diff(layout.offsets)); of[state["rounds"] > 0] = state["to"]
+    out = np.empty(len(samples), np.int64); out[layout.rows] = label[of]
+    return out
+
+
+# ---- the numbers are what they say ---------------------------------------------------------------------------------------------------
+def test_own_and_other_are_their_definitions(world):
+    features, samples = world
+    layout = lay_out(samples); x = unit_rows(features)[layout.rows]
+    together = seen_together(samples, layout)
+    own, other, source = C._own_and_other(x, layout, together, np.random.default_rng(0))
+    assert np.allclose(own, clean_tracklets(x, layout.offsets, 2.0)[1])            # sigma 2 removes nothing: the deviations of all images
+    partner, again = C._partners(layout, together, np.random.default_rng(0))
+    of = np.repeat(np.arange(len(layout.tracklets)), np.diff(layout.offsets))
+    for i in (0, 100, len(x) - 1):
+        mean = x[of == partner[of[i]]].mean(0)
+        assert other[i] == pytest.approx(1 - x[i] @ mean / np.linalg.norm(mean))
+    assert source == again and source["seen together"] == len(np.unique(np.r_[together.a, together.b])) and sum(source.values()) == len(layout.tracklets)
+    met = {*zip(together.a, together.b), *zip(together.b, together.a)}
+    has = np.isin(np.arange(len(partner)), np.r_[together.a, together.b])
+    assert all((t, p) in met for t, p in enumerate(partner) if has[t]) and (partner != np.arange(len(partner))).all()
+    assert (layout.video[partner] == layout.video).all()
+
+
+def test_partners_where_videos_are_short():
+    samples = make_samples([f"{i}" for i in range(5)], video=["a", "b", "b", "c", "c"], tracklet=[0, 1, 2, 3, 4], frame=[0, 0, 9, 0, 9])
+    layout = lay_out(samples)
+    partner, source = C._partners(layout, seen_together(samples, layout), np.random.default_rng(0))
+    assert source == {"seen together": 0, "same video": 4, "another video": 1} and partner[0] != 0 and partner[1:].tolist() == [2, 1, 4, 3]
+    one = make_samples(["x"], video="a", tracklet=0, frame=0)
+    assert C._partners(lay_out(one), seen_together(one, lay_out(one)), np.random.default_rng(0))[0].tolist() == [-1]
+
+
+def test_judge_counts_pairs_of_images():
+    counts, video = np.array([2, 3, 1, 4, 5]), np.array([0, 0, 0, 1, 1])
+    class Seen:
+        a, b = np.array([0, 3]), np.array([1, 4])
+        def __len__(self): return 2
+    state = dict(trusts_frames=True, counts=counts, video=video, together=Seen(), spaces={None: C._Space(np.ones(5), (np.array([0, 0]), np.array([1, 2])))})
+    seen = C._judge(np.array([0, 0, 0, 1, 2]), state, None)
+    assert seen["merged"] == 2 * 3 + 2 * 1 + 3 * 1 and seen["support"] == pytest.approx((2 * 3 + 2 * 1) / 11)
+    assert seen["joined"] == 0.5 and seen["identities"] == 3 and seen["largest"] == 3 and np.isnan(seen["precision"])    # one pair joined: too few to say
+    nothing = C._judge(np.arange(5), state, None)
+    assert nothing["merged"] == 0 and np.isnan(nothing["support"]) and nothing["joined"] == 0
+
+
+def test_the_choice():
+    rows = [dict(merged=100, support=1., precision=np.nan), dict(merged=200, support=.99, precision=np.nan), dict(merged=210, support=.975, precision=.9), dict(merged=900, support=.5, precision=np.nan),
+            dict(merged=300, support=1., precision=.5)]
+    assert C._choose(pd.DataFrame(rows)) == (1, True)             # most true pairs, within a tenth of it the most support; 3 chains, 4 joins people seen together
+    assert C._choose(pd.DataFrame(rows[3:])) == (1, False) and C._choose(pd.DataFrame(rows[:1])) == (0, True)
+
+
+# ---- what it proposes ----------------------------------------------------------------------------------------------------------------
+def test_a_proposal_reaches_what_it_is_for(world):
+    features, samples = world
+    calibration = calibrate(features, samples)
+    assert set(calibration.parameters) == KEYS and not calibration.warnings
+    raw, made = (identity_scores(l, samples["pid"].to_numpy()) for l in (samples["tracklet"].to_numpy(), identities(calibration, features, samples)))
+    assert made.f1 > 2.5 * raw.f1 and made.precision > 0.85
+    chosen = calibration.candidates.query("chosen")
+    assert len(chosen) == 1 and chosen["link"].iloc[0] == calibration.link
+    errors = calibration.errors
+    assert errors.loc["sigma_cst"].drop("value").max() < .2 and errors.loc["sigma_drm", "two_people_kept"] < .02      # at n²/2 pairs it must be far less than a fifth
+    assert "sigma_cst" in calibration._repr_html_() and "Calibration" in repr(calibration) and len(calibration.plot().axes) == 3
+
+
+def test_truth_is_not_read_and_units_do_not_matter(world):
+    features, samples = world
+    wanted = calibrate(features, samples, **QUICK).parameters
+    assert calibrate(features, samples.assign(pid=-1), **QUICK).parameters == wanted
+    assert calibrate(features * 7.5, samples, **QUICK).parameters == wanted
+    renamed = samples.assign(tracklet=10**6 + 3 * samples["tracklet"])
+    assert calibrate(features, renamed, **QUICK).parameters == wanted
+    inside = np.lexsort((np.random.default_rng(0).random(len(samples)), samples["video"]))
+    assert calibrate(features[inside], samples.iloc[inside].reset_index(drop=True), **QUICK).parameters == wanted
+
+
+def test_sigma_cst_may_be_given(world):
+    assert calibrate(*world, sigma_cst=0.5, **QUICK).sigma_cst == 0.5
+    with pytest.raises(ValueError, match="sigma_cst"): calibrate(*world, sigma_cst=3)
+
+
+def test_noise_is_called_noise(world):
+    _, samples = world
+    lost = calibrate(np.random.default_rng(0).standard_normal((len(samples), 64)), samples, **QUICK)
+    assert any("does not separate" in w for w in lost.warnings)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_samples_are_taken_apart(seed):
+    rng = np.random.default_rng(seed)
+    wrong, alike = rng.uniform(0, .25, 2)
+    one, two = rng.beta(4, 14, 20_000), rng.beta(14, 6, 20_000)
+    i, j = int(wrong * 10_000), int(alike * 10_000)
+    found = C._separate(np.r_[one[:10_000 - i], two[:i]], np.r_[two[-(10_000 - j):], one[-j:] if j else one[:0]])
+    assert abs(found.wrong - wrong) < .02 and abs(found.alike - alike) < .02
+    pure = C._separate(one, two)
+    assert abs(found.threshold - pure.threshold) < .02 and (one >= found.threshold).mean() == pytest.approx((two < found.threshold).mean(), abs=.02)
+
+
+def test_frames_that_say_nothing_are_not_believed():
+    "In `feature_world` a person's tracklets of one video may share frames, which a tracker's never do for long."
+    features, samples = feature_world(n_tracklets=480, seed=1)
+    calibration = calibrate(features, samples)
+    assert any("look like the same person" in w for w in calibration.warnings) and calibration.candidates["precision"].isna().all()
+    raw, made = (identity_scores(l, samples["pid"].to_numpy()) for l in (samples["tracklet"].to_numpy(), identities(calibration, features, samples)))
+    assert made.f1 > 2.5 * raw.f1 and made.precision > 0.85
+
+
+# ---- tables that lack something ------------------------------------------------------------------------------------------------------
+def test_frames_that_never_meet(world):
+    features, samples = world
+    alone = samples.assign(frame=np.arange(len(samples)))
+    calibration = calibrate(features, alone, **QUICK)
+    assert calibration.facts["seen_together"] == 0 and any("share frames" in n for n in calibration.notes) and calibration.candidates["precision"].isna().all()
+    made = identity_scores(identities(calibration, features, alone), samples["pid"].to_numpy())
+    assert made.precision > 0.8
+    unknown = calibrate(features, samples.assign(frame=-1), **QUICK)
+    assert unknown.facts["seen_together"] == 0
+
+
+def test_without_boxes(world):
+    features, samples = world
+    calibration = calibrate(features, samples.drop(columns=list("xywh")), **QUICK)
+    assert not calibration.facts["has_boxes"] and any("boxed twice" in n for n in calibration.notes)
+
+
+def test_videos_of_one_tracklet(world):
+    features, samples = world
+    calibration = calibrate(features, samples.assign(video=samples["tracklet"].astype(str)), **QUICK)
+    assert calibration.facts["partners"]["another video"] == samples["tracklet"].nunique() and set(calibration.parameters) == KEYS
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 11, 12, 45])
+def test_few_tracklets(world, n):
+    features, samples = world
+    few = np.flatnonzero(samples["tracklet"] < n)
+    calibration = calibrate(features[few], samples.iloc[few].reset_index(drop=True), **QUICK)
+    assert calibration.link == "threshold" and 0 <= calibration.sigma_drm <= 2 and any("100 tracklets or more" in note for note in calibration.notes)
+    assert (calibration.sigma_cst == 0.2) == (len(few) < 100 or n == 1)
+    calibration.plot(); calibration._repr_html_(); repr(calibration)
+
+
+def test_tracklets_of_one_image(world):
+    features, samples = world
+    first = np.flatnonzero(~samples["tracklet"].duplicated())
+    calibration = calibrate(features[first], samples.iloc[first].reset_index(drop=True), **QUICK)
+    assert calibration.sigma_cst == 0.2 and any("sigma_cst = 0.2 is the paper's" in n for n in calibration.notes) and len(calibration.histograms["own"]) == 0
+
+
+def test_equal_features(world):
+    _, samples = world
+    calibration = calibrate(np.ones((len(samples), 8)), samples, **QUICK)
+    assert set(calibration.parameters) == KEYS
+
+
+def test_a_large_table_is_looked_at_in_part():
+    features, samples = street_world(n_people=80, videos=40, cast=10, images=3, dim=32)
+    calibration = calibrate(features, samples, max_tracklets=200, **QUICK)
+    assert calibration.facts["tracklets"] <= 200 and calibration.facts["of_tracklets"] == 800 and calibration.facts["videos"] >= 8
+    assert calibrate(features, samples, max_tracklets=200, **QUICK).parameters == calibration.parameters
+    layout = lay_out(samples)
+    for limit in (dict(max_tracklets=200, max_images=10**6), dict(max_tracklets=10**6, max_images=500), dict(max_tracklets=8, max_images=10**6)):
+        part = C._part(layout, **limit)
+        assert (np.diff(part) > 0).all() and part.min() >= 0 and part.max() < 800 and 8 <= len(part) <= min(limit["max_tracklets"], 500 // 3 + 8)
+    one = lay_out(samples.assign(video="all"))                                  # one video with all tracklets: cut
+    part = C._part(one, 200, 10**6)
+    assert 8 <= len(part) <= 200
+
+
+@pytest.mark.parametrize("features, rows, message", [(np.ones((3, 4)), 5, "3 feature rows but 5"), (np.ones((0, 4)), 0, "nothing to calibrate"), (np.full((5, 4), np.nan), 5, "NaN"), (np.zeros((5, 4)), 5, "zero")])
+def test_bad_input(features, rows, message):
+    samples = make_samples([f"{i}" for i in range(rows)], video="v", tracklet=np.arange(rows) // 2, frame=np.arange(rows))
+    with pytest.raises(ValueError, match=message): calibrate(features, samples)
+
+
+def test_rows_without_tracklet():
+    samples = make_samples(["a", "b"], video="v", tracklet=[0, -1], frame=[0, 1])
+    with pytest.raises(ValueError, match="no tracklet"): calibrate(np.ones((2, 4)), samples)
