@@ -76,7 +76,8 @@ def _separate(same, different):
     if wrong + alike > 0.95: wrong = alike = 0.                           # the two samples are one: nothing to take apart
     scale = 1 - wrong - alike                                             # two mixtures, solved for their two parts
     lost, kept = ((1 - alike) * (1 - below_same) - wrong * (1 - below_different)) / scale, ((1 - wrong) * below_different - alike * below_same) / scale
-    at = int(np.abs(lost - kept).argmin())
+    larger = np.maximum(np.maximum(lost, kept), 0)
+    best = np.flatnonzero(larger <= larger.min() + 1e-3); at = best[len(best) // 2]     # a gap between the two: its middle
     return _Separation(float(grid[at]), float(np.clip(lost[at], 0, 1)), float(np.clip(kept[at], 0, 1)), wrong, alike)
 
 # %% ../nbs/07c_calibration.ipynb #2a87d7e0

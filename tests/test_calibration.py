@@ -62,7 +62,7 @@ def test_judge_counts_pairs_of_images():
     class Seen:
         a, b = np.array([0, 3]), np.array([1, 4])
         def __len__(self): return 2
-    state = dict(trusts_frames=True, counts=counts, video=video, together=Seen(), spaces={None: C._Space(np.ones(5), (np.array([0, 0]), np.array([1, 2])))})
+    state = dict(trusts_frames=True, counts=counts, video=video, together=Seen(), spaces={None: C._Space(np.ones(5), (np.array([0, 0]), np.array([1, 2])), np.eye(5))})
     seen = C._judge(np.array([0, 0, 0, 1, 2]), state, None)
     assert seen["merged"] == 2 * 3 + 2 * 1 + 3 * 1 and seen["support"] == pytest.approx((2 * 3 + 2 * 1) / 11)
     assert seen["joined"] == 0.5 and seen["identities"] == 3 and seen["largest"] == 3 and np.isnan(seen["precision"])    # one pair joined: too few to say
@@ -120,9 +120,9 @@ def test_mixed_samples_are_taken_apart(seed):
     one, two = rng.beta(4, 14, 20_000), rng.beta(14, 6, 20_000)
     i, j = int(wrong * 10_000), int(alike * 10_000)
     found = C._separate(np.r_[one[:10_000 - i], two[:i]], np.r_[two[-(10_000 - j):], one[-j:] if j else one[:0]])
-    assert abs(found.wrong - wrong) < .02 and abs(found.alike - alike) < .02
+    assert abs(found.wrong - wrong) < .04 and abs(found.alike - alike) < .04
     pure = C._separate(one, two)
-    assert abs(found.threshold - pure.threshold) < .02 and (one >= found.threshold).mean() == pytest.approx((two < found.threshold).mean(), abs=.02)
+    assert abs(found.threshold - pure.threshold) < .03 and (one >= found.threshold).mean() == pytest.approx((two < found.threshold).mean(), abs=.03)
 
 
 def test_frames_that_say_nothing_are_not_believed():
