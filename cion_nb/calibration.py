@@ -9,6 +9,7 @@ __all__ = ['ALIKE', 'SUPPORT', 'PRECISION', 'Calibration', 'calibrate', 'street_
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_matrix
 from fastcore.basics import patch
 from .levels import clean_and_sum, closure, lay_out, reallocate
 from .linking import centre_on_videos, link_by_reciprocal, link_within, seen_together
@@ -71,16 +72,27 @@ def _separate(same, different):
     "The threshold of equal errors between (mostly) one person's distances and (mostly) two people's."
     grid = np.unique(np.r_[same, different])
     below_same, below_different = (np.searchsorted(np.sort(d), grid) / len(d) for d in (same, different))
-    def least(part, whole): tail = (whole >= 0.1) & (whole <= 0.6); return float(min((part[tail] / whole[tail]).min(initial=1), 1)) if tail.any() else 0.
+    def least(part, whole): tail = whole >= 0.1; return float(min((part[tail] / whole[tail]).min(initial=1), 1)) if tail.any() else 0.
     wrong, alike = least(1 - below_same, 1 - below_different), least(below_different, below_same)
     if wrong + alike > 0.95: wrong = alike = 0.                           # the two samples are one: nothing to take apart
     scale = 1 - wrong - alike                                             # two mixtures, solved for their two parts
     lost, kept = ((1 - alike) * (1 - below_same) - wrong * (1 - below_different)) / scale, ((1 - wrong) * below_different - alike * below_same) / scale
     larger = np.maximum(np.maximum(lost, kept), 0)
-    best = np.flatnonzero(larger <= larger.min() + 1e-3); at = best[len(best) // 2]     # a gap between the two: its middle
+    best = np.flatnonzero(larger <= larger.min() + 1e-3)
+    at = min(np.searchsorted(grid, (grid[best[0]] + grid[best[-1]]) / 2), len(grid) - 1)                # a gap between the two: its middle
     return _Separation(float(grid[at]), float(np.clip(lost[at], 0, 1)), float(np.clip(kept[at], 0, 1)), wrong, alike)
 
-# %% ../nbs/07c_calibration.ipynb #2a87d7e0
+# %% ../nbs/07c_calibration.ipynb #1fc85dfe
+def _sure(same, different, share=0.002):
+    "The largest distance below which lies at most this share of two people's pairs, those of `different` that are one person taken off."
+    s = _separate(same, different)
+    grid = np.sort(different)
+    below = (np.arange(len(grid)) - s.alike * len(grid) * np.searchsorted(np.sort(same), grid, side="right") / len(same)) / (len(grid) * max(1 - s.alike, 1e-9))
+    unsure = 2 * np.sqrt(s.alike * (1 - s.alike) / len(grid))                     # of the share that was taken off
+    few = np.flatnonzero((below <= share + unsure) & (grid <= s.threshold))
+    return float(grid[few[-1]]) if len(few) else 0.
+
+# %% ../nbs/07c_calibration.ipynb #7a29d362
 SUPPORT, PRECISION = 0.97, 0.85    # what a candidate must reach; chosen on the development sets below
 
 def _identities(state, half_width, link, centre=None, sigma_drm=None, **lists):
@@ -99,27 +111,40 @@ def _identities(state, half_width, link, centre=None, sigma_drm=None, **lists):
 
 def _pairs(counts): return float((counts * (counts - 1.0) / 2).sum())
 
+def _supported(labels, counts, space, most=2000):
+    "Merged pairs of images whose tracklets share a neighbourhood, or are nearer than two people are; groups of more than `most` tracklets get no credit for the latter."
+    row, column = space.near
+    same = labels[row] == labels[column]
+    total = float((counts[row] * counts[column])[same].sum())
+    if space.sure <= 0: return total
+    near = csr_matrix((np.ones(same.sum(), bool), (row[same], column[same])), shape=(len(labels), len(labels)))
+    order = np.argsort(labels, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        if not 2 <= len(members) <= most: continue
+        u, w = space.units[members], counts[members]
+        also = np.triu(u @ u.T > 1 - space.sure, 1) & ~near[members][:, members].toarray()
+        total += float(w @ also @ w)
+    return total
+
 def _judge(labels, state, centre):
     "Merged pairs of images, support, share of the seen-together pairs joined, and precision in videos as these tell."
-    counts, video, together, (row, column) = state["counts"].astype(float), state["video"], state["together"], state["spaces"][centre].near
+    counts, video, together, space = state["counts"].astype(float), state["video"], state["together"], state["spaces"][centre]
     merged = _pairs(np.bincount(labels, counts)) - _pairs(counts)
-    near = labels[row] == labels[column]
-    support = (counts[row] * counts[column])[near].sum() / merged if merged else np.nan
+    support = _supported(labels, counts, space) / merged if merged else np.nan
     groups = np.unique(video * np.int64(len(labels)) + labels, return_counts=True)[1]
     in_videos, all_in_videos = _pairs(groups), _pairs(np.bincount(video))
     joined = float(np.mean(labels[together.a] == labels[together.b])) if len(together) else 0.
     expected = len(together) * in_videos / all_in_videos * (1 - PRECISION) if all_in_videos else 0
     measurable = state["trusts_frames"] and in_videos and max(expected, joined * len(together)) >= 3
     return dict(identities=int(labels.max(initial=-1)) + 1, largest=int(np.bincount(labels).max()) if len(labels) else 0, merged=merged, support=support,
-                joined=joined, precision=max(0., 1 - joined * all_in_videos / in_videos) if measurable else np.nan)
+                joined=joined, precision=max(0., 1 - max(0., joined - space.alike) * all_in_videos / in_videos) if measurable else np.nan)
 
-# %% ../nbs/07c_calibration.ipynb #7a29d362
+# %% ../nbs/07c_calibration.ipynb #df384e5e
 def _candidates(state, half_width, k1s, epss, min_samples):
     "What is tried: the threshold rule at quantiles of near distances, and the reciprocal rule at lengths of lists and thresholds."
     n = len(state["counts"])
     for centre, space in state["spaces"].items():
-        sigmas = np.unique(np.round(np.quantile(space.nearest, np.linspace(.02, .8, 8)), 3)) if len(space.nearest) else ()
-        yield from (dict(link="threshold", centre=centre, sigma_drm=float(s)) for s in sigmas if 0 < s < 2)
+        yield from (dict(link="threshold", centre=centre, sigma_drm=float(s)) for s in space.sigmas if 0 < s < 2)
         for k1 in k1s:
             if 4 * k1 <= n: yield from (dict(link="reciprocal", centre=centre, k1=k1, k2=max(1, round(.3 * k1)), eps=e, min_samples=min_samples) for e in epss)
 
@@ -132,7 +157,7 @@ def _choose(table):
     near = np.flatnonzero(value >= 0.9 * value.max())
     return int(near[np.lexsort((-value.to_numpy()[near], -support.round(2).to_numpy()[near]))[0]]), True
 
-# %% ../nbs/07c_calibration.ipynb #23c8fe48
+# %% ../nbs/07c_calibration.ipynb #c53514f0
 @dataclass(frozen=True)
 class Calibration:
     """Thresholds proposed from unlabelled data, and what they were read from.
@@ -165,7 +190,7 @@ class Calibration:
         lines = [f"Calibration: {', '.join(f'{k}={v!r}' for k, v in self.parameters.items())}"]
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings] + [f"  note: {n}" for n in self.notes])
 
-# %% ../nbs/07c_calibration.ipynb #c53514f0
+# %% ../nbs/07c_calibration.ipynb #1632210c
 def calibrate(
     features,                       # (N, D) array or memory map, any float type
     samples: pd.DataFrame,          # (N) samples table; `path`, `video`, `tracklet`, `frame`, and boxes `x`, `y`, `w`, `h` if it has them
@@ -199,7 +224,7 @@ def calibrate(
     histograms = dict(own=own, other=other, halves=halves, apart=apart)
     return Calibration(float(sigma_cst), sigma_drm, **chosen, candidates=candidates, warnings=warnings, notes=notes, facts=facts, histograms=histograms)
 
-# %% ../nbs/07c_calibration.ipynb #1632210c
+# %% ../nbs/07c_calibration.ipynb #07e10769
 def _look(features, samples, max_tracklets, max_images):
     "The part of the table that is looked at, its unit features in layout order, its layout, and how much of the whole it is."
     layout = lay_out(samples, features)
@@ -222,21 +247,28 @@ def _propose_cst(own, other, warnings, notes, least=100):
     if s.alike > ALIKE: warnings.append(f"of the tracklets that should be other people's {s.alike:.0%} look like the same person: do frame numbers count the frames of the video? Frames are not used to judge linking")
     return round(s.threshold, 3), s
 
-# %% ../nbs/07c_calibration.ipynb #07e10769
+# %% ../nbs/07c_calibration.ipynb #d3a66def
 @dataclass(frozen=True)
 class _Space:
-    "Centroids as they are, or centred: how far the nearest is, and pairs that share a part of their reciprocal neighbourhood; none where there are too few."
-    nearest: np.ndarray
-    near: tuple
+    "Centroids as they are, or centred, and pairs that share a part of their reciprocal neighbourhood; none where there are too few."
+    sigmas: np.ndarray  # thresholds to try
+    near: tuple         # rows and columns
+    units: np.ndarray
+    sure: float = 0.    # (almost) no two tracklets of two people are nearer
+    alike: float = 0.   # share of the tracklets seen together that look like one person
 
-def _space(units, half_width, device):
+def _space(units, halves, apart, half_width, device):
     k, none = min(10, (len(units) if half_width is None else min(len(units), half_width + 1)) // 4), np.empty(0, np.int64)
-    if k < 3: return _Space(np.empty(0), (none, none))
+    if k < 3: return _Space(np.empty(0), (none, none), units)
     found = knn(units, k, half_width=half_width, device=device)
     d = jaccard(units, k, min(3, k), neighbours=found, max_distance=0.8).tocoo()
-    return _Space(found.distance[:, 1], (d.row[d.row < d.col], d.col[d.row < d.col]))
+    sigmas, sure, alike = np.quantile(found.distance[:, 1], np.linspace(.02, .8, 8)), 0., 0.
+    if min(len(halves), len(apart)) >= 100:
+        s, sure = _separate(halves, apart), _sure(halves, apart)
+        sigmas, alike = np.r_[sigmas, np.linspace(sigmas[-1], max(sigmas[-1], s.threshold), 5)[1:]], s.alike
+    return _Space(np.unique(np.round(sigmas, 3)), (d.row[d.row < d.col], d.col[d.row < d.col]), units, sure, alike)
 
-# %% ../nbs/07c_calibration.ipynb #d3a66def
+# %% ../nbs/07c_calibration.ipynb #242ad8c8
 def _state(x, table, layout, sigma_cst, half_width, device, centres):
     "The tracklets after Eq. 4 and 5, who was seen with whom, and who is in whose reciprocal neighbourhood."
     rounds, _, sums, counts = clean_and_sum(x, layout.offsets, sigma_cst)
@@ -244,11 +276,13 @@ def _state(x, table, layout, sigma_cst, half_width, device, centres):
     to, _ = reallocate(x[out].astype(np.float64), of[out], unit_centroids(sums, counts), layout.video, sigma_cst)
     kept = np.zeros(len(x), bool); kept[layout.rows[rounds == 0]] = True
     np.add.at(sums, to[to >= 0], x[out[to >= 0]]); np.add.at(counts, to[to >= 0], 1)
-    units = unit_centroids(sums, counts)
-    spaces = {c: _space(centre_on_videos(units, layout.video) if c else units, half_width, device) for c in centres}
-    return dict(sums=sums, counts=counts, video=layout.video, together=seen_together(table, layout, kept), spaces=spaces, device=device, rounds=rounds, to=to)
+    state = dict(sums=sums, counts=counts, video=layout.video, together=seen_together(table, layout, kept), device=device, rounds=rounds, to=to, spaces={})
+    for centre in centres:
+        units = unit_centroids(sums, counts)
+        state["spaces"][centre] = _space(centre_on_videos(units, layout.video) if centre else units, *_halves_and_apart(x, layout, state, centre), half_width, device)
+    return state
 
-# %% ../nbs/07c_calibration.ipynb #242ad8c8
+# %% ../nbs/07c_calibration.ipynb #5e5755fd
 def _halves_and_apart(x, layout, state, centre):
     "Distances between the first and the second half of tracklets (kept images, at least two in each), and between tracklets of (mostly) two people; centred if links are."
     def units(sums, counts, video): return centre_on_videos(unit_centroids(sums, counts), video) if centre else unit_centroids(sums, counts)
@@ -270,7 +304,7 @@ def _try(state, half_width, k1s, epss, min_samples):
     columns = ["link", "centre", "sigma_drm", "k1", "k2", "eps", "min_samples", "identities", "largest", "merged", "support", "joined", "precision"]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../nbs/07c_calibration.ipynb #5e5755fd
+# %% ../nbs/07c_calibration.ipynb #55b729ba
 def _propose_links(table, state, apart, warnings, notes, least=100):
     "The chosen rule and its parameters, sigma_drm, and the chosen candidate marked in the table."
     chosen, sigma_drm = dict(link="threshold", k1=10, k2=3, eps=0.4, min_samples=2, centre=None), 0.18
@@ -294,7 +328,7 @@ def _propose_links(table, state, apart, warnings, notes, least=100):
     if row["link"] == "reciprocal": chosen |= dict(link="reciprocal", **{k: int(row[k]) for k in ("k1", "k2", "min_samples")}, eps=float(row["eps"]))
     return chosen, sigma_drm
 
-# %% ../nbs/07c_calibration.ipynb #55b729ba
+# %% ../nbs/07c_calibration.ipynb #8fa2fdff
 def _histogram(ax, same, different, names, at, title):
     "Two distributions and the threshold between them."
     import matplotlib.pyplot as plt
@@ -327,7 +361,7 @@ def _repr_html_(self: Calibration):
     parameters = pd.DataFrame([self.parameters], index=["proposed"])
     return parameters.to_html() + self.errors.round(3).to_html() + lines
 
-# %% ../nbs/07c_calibration.ipynb #2e13a42c
+# %% ../nbs/07c_calibration.ipynb #adbba15f
 def street_world(
     n_people: int = 60,
     videos: int = 12,
