@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
                         CION_NB_RUNS=os.environ.get("CION_NB_RUNS", str(ROOT / "runs" / "test")))
-NOTEBOOK_SECONDS, PYTEST_SECONDS = 300, 900
+NOTEBOOK_SECONDS, PYTEST_SECONDS = 300, 1080
 
 
 def call(args, seconds, **env):

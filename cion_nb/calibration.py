@@ -78,7 +78,8 @@ def _separate(same, different):
     scale = 1 - wrong - alike                                             # two mixtures, solved for their two parts
     lost, kept = ((1 - alike) * (1 - below_same) - wrong * (1 - below_different)) / scale, ((1 - wrong) * below_different - alike * below_same) / scale
     larger = np.maximum(np.maximum(lost, kept), 0)
-    best = np.flatnonzero(larger <= larger.min() + 1e-3)
+    unsure = 3 / min(len(same), len(different)) + 2 * np.sqrt(alike * (1 - alike) / len(different))      # of the curves
+    best = np.flatnonzero(larger <= larger.min() + unsure)
     at = min(np.searchsorted(grid, (grid[best[0]] + grid[best[-1]]) / 2), len(grid) - 1)                # a gap between the two: its middle
     return _Separation(float(grid[at]), float(np.clip(lost[at], 0, 1)), float(np.clip(kept[at], 0, 1)), wrong, alike)
 
@@ -135,9 +136,10 @@ def _judge(labels, state, centre):
     in_videos, all_in_videos = _pairs(groups), _pairs(np.bincount(video))
     joined = float(np.mean(labels[together.a] == labels[together.b])) if len(together) else 0.
     expected = len(together) * in_videos / all_in_videos * (1 - PRECISION) if all_in_videos else 0
+    false = max(0., joined - space.alike - np.sqrt(joined / max(len(together), 1)))          # one standard error to the candidate's favour
     measurable = state["trusts_frames"] and in_videos and max(expected, joined * len(together)) >= 3
     return dict(identities=int(labels.max(initial=-1)) + 1, largest=int(np.bincount(labels).max()) if len(labels) else 0, merged=merged, support=support,
-                joined=joined, precision=max(0., 1 - max(0., joined - space.alike) * all_in_videos / in_videos) if measurable else np.nan)
+                joined=joined, precision=max(0., 1 - false * all_in_videos / in_videos) if measurable else np.nan)
 
 # %% ../nbs/07c_calibration.ipynb #df384e5e
 def _candidates(state, half_width, k1s, epss, min_samples):
@@ -179,7 +181,7 @@ class Calibration:
     histograms: dict = field(repr=False)   # own, other: of images; halves, apart: of tracklets; cosine distances
 
     @property
-    def parameters(self): return {k: getattr(self, k) for k in ("sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre")}
+    def parameters(self): return {k: getattr(self, k) for k in ("sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre")} | dict(half_width=self.facts["half_width"])
     @property
     def errors(self):
         "Expected errors of the two thresholds: shares of the histograms on the wrong side."
@@ -194,7 +196,7 @@ class Calibration:
 def calibrate(
     features,                       # (N, D) array or memory map, any float type
     samples: pd.DataFrame,          # (N) samples table; `path`, `video`, `tracklet`, `frame`, and boxes `x`, `y`, `w`, `h` if it has them
-    half_width: int = 1000,         # the range that denoise will be run with; None: all pairs
+    half_width="auto",              # the range that denoise will be run with; None: all pairs; "auto": all pairs if the whole table is looked at, else 1000
     sigma_cst: float = None,        # a threshold of Eq. 4-5 to keep; None: propose one
     k1=(5, 10, 20),                 # lengths of lists to try
     eps=(.2, .3, .4, .45, .5, .55), # Jaccard distances to try
@@ -212,6 +214,9 @@ def calibrate(
     if sigma_cst is not None: check_thresholds(sigma_cst=sigma_cst)
     table, x, layout, facts = _look(features, samples, max_tracklets, max_images)
     warnings, notes = [], []
+    if half_width == "auto":
+        half_width = None if len(layout.tracklets) == facts["of_tracklets"] else 1000
+    facts["half_width"] = half_width
     own, other, facts["partners"] = _own_and_other(x, layout, seen_together(table, layout), np.random.default_rng(0))
     proposed, separation = _propose_cst(own, other, warnings, notes)
     sigma_cst = proposed if sigma_cst is None else sigma_cst

@@ -74,7 +74,7 @@ def denoise(
     samples: pd.DataFrame,     # (N) samples table; `path`, `video`, `tracklet`, `frame` are used, and for cannot_link the boxes `x`, `y`, `w`, `h` if there
     sigma_cst: float = 0.2,    # Eq. 4–5, cosine distance
     sigma_drm: float = 0.18,   # Eq. 6–7, cosine distance
-    half_width: int = 1000,    # Eq. 7, positions to either side; None: all pairs
+    half_width: int = 1000,    # Eq. 7, positions to either side; None: all pairs, better up to some ten thousand tracklets
     levels=LEVELS,             # which levels to run, in this order
     link: str = "threshold",   # how Eq. 6–7 link: "threshold" (the paper's) or "reciprocal"
     out=None,                  # folder to keep the result in; a result of the same request found there is returned, an interrupted one goes on

@@ -10,7 +10,7 @@ from cion_nb.noise import identity_scores, unit_rows
 from cion_nb.samples import make_samples
 
 QUICK = dict(k1=(5,), eps=(.3, .45), centres=(None,))
-KEYS = {"sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre"}
+KEYS = {"sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre", "half_width"}
 
 
 @pytest.fixture(scope="module")
