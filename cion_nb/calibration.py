@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 from fastcore.basics import patch
-from .levels import clean_and_sum, closure, lay_out, reallocate
+from .levels import clean_and_sum, closure, frames_restart, lay_out, reallocate
 from .linking import centre_on_videos, link_by_reciprocal, link_within, seen_together
 from .neighbours import jaccard, knn
 from .noise import check_thresholds, cosine_distance, group_sums, unit_centroids, unit_rows
@@ -211,14 +211,18 @@ def calibrate(
     Labels in `samples` are not read. ValueError: an empty table, lengths that differ, what `lay_out` refuses, NaN or zero rows."""
     if len(features) != len(samples): raise ValueError(f"{len(features)} feature rows but {len(samples)} samples: row i of one must be row i of the other")
     if len(samples) == 0: raise ValueError("nothing to calibrate on: the table is empty")
-    if sigma_cst is not None: check_thresholds(sigma_cst=sigma_cst)
+    _check_asked(features, half_width, sigma_cst, k1, eps, centres)
     table, x, layout, facts = _look(features, samples, max_tracklets, max_images)
     warnings, notes = [], []
+    if frames_restart(layout):
+        notes.append("nearly all tracklets of a video begin at one frame: frame numbers seem to count the images of a tracklet, so they are not used")
+        table = table.assign(frame=np.int32(-1))
+    if all(c in table for c in "xywh") and table[list("xywh")].isna().any(axis=1).any(): notes.append("some boxes x, y, w, h are not numbers: they count as apart from all others")
     if half_width == "auto":
         half_width = None if len(layout.tracklets) == facts["of_tracklets"] else 1000
     facts["half_width"] = half_width
     own, other, facts["partners"] = _own_and_other(x, layout, seen_together(table, layout), np.random.default_rng(0))
-    proposed, separation = _propose_cst(own, other, warnings, notes)
+    proposed, separation = _propose_cst(own, other, bool((table["frame"] >= 0).any()), warnings, notes)
     sigma_cst = proposed if sigma_cst is None else sigma_cst
     state = _state(x, table, layout, sigma_cst, half_width, device, centres)
     facts |= dict(seen_together=len(state["together"]), has_boxes=state["together"].has_boxes, **({} if separation is None else dict(wrong_images=separation.wrong, alike=separation.alike)))
@@ -230,6 +234,15 @@ def calibrate(
     return Calibration(float(sigma_cst), sigma_drm, **chosen, candidates=candidates, warnings=warnings, notes=notes, facts=facts, histograms=histograms)
 
 # %% ../nbs/07c_calibration.ipynb #07e10769
+def _check_asked(features, half_width, sigma_cst, k1, eps, centres):
+    "ValueError for a request without a meaning."
+    if np.ndim(features) != 2: raise ValueError(f"features must be an (N, D) matrix, got shape {np.shape(features)}")
+    if sigma_cst is not None: check_thresholds(sigma_cst=sigma_cst)
+    if not (half_width is None or half_width == "auto" or isinstance(half_width, (int, np.integer)) and half_width >= 0): raise ValueError(f'half_width must be "auto", None or a whole number of positions, got {half_width!r}')
+    for name, values, right in (("k1", k1, lambda v: isinstance(v, (int, np.integer)) and v >= 3), ("eps", eps, lambda v: isinstance(v, (int, float)) and 0 < v < 1), ("centres", centres, lambda v: v in (None, "video"))):
+        if isinstance(values, str) or not hasattr(values, "__iter__") or not len(values) or not all(map(right, values)):
+            raise ValueError(f"{name} must be a tuple of values to try, got {values!r}: " + dict(k1="whole numbers from 3", eps="distances between 0 and 1", centres='None and "video"')[name])
+
 def _look(features, samples, max_tracklets, max_images):
     "The part of the table that is looked at, its unit features in layout order, its layout, and how much of the whole it is."
     layout = lay_out(samples, features)
@@ -242,14 +255,14 @@ def _look(features, samples, max_tracklets, max_images):
     layout_of_part = lay_out(table, x)
     return table, x[layout_of_part.rows], layout_of_part, dict(tracklets=len(part), of_tracklets=len(layout.tracklets), images=len(rows), of_images=len(samples), videos=len(layout_of_part.videos))
 
-def _propose_cst(own, other, warnings, notes, least=100):
+def _propose_cst(own, other, has_frames, warnings, notes, least=100):
     "sigma_cst by equal errors, or the paper's where there is nothing to read it from; and what was read."
     if min(len(own), len(other)) < least:
         notes.append(f"sigma_cst = 0.2 is the paper's: it takes {least} images with others in their tracklet and with another tracklet, there are {min(len(own), len(other))}")
         return 0.2, None
     s = _separate(own, other)
     if s.lost > 0.2: warnings.append(f"the extractor does not separate people: at sigma_cst = {s.threshold:.3f}, {s.lost:.0%} of a tracklet's own images and of other people's are on the wrong side")
-    if s.alike > ALIKE: warnings.append(f"of the tracklets that should be other people's {s.alike:.0%} look like the same person: do frame numbers count the frames of the video? Frames are not used to judge linking")
+    if s.alike > ALIKE: warnings.append(f"of the tracklets that should be other people's {s.alike:.0%} look like the same person" + (": do frame numbers count the frames of the video? Frames are not used to judge linking" if has_frames else ""))
     return round(s.threshold, 3), s
 
 # %% ../nbs/07c_calibration.ipynb #d3a66def

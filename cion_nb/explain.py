@@ -629,7 +629,7 @@ def _build(self: Explorer, sigma_cst, sigma_drm, link):
     try: import ipywidgets as w
     except ImportError as e: raise ImportError('the interactive view needs ipywidgets: pip install "cion_nb[dev]"; `sweep` and `identity_sheet` work without') from e
     slider = lambda value, name, high: w.FloatSlider(value, min=0, max=max(high, value), step=.01, description=name, continuous_update=False, readout_format=".2f")
-    self.sigma_cst, self.sigma_drm, self.eps = slider(sigma_cst, "σ_cst", 1.), slider(sigma_drm, "σ_drm", 1.), slider(self.settings.get("eps", .5), "eps", 1.)
+    self.sigma_cst, self.sigma_drm, self.eps = slider(sigma_cst, "σ_cst", 1.), slider(sigma_drm, "σ_drm", 1.), slider(self.settings.get("eps", .4), "eps", 1.)
     self.link = w.Dropdown(options=list(LINKS), value=link, description="link")
     self.words, self.picture = w.HTML(), w.Image(format="png")
     for knob in (self.sigma_cst, self.sigma_drm, self.eps, self.link): knob.observe(lambda change: self.show(), "value")
@@ -639,7 +639,7 @@ def _build(self: Explorer, sigma_cst, sigma_drm, link):
 def show(self: Explorer):
     "Bring words and picture to where the sliders stand; what goes wrong is said in the view."
     reciprocal = self.link.value == "reciprocal"
-    self.sigma_drm.disabled, self.eps.disabled = reciprocal, not reciprocal
+    self.eps.disabled = not reciprocal                                 # sigma_drm stays: small sets fall back on it
     try:
         found = counts(self.result, self.truth)
         self.words.value = pd.DataFrame([found]).to_html(index=False, border=0, float_format="{:.3f}".format)

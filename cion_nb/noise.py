@@ -340,7 +340,8 @@ def check_thresholds(
 ):
     "ValueError unless every threshold is a cosine distance, a number in [0, 2]."
     for name, value in sigmas.items():
-        if not 0 <= value <= 2: raise ValueError(f"{name} must be a cosine distance in [0, 2], got {value!r}")
+        is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 2: raise ValueError(f"{name} must be a cosine distance in [0, 2], got {value!r}")
 
 def _same_length(features, labels):
     "Arrays of `features` and int64 `labels`, checked."

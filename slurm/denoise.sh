@@ -17,11 +17,13 @@
 set -euo pipefail
 if [ $# -lt 3 ]; then echo "usage: [SHARDS=8] bash $0 features.npy samples.parquet out/ [NAME=VALUE …]" >&2; exit 2; fi
 SHARDS=${SHARDS:-8}
+[[ $SHARDS =~ ^[1-9][0-9]*$ ]] || { echo "$0: SHARDS=$SHARDS: a number of machines, 1 or more" >&2; exit 2; }
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 features=$1 samples=$2 out=$3; shift 3
 
 if [ -z "${STEP:-}" ]; then
-    for file in "$features" "$samples"; do [ -f "$file" ] || { echo "$0: no file $file" >&2; exit 2; }; done
+    settings=(); [ $# -eq 0 ] || settings=(--set "$@")
+    "$PYTHON" -m cion_nb.denoise "$features" "$samples" --out "$out" --check ${settings[@]+"${settings[@]}"}      # before anything waits in a queue
     submit() { ${SBATCH:-sbatch} --parsable "$@"; }
     array=--array=0-$((SHARDS - 1))
     job() { echo "ALL,STEP=$1,SHARDS=$SHARDS,PYTHON=$PYTHON"; }

@@ -61,12 +61,12 @@ def test_killed_at_ten_moments(world, tmp_path):
         p, _ = start(out)
         time.sleep(rng.uniform(0, .4) * whole)
         p.send_signal(signal.SIGKILL); p.wait(); kills += p.returncode == -signal.SIGKILL
-        pieces.append(len(list((out / "work").glob("*.npz"))) if (out / "work").exists() else 0)
+        pieces.append(len(list((out / "denoise_work").glob("*.npz"))) if (out / "denoise_work").exists() else 0)
         if (out / "denoised.json").exists(): module.shutil.rmtree(out)                      # it was done already: begin anew, so that every kill meets work
     assert max(pieces) > 3 and min(pieces) < max(pieces), pieces
     p, _ = start(out); assert p.stdout.readline() == "end\n"; p.wait()
     got = Denoised.load(out)
-    assert np.array_equal(got.labels, want.labels) and not (out / "work").exists()
+    assert np.array_equal(got.labels, want.labels) and not (out / "denoise_work").exists()
     for name in ("provenance", "tracklets", "links"): pd.testing.assert_frame_equal(getattr(got, name), getattr(want, name), check_exact=True)
     assert not [f for f in out.rglob("*") if f.name.startswith(".")]
 
@@ -129,11 +129,17 @@ def test_shards_refuse_what_is_not_ready(world, tmp_path):
     with pytest.raises(ValueError, match="unknown step"): denoise_shard(x, samples, tmp_path, "merge", 0, 3)
 
 
-def test_command_line_says_what_is_wrong(world, tmp_path):
+def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
     folder = world[0]
-    for more, message in ((["sigma=1"], "sigma"), (["sigma_cst=3"], "sigma_cst must be"), (["levels=[\"up\"]"], "unknown level")):
+    for more, message in ((["sigma=1"], "sigma"),):
         p = subprocess.run(command(folder, tmp_path / "x", *more), env=ENV, capture_output=True, text=True)
         assert p.returncode == 2 and message in p.stderr and "Traceback" not in p.stderr
+    (tmp_path / "text.npy").write_text("no array"); (tmp_path / "empty.parquet").touch(); np.savez(tmp_path / "two.npz", a=np.zeros(3))
+    for features, samples, more, message in ((folder / "features.npy", tmp_path / "empty.parquet", [], "empty.parquet is not a parquet"), (tmp_path / "text.npy", folder / "samples.parquet", [], "text.npy is not one whole"),
+                                             (tmp_path / "two.npz", folder / "samples.parquet", [], "two.npz is not one whole"), (folder / "features.npy", folder / "samples.parquet", ["--shard", "0/2"], "go together"),
+                                             (folder / "features.npy", folder / "samples.parquet", ["--device", "cudaa"], "unknown device"), (folder / "features.npy", folder / "samples.parquet", ["--set", "sigma_drm=abc"], "sigma_drm must be")):
+        with pytest.raises(SystemExit) as stopped: module.main([str(features), str(samples), "--out", str(tmp_path / "x"), *more])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
     p = subprocess.run([sys.executable, "-m", "cion_nb.denoise", str(folder / "nothing.npy"), str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True, text=True)
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
@@ -184,3 +190,41 @@ def test_cuda_gives_the_same_labels(world):
         assert np.array_equal(a.labels, b.labels) and a.provenance.state.equals(b.provenance.state)
     bad = np.array(x); bad[5] = 0
     with pytest.raises(ValueError, match="rows 5"): denoise(bad, samples, measure=False, device="cuda")
+
+
+# ---------------------------------------------------------------- folders that belong to somebody
+
+def test_files_of_the_user_stay(tmp_path):
+    x, samples = feature_world(40, seed=1)
+    for name in ("work/thesis.tex", ".my.tmp.txt", ".provenance.notes"): (tmp_path / name).parent.mkdir(exist_ok=True); (tmp_path / name).write_text("mine")
+    for sigma in (.2, .3): denoise(x, samples, sigma_cst=sigma, out=tmp_path)
+    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == [".my.tmp.txt", ".provenance.notes", "denoised.json", "links.parquet", "provenance.parquet", "thesis.tex", "tracklets.parquet"]
+    (tmp_path / "b" / "denoise_work").mkdir(parents=True); (tmp_path / "b" / "denoise_work" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not made by denoise"): denoise(x, samples, out=tmp_path / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"): denoise(x, samples, out=tmp_path / "file")
+
+
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    x, samples = feature_world(40, seed=1)
+    real = module._denoised
+    def meanwhile(*a):
+        with pytest.raises(ValueError, match="another process"): denoise(x, samples, sigma_cst=.5, out=tmp_path)
+        return real(*a)
+    monkeypatch.setattr(module, "_denoised", meanwhile)
+    denoise(x, samples, out=tmp_path)
+    assert not (tmp_path / ".denoise.lock").exists()
+
+
+def test_all_bad_rows_are_named_and_nothing_is_left(tmp_path):
+    x, samples = feature_world(3000, dim=8, seed=1)
+    bad = x.copy(); bad[10] = 0; bad[40_000] = np.nan
+    with pytest.raises(ValueError, match="rows 10, 40000"): denoise(bad, samples, out=tmp_path)
+    assert not (tmp_path / "denoise_work").exists()
+
+
+def test_frames_that_restart_in_every_tracklet_forbid_nothing():
+    x, samples = feature_world(60, seed=1)
+    restarted = samples.assign(frame=samples.groupby("tracklet").cumcount().astype("int32"))
+    with pytest.raises(ValueError, match="begin at the same frame"): denoise(x, restarted, cannot_link="frames")
+    denoise(x, samples, cannot_link="frames")
