@@ -101,7 +101,7 @@ def _identities(state, half_width, link, centre=None, sigma_drm=None, **lists):
     def links(sums, counts, origin, video):
         units = unit_centroids(sums, counts)
         if centre: units = centre_on_videos(units, origin)
-        return link_within(units, video, half_width, sigma_drm) if link == "threshold" else link_by_reciprocal(units, video, half_width, device=state["device"], **lists)
+        return link_within(units, video, half_width, sigma_drm) if link == "threshold" else link_by_reciprocal(units, video, half_width, device=state["device"], origin=origin, **lists)
     sums, counts, video = state["sums"], state["counts"], state["video"]
     n = len(counts)
     a, b, _ = links(sums, counts, video, video)

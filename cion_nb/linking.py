@@ -180,16 +180,19 @@ def link_by_reciprocal(
     min_samples: int = 2,     # a core point has this many in reach of eps, itself included
     sigma_drm: float = 0.18,  # cosine distance, asked where the band is too small for k1
     device=None,              # torch device of the search; None: a GPU where there is one
+    origin=None,              # (n,) video each comes from: two of one video must stand out from it; None: `video`, and if that is None too nobody is asked to
 ) -> Links:
     """Links by the Jaccard distance of k-reciprocal sets, in place of the test of Eq. 6 and 7.
 
     Lists are over the identities of the band, never of one video. Where the smallest band has n < 4 k1 identities, k1 is n // 4 and links must also be nearer than `sigma_drm`;
-    below k1 = 3 links are those of `sigma_drm` alone. ValueError: parameters out of range."""
+    below k1 = 3 links are those of `sigma_drm` alone. ValueError: parameters out of range, an `origin` or `video` of another length."""
     _check_reciprocal(half_width, k1, k2, eps, min_samples, sigma_drm)
-    n = len(units)
+    n, origin = len(units), video if origin is None else np.asarray(origin)
+    for name, v in (("video", video), ("origin", origin)):
+        if v is not None and len(v) != n: raise ValueError(f"{name} must be one number a unit, {n}, got {len(v)}")
     directed = _with_direction(units)
     if len(directed) < n:
-        found = link_by_reciprocal(np.asarray(units)[directed], None if video is None else video[directed], half_width, k1, k2, eps, min_samples, sigma_drm, device)
+        found = link_by_reciprocal(np.asarray(units)[directed], None if video is None else np.asarray(video)[directed], half_width, k1, k2, eps, min_samples, sigma_drm, device, None if origin is None else np.asarray(origin)[directed])
         return Links(directed[found.a], directed[found.b], found.distance, found.rule, found.k1, found.why)
     band = n if half_width is None else min(n, half_width + 1)       # the first and the last position have the smallest band
     k, why = k1, ""
@@ -198,6 +201,7 @@ def link_by_reciprocal(
     distances = jaccard(units, k, min(k2, k), neighbours=knn(units, k, half_width=half_width, device=device), max_distance=eps)
     a, b, d = _core_links(distances, min_samples, video)
     if why: a, b, d = _nearer(units, a, b, d, sigma_drm); why += f"k1 = {k}, and links must also have cosine distance < {sigma_drm:g}"
+    if origin is not None: a, b, d = _standing_out(units, origin, a, b, d)
     return Links(a, b, d, "reciprocal", k, why)
 
 # %% ../nbs/07b_linking.ipynb #cf287b71
@@ -220,7 +224,25 @@ def _nearer(units, a, b, d, sigma_drm):
     near = cosine_distance(units[a], units[b]) < sigma_drm
     return a[near], b[near], d[near]
 
-# %% ../nbs/07b_linking.ipynb #3f58fd5d
+# %% ../nbs/07b_linking.ipynb #48bf40b5
+def _standing_out(units, origin, a, b, d, step=2**14):
+    "The links between different videos, and those inside one whose ends are nearer than max(D / 4, 0.6 m): m to the rest of their video, D of units of different videos."
+    names, of = np.unique(origin, return_inverse=True)
+    count, total = np.bincount(of), np.zeros((len(names), units.shape[1]))
+    for i in range(0, len(units), step): np.add.at(total, of[i:i + step], np.asarray(units[i:i + step], np.float64))
+    inside, keep = np.flatnonzero(of[a] == of[b]), np.ones(len(a), bool)
+    if not len(inside): return a, b, d
+    n, everything, own = len(units), total.sum(0), np.einsum("vd,vd->", total, total)
+    D = 1 - ((everything @ everything - own) / (n * n - (count**2).sum()) if len(names) > 1 else (own - n) / (n * (n - 1)))
+    for i in range(0, len(inside), step):
+        links = inside[i:i + step]
+        u, w = (np.asarray(units[side[links]], np.float64) for side in (a, b))
+        v = of[a[links]]
+        m = 1 - np.einsum("md,md->m", u + w, total[v] - u - w) / (2 * np.maximum(count[v] - 2, 1))
+        keep[links] = cosine_distance(u, w) <= np.maximum(0.25 * D, 0.6 * np.where(count[v] > 2, m, D))
+    return a[keep], b[keep], d[keep]
+
+# %% ../nbs/07b_linking.ipynb #7c423d9d
 def centre_on_videos(
     units,                # (n, D) centroids; rows of zeros stay
     video,                # (n,) number of the video of each
@@ -243,7 +265,7 @@ def centre_on_videos(
         out[rows] = part / np.maximum(np.sqrt(np.einsum("nd,nd->n", part, part)), 1e-12)[:, None]
     return out
 
-# %% ../nbs/07b_linking.ipynb #f30d9739
+# %% ../nbs/07b_linking.ipynb #5861188b
 @_jit
 def _root(parent, i):
     "The group of `i`, with its path halved."
@@ -267,7 +289,7 @@ def _sweep(table, parent, n):
         if key >= 0 and parent[key // n] == key // n and parent[key % n] == key % n: table[_slot(table, key)] = key; used += 1
     return used
 
-# %% ../nbs/07b_linking.ipynb #28592981
+# %% ../nbs/07b_linking.ipynb #0aa10576
 @_jit
 def _forbid(n, a, b, table):
     "Lists of forbidden partners as half-edges: first and last of each thing, next and partner of each half-edge, length of each list. Fills the table."
@@ -280,7 +302,7 @@ def _forbid(n, a, b, table):
         table[_slot(table, min(one, other) * n + max(one, other))] = min(one, other) * n + max(one, other)
     return first, last, after, partner, length
 
-# %% ../nbs/07b_linking.ipynb #142bfd06
+# %% ../nbs/07b_linking.ipynb #4f4e5e8c
 @_jit
 def _join(n, a, b, apart_a, apart_b, table):
     "Union of the links in the order given, unless a forbidden pair would meet: (n,) parents, (m,) refused."
@@ -303,7 +325,7 @@ def _join(n, a, b, apart_a, apart_b, table):
             length[p] += length[q]
     return parent, refused
 
-# %% ../nbs/07b_linking.ipynb #5861188b
+# %% ../nbs/07b_linking.ipynb #4bbb4206
 def constrained_closure(
     n: int,      # things to merge
     a,           # (m,) links a-b, things 0 … n-1

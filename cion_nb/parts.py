@@ -238,7 +238,7 @@ def _link_level(level, units, origin, parts, store, p, device):
         chunks = range(len(chunks_of(units.shape[0], p["half_width"])))
         do_chunks(units, chunks, store, p, device)
         return *_stacked_links((0, [store.get(f"links{i:05d}")[k] for k in "abd"]) for i in chunks), "threshold"
-    r = link_by_reciprocal(units, origin if level == "video" else None, half_width=p["half_width"], k1=p["k1"], k2=p["k2"], eps=p["eps"], min_samples=p["min_samples"], sigma_drm=p["sigma_drm"], device=device)
+    r = link_by_reciprocal(units, origin if level == "video" else None, half_width=p["half_width"], k1=p["k1"], k2=p["k2"], eps=p["eps"], min_samples=p["min_samples"], sigma_drm=p["sigma_drm"], device=device, origin=origin)
     return *r, f"{r.rule}, {r.why or f'k1 = {r.k1}'}"
 
 def _gathered(units, origin, level, store, p, step=2**14):
