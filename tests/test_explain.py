@@ -225,7 +225,7 @@ def test_the_view_links_by_reciprocal(world):
     x, samples, _ = world
     view = explore(x, samples)
     view.link.value = "reciprocal"
-    assert view.error is None and view.sigma_drm.disabled and not view.eps.disabled and view.result.parameters["link"] == "reciprocal"
+    assert view.error is None and not view.sigma_drm.disabled and not view.eps.disabled and view.result.parameters["link"] == "reciprocal"
     before = view.words.value; view.eps.value = .3
     assert view.words.value != before and view.result.parameters["eps"] == .3
     view.eps.value = 1.
