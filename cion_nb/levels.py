@@ -13,7 +13,7 @@ import pandas as pd
 from numba import njit
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
-from .noise import close_pairs, cosine_distance, unit_centroids, unit_rows
+from .noise import close_pairs, cosine_distance, unit_rows
 from .samples import DEFAULTS, as_samples, make_samples
 
 # %% ../nbs/07a_levels.ipynb #e733a97b

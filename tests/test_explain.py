@@ -205,7 +205,6 @@ def test_suspects_by_hand():
     with pytest.raises(ValueError, match="3 feature rows but 12 labels"): suspects(result, x[:3])
 
 
-@pytest.mark.skipif("reciprocal" not in module.LINKS, reason="this denoise links by threshold only")
 @pytest.mark.parametrize("seed", range(3))
 def test_chains_of_reciprocal_links(seed):
     "A rule without a cosine threshold: the limit comes from its links. Nobody pure is reported, and at least half of those that hold two people are."
@@ -219,7 +218,6 @@ def test_chains_of_reciprocal_links(seed):
     assert "Jaccard distance" in explain(result, identity=int(found.identity[0])).words
 
 
-@pytest.mark.skipif("reciprocal" not in module.LINKS, reason="this denoise links by threshold only")
 def test_the_view_links_by_reciprocal(world):
     pytest.importorskip("ipywidgets")
     x, samples, _ = world
