@@ -9,7 +9,7 @@ __all__ = ['VIEW_RECIPES', 'ORDERS', 'sample_draws', 'crop_boxes', 'ViewParamete
            'id_curriculum']
 
 # %% ../nbs/10_views.ipynb #9707ecf1
-import itertools, os, warnings
+import itertools, os, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -375,6 +375,7 @@ def erase_(
 # %% ../nbs/10_views.ipynb #01816083
 class ImageStore:
     "The images of a samples table as uint8 tensors, by row: `store[rows]` is a list of (3, h, w)."
+    _noting = threading.Lock()   # two threads may meet one unreadable row: its own, and as a replacement
     def __init__(self,
         samples: pd.DataFrame,         # a samples table; replacements keep its `pid`
         root,                          # folder that `path` is relative to
@@ -426,8 +427,8 @@ class ImageStore:
         "Decode and resize one image; None if that fails, which is noted."
         try: image = torch.from_numpy(np.array(open_image(self.root / self.paths[row]))).permute(2, 0, 1)
         except UnreadableImage as e:
-            self.reasons[row] = e.reason
-            warnings.warn(f"{self.paths[row]}: {e.reason}; replaced by another image of identity {self.pid[row]}", stacklevel=2)
+            with self._noting: is_known, self.reasons[row] = row in self.reasons, e.reason
+            if not is_known: warnings.warn(f"{self.paths[row]}: {e.reason}; replaced by another image of identity {self.pid[row]}", stacklevel=2)
             return None
         return image if self.size is None else resize(image[None], self.size, self.interpolation)[0]
 

@@ -1,5 +1,5 @@
 "Views against torchvision, parameter by parameter and in distribution; samplers against their promises; faults of the image store."
-import io, pickle, tracemalloc, warnings
+import io, pickle, threading, tracemalloc, warnings
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
+from cion_nb import views
 from cion_nb.backbones import InputSpec
 from cion_nb.samples import make_samples
 from cion_nb.views import (IdentitySampler, ImageStore, MultiCrop, ORDERS, PKSampler, TrainTransform, VIEW_RECIPES, ViewParameters, blur_, brighten_,
@@ -285,6 +286,19 @@ def test_store_replaces_within_the_identity(tmp_path, memory, size):
     assert torch.equal(store[4], images[4]) and images[0].dtype == torch.uint8 and (size is None or images[0].shape == (3, *size))
     table_ok = table[store.readable]; assert len(ImageStore(table_ok, tmp_path)) == 4
     again = pickle.loads(pickle.dumps(store)); assert torch.equal(again[[1]][0], images[1])
+
+
+def test_threads_that_meet_one_unreadable_row_warn_once(tmp_path, monkeypatch):
+    (tmp_path / "junk.png").write_bytes(b"junk"); names = ["junk.png", *files(tmp_path, 2)]
+    together, real = threading.Barrier(4), views.open_image
+    def meet(path):
+        if path.name == "junk.png": together.wait(10)
+        return real(path)
+    monkeypatch.setattr(views, "open_image", meet)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        images = ImageStore(make_samples(names, pid=[0, 0, 0]), tmp_path, memory=0, size=(20, 10), threads=4)[[0, 0, 0, 0]]
+    assert len([w for w in said if "replaced by another image" in str(w.message)]) == 1 and all(torch.equal(i, images[0]) for i in images)
 
 
 def test_store_keeps_its_memory_limit(tmp_path):
