@@ -244,6 +244,10 @@ def save(self: Denoised,
     write_json(folder / "denoised.json", dict(parameters=self.parameters, rows={name: len(getattr(self, name)) for name in _PARTS}, noise=noise_rows))
     return folder
 
+def _read_part(file):
+    try: return pd.read_parquet(file)
+    except (OSError, ValueError) as e: raise ValueError(f"{file} cannot be read ({e}): delete the folder {file.parent} and run denoise again") from e
+
 @patch(cls_method=True)
 def load(cls: Denoised,
     path,        # folder that `save` wrote
@@ -252,7 +256,7 @@ def load(cls: Denoised,
     folder = resolve(path)
     if not (folder / "denoised.json").exists(): raise FileNotFoundError(f"no finished denoising result in {folder}: it has no denoised.json, which is written last; run denoise again")
     head = read_json(folder / "denoised.json")
-    parts = {name: pd.read_parquet(folder / f"{name}.parquet") for name in _PARTS}
+    parts = {name: _read_part(folder / f"{name}.parquet") for name in _PARTS}
     wrong = [name for name in _PARTS if len(parts[name]) != head["rows"][name]]
     if wrong: raise ValueError(f"{folder / wrong[0]}.parquet has {len(parts[wrong[0]])} rows, denoised.json says {head['rows'][wrong[0]]}: delete the folder and run denoise again")
     table = pd.DataFrame(head["noise"]); table["level"] = table["level"].astype(object)

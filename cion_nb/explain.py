@@ -252,7 +252,8 @@ def identity_sheet(
 ):                                 # matplotlib Figure
     """Crops of identities, one row each, by tracklet; the frame says what happened to a crop. A missing or broken image is a marked blank.
 
-    ValueError: lengths that differ, an identity without images, no identity at all."""
+    ValueError: lengths that differ, an identity without images, no identity at all, `rows` or `columns` below 1."""
+    if rows < 1 or columns < 1: raise ValueError(f"rows={rows}, columns={columns}: at least one of each")
     if isinstance(labels, Denoised): labels, provenance = labels.labels, labels.provenance if provenance is None else provenance
     labels = np.asarray(labels)
     lengths = {len(x) for x in (labels, samples, provenance) if x is not None}
@@ -260,7 +261,7 @@ def identity_sheet(
     crops = _crops_of(labels, samples, provenance)
     wanted = _telling(crops, rows) if identities is None else np.atleast_1d(np.asarray(identities, dtype=np.int64)).tolist()
     missing = sorted(set(wanted) - set(crops["identity"]))
-    if missing or not wanted: raise ValueError(f"no images of identities {', '.join(map(str, missing))}" if missing else "no image has an identity, so there is nothing to draw")
+    if missing or not wanted: raise ValueError(f"no images of identities {', '.join(map(str, missing))}" if missing else "identities is empty: name some, or leave it out" if identities is not None else "no image has an identity, so there is nothing to draw")
     first = samples["frame"].groupby(samples["tracklet"]).min()
     crops = crops[crops["identity"].isin(wanted)]
     crops = crops.assign(video=samples["video"].to_numpy()[crops["row"]], frame=samples["frame"].to_numpy()[crops["row"]], first=first.reindex(crops["tracklet"]).fillna(-1).to_numpy())
@@ -628,8 +629,8 @@ def _build(self: Explorer, sigma_cst, sigma_drm, link):
     "The widgets."
     try: import ipywidgets as w
     except ImportError as e: raise ImportError('the interactive view needs ipywidgets: pip install "cion_nb[dev]"; `sweep` and `identity_sheet` work without') from e
-    slider = lambda value, name, high: w.FloatSlider(value, min=0, max=max(high, value), step=.01, description=name, continuous_update=False, readout_format=".2f")
-    self.sigma_cst, self.sigma_drm, self.eps = slider(sigma_cst, "σ_cst", 1.), slider(sigma_drm, "σ_drm", 1.), slider(self.settings.get("eps", .4), "eps", 1.)
+    slider = lambda value, name, high, low=0.: w.FloatSlider(value, min=low, max=max(high, value), step=.01, description=name, continuous_update=False, readout_format=".2f")
+    self.sigma_cst, self.sigma_drm, self.eps = slider(sigma_cst, "σ_cst", 1.), slider(sigma_drm, "σ_drm", 1.), slider(self.settings.get("eps", .4), "eps", .99, .01)
     self.link = w.Dropdown(options=list(LINKS), value=link, description="link")
     self.words, self.picture = w.HTML(), w.Image(format="png")
     for knob in (self.sigma_cst, self.sigma_drm, self.eps, self.link): knob.observe(lambda change: self.show(), "value")

@@ -112,7 +112,11 @@ def _check_seen(samples, layout, kept, max_iou, min_frames):
     if kept.shape != (len(samples),) or kept.dtype != bool: raise ValueError(f"kept must be one bool a row, {len(samples)}, got {kept.dtype} {kept.shape}")
     if not 0 <= max_iou <= 1: raise ValueError(f"max_iou must be an overlap in [0, 1], got {max_iou!r}")
     if not min_frames >= 1: raise ValueError(f"min_frames must be 1 or more, got {min_frames!r}")
-    return kept, [samples[c].to_numpy() for c in "xywh"] if all(c in samples for c in "xywh") else []
+    if not all(c in samples for c in "xywh"): return kept, []
+    for c in "xywh":
+        if samples[c].dtype.kind not in "iuf": raise ValueError(f"column {c!r} of the boxes holds {samples[c].dtype}, numbers are needed")
+        if c in "wh" and (samples[c] < 0).any(): raise ValueError(f"column {c!r} of the boxes is negative in row(s) {', '.join(map(str, np.flatnonzero(samples[c] < 0)[:8]))}")
+    return kept, [samples[c].to_numpy() for c in "xywh"]
 
 def _whole_videos(layout, max_rows):
     "First and end position of runs of whole videos with about `max_rows` rows."

@@ -9,6 +9,8 @@ __all__ = ['STATES', 'LEVELS', 'LINKS', 'NO_LINKS', 'PART_ROWS', 'blocks', 'part
 # %% ../nbs/07d_parts.ipynb #6760d73e
 import mmap
 import os
+import zipfile
+from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
@@ -135,7 +137,7 @@ def _rounds_of_batch(y, here, sigma):
         doubtful |= (asks & ((others2 < 1e-4 * (left[:, None] - 1)**2) | ((d - sigma).abs() <= 1e-9))).any(1)
         deviation = torch.where(asks, d, deviation)
         worst = torch.where(asks, d, -1.).amax(1)
-        active &= worst >= sigma
+        active &= (worst >= sigma) & (sigma < 2)
         if not bool(active.any()): break
         latest = torch.where(asks & (d >= worst[:, None] - 1e-9), torch.arange(m, device=y.device), -1).amax(1)
         out, on = latest.clamp(min=0), each[active]
@@ -164,8 +166,16 @@ class Store:
         finally: tmp.unlink(missing_ok=True)
     def get(self, name):
         if self.folder is None: return self.held[name]
-        with np.load(self.folder / f"{name}.npz") as f: return dict(f)
-    def sums(self, name): return self.held[name]["sums"] if self.folder is None else np.load(self.folder / f"{name}.sums.npy", mmap_mode="r")
+        with _whole(self.folder / f"{name}.npz") as path, np.load(path) as f: return dict(f)
+    def sums(self, name):
+        if self.folder is None: return self.held[name]["sums"]
+        with _whole(self.folder / f"{name}.sums.npy") as path: return np.load(path, mmap_mode="r")
+
+@contextmanager
+def _whole(path):
+    "ValueError that names a file of ours which cannot be read (a power cut, a full disk elsewhere)."
+    try: yield path
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as e: raise ValueError(f"{path} is damaged ({e}): delete the folder {path.parent} and run denoise again") from e
 
 # %% ../nbs/07d_parts.ipynb #06cf73c5
 class Stacked:

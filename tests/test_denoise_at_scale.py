@@ -15,7 +15,7 @@ import cion_nb.parts as parts
 from cion_nb.denoise import Denoised, denoise, denoise_shard
 from cion_nb.levels import clean_and_sum, feature_world, lay_out, read_rows
 from cion_nb.parts import clean_on_device
-from cion_nb.samples import write_samples
+from cion_nb.samples import make_samples, write_samples
 from test_denoise import fast_oracle, random_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,3 +228,25 @@ def test_frames_that_restart_in_every_tracklet_forbid_nothing():
     restarted = samples.assign(frame=samples.groupby("tracklet").cumcount().astype("int32"))
     with pytest.raises(ValueError, match="begin at the same frame"): denoise(x, restarted, cannot_link="frames")
     denoise(x, samples, cannot_link="frames")
+
+
+@pytest.mark.parametrize("name", ["part00000.npz", "part00000.sums.npy"])
+def test_a_damaged_piece_is_named(tmp_path, name):
+    from cion_nb.parts import Store
+    store = Store(tmp_path); store.put("part00000", sums=np.ones((3, 4)), kept=np.arange(3))
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*run denoise again"): store.get("part00000"); store.sums("part00000")
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    x, samples = feature_world(20, dim=8)
+    denoise(x, samples, out=tmp_path / "out")
+    (tmp_path / "out" / "links.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="links.parquet cannot be read.*run denoise again"): denoise(x, samples, out=tmp_path / "out")
+
+
+def test_the_largest_threshold_removes_nothing_even_an_exact_opposite():
+    for seed in range(60):
+        v = np.random.default_rng(seed).standard_normal(8)
+        found = denoise(np.stack([v, v, -1.7 * v]), make_samples(list("abc"), video="v", tracklet=0, frame=np.arange(3)), sigma_cst=2, sigma_drm=0)
+        assert (found.provenance.state == "kept").all()
