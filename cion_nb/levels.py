@@ -145,7 +145,7 @@ def _clean_one(x, inverse, sigma, rounds, deviation, total, k):
             d = min(2.0, max(0.0, 1 - (k[i] - 1) / np.sqrt(max(others2, 1e-12))))
             if others2 < 1e-4 * (left - 1)**2 or abs(d - sigma) <= TIE: d = _deviation(x, inverse, rounds, i, left - 1)
             deviation[i] = d; worst = max(worst, d)
-        if worst < sigma or sigma >= 2: break                               # no distance is beyond 2: that threshold asks for nothing
+        if worst < sigma: break
         out = len(x) - 1                                                    # rows are in (frame, path) order: the latest of those that tie
         while rounds[out] or deviation[out] < worst - TIE: out -= 1
         step += 1; rounds[out] = step; left -= 1; length2 += 1 - 2 * k[out]

@@ -137,7 +137,7 @@ def _rounds_of_batch(y, here, sigma):
         doubtful |= (asks & ((others2 < 1e-4 * (left[:, None] - 1)**2) | ((d - sigma).abs() <= 1e-9))).any(1)
         deviation = torch.where(asks, d, deviation)
         worst = torch.where(asks, d, -1.).amax(1)
-        active &= (worst >= sigma) & (sigma < 2)
+        active &= worst >= sigma
         if not bool(active.any()): break
         latest = torch.where(asks & (d >= worst[:, None] - 1e-9), torch.arange(m, device=y.device), -1).amax(1)
         out, on = latest.clamp(min=0), each[active]

@@ -23,7 +23,7 @@ def identities(calibration, features, samples):
     p = calibration.parameters
     state = C._state(x, table, layout, p["sigma_cst"], 1000, None, ())
     how = {k: p[k] for k in (("sigma_drm",) if p["link"] == "threshold" else ("k1", "k2", "eps", "min_samples"))}
-    label = np.append(C._identities(state, 1000, p["link"], p["centre"], **how), -1)
+    label = np.append(C._levels(state, 1000, p["link"], p["centre"], **how)[1], -1)
     of = np.repeat(np.arange(len(layout.tracklets)), np.diff(layout.offsets)); of[state["rounds"] > 0] = state["to"]
     out = np.empty(len(samples), np.int64); out[layout.rows] = label[of]
     return out
@@ -65,16 +65,72 @@ def test_judge_counts_pairs_of_images():
     state = dict(trusts_frames=True, counts=counts, video=video, together=Seen(), spaces={None: C._Space(np.ones(5), (np.array([0, 0]), np.array([1, 2])), np.eye(5))})
     seen = C._judge(np.array([0, 0, 0, 1, 2]), state, None)
     assert seen["merged"] == 2 * 3 + 2 * 1 + 3 * 1 and seen["support"] == pytest.approx((2 * 3 + 2 * 1) / 11)
-    assert seen["joined"] == 0.5 and seen["identities"] == 3 and seen["largest"] == 3 and np.isnan(seen["precision"])    # one pair joined: too few to say
+    assert seen["joined"] == 0.5 and seen["identities"] == 3 and seen["largest"] == 3 and np.isnan(seen["framed"])    # one pair joined: too few to say
     nothing = C._judge(np.arange(5), state, None)
     assert nothing["merged"] == 0 and np.isnan(nothing["support"]) and nothing["joined"] == 0
 
 
+def test_frames_leave_a_largest_precision():
+    "60 pairs seen together, 30 of them joined: half of all pairs of the video's tracklets would be false, out of those that were merged."
+    n = 24
+    class Seen:
+        a, b = np.repeat(np.arange(12), 5), 12 + (np.repeat(np.arange(12), 5) + np.tile(np.arange(5), 12)) % 12
+        def __len__(self): return 60
+    labels = np.where(np.arange(n) % 12 < 6, 0, np.arange(n))
+    joined = np.mean(labels[Seen.a] == labels[Seen.b])
+    state = dict(trusts_frames=True, counts=np.ones(n, int), video=np.zeros(n, int), together=Seen(), spaces={None: C._Space(np.ones(n), (np.empty(0, int),) * 2, np.eye(n), alike=.02)})
+    false = joined - .02 - np.sqrt(joined / 60)
+    assert C._judge(labels, state, None)["framed"] == pytest.approx(max(0, 1 - false * (n * (n - 1) / 2) / (12 * 11 / 2)))
+    assert np.isnan(C._judge(labels, state | dict(trusts_frames=False), None)["framed"])
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_lonely_are_who_they_should_be(level, monkeypatch):
+    "Half of the groups keep one unit; everybody else stays; whoever then shares a label with another unit is counted."
+    seen = {}
+    def levels(state, half_width, **how):
+        seen["rows"] = state["sums"][:, 0].astype(int)
+        label = np.where(np.isin(seen["rows"], how["linked"]), 0, 1 + np.arange(len(seen["rows"])))      # these end together, the others alone
+        return label, label
+    monkeypatch.setattr(C, "_levels", levels)
+    unit = np.array([0, 0, 1, 2, 3, 4, 4, 5, 6, 7]) if level else np.arange(10)
+    group = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3, 4])                           # tracklets; 4 is alone from the start
+    state = dict(sums=np.arange(10)[:, None], counts=np.ones(10), video=np.zeros(10))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        tried, linked = C._lonely(state, None, dict(linked=[]), group, unit, level, rng)
+        gone = np.setdiff1d(np.arange(10), seen["rows"])
+        of_unit = pd.Series(group).groupby(unit).first(); several = of_unit.value_counts().loc[lambda n: n > 1].index
+        assert linked == 0 and tried == -(-len(several) // 2)
+        left = [g for g in several if len(np.unique(unit[[r for r in seen["rows"] if group[r] == g]])) == 1]
+        assert len(left) == tried and all(len({u for u in unit[gone] if of_unit[u] == g}) == (of_unit == g).sum() - 1 for g in left) and set(group[gone]) == set(left)
+        tried, linked = C._lonely(state, None, dict(linked=range(10)), group, unit, level, np.random.default_rng(seed))
+        assert linked == tried                                                  # everybody ends together: all of them are linked to strangers
+
+
+@pytest.mark.parametrize("partners, q", [(0., .5), (.6, .1), (.9, .3), (1., .9)])
+def test_the_share_of_mistakes_is_a_bound(partners, q, n=200_000):
+    "Things with a partner are linked to it 8 times in 10; lonely ones are linked with probability q. Few mistakes of a partner's are left out of account."
+    rng = np.random.default_rng(1)
+    has = rng.random(n) < partners
+    linked = np.where(has, rng.random(n) < .8, rng.random(n) < q)
+    false = (linked & ~has).sum() / linked.sum()
+    assert false <= C._mistaken(linked.mean(), n, int(round(q * n))) + .01
+    if partners in (0., 1.): return
+    assert C._mistaken(linked.mean(), n, 0) < 1e-4 and C._mistaken(linked.mean(), n, n // 100) < false            # grows with q
+
+
 def test_the_choice():
-    rows = [dict(merged=100, support=1., precision=np.nan), dict(merged=200, support=.99, precision=np.nan), dict(merged=210, support=.975, precision=.9), dict(merged=900, support=.5, precision=np.nan),
-            dict(merged=300, support=1., precision=.5)]
-    assert C._choose(pd.DataFrame(rows)) == (1, True)             # most true pairs, within a tenth of it the most support; 3 chains, 4 joins people seen together
-    assert C._choose(pd.DataFrame(rows[3:])) == (1, False) and C._choose(pd.DataFrame(rows[:1])) == (0, True)
+    asked = []
+    def table(*rows): return pd.DataFrame([dict(merged=m, support=s, framed=f, alone=np.nan, precision=np.nan) for m, s, f, _ in rows])
+    def choose(*rows):
+        asked.clear(); t = table(*rows)
+        return C._choose(t, lambda i: asked.append(i) or rows[i][3]), t
+    a, b, chain, seen, lonely, small = (200, .99, np.nan, .95), (230, 1., np.nan, .88), (900, .5, np.nan, 1.), (300, 1., .5, 1.), (310, 1., np.nan, .3), (50, 1., np.nan, 1.)
+    at, t = choose(small, a, b, chain, seen, lonely)
+    assert at == 1 and asked == [5, 4, 2, 1]                      # of nearly equal ones the most trusted; a chain is never asked, nor one too small to win
+    assert t["precision"].round(2).tolist()[1:3] == [.95, .88] and t["precision"][4] == .5 and np.isnan(t["precision"][0])
+    assert choose(chain, seen, lonely)[0] is None and choose(small)[0] == 0 and choose((0, np.nan, np.nan, 1.))[0] is None
 
 
 # ---- what it proposes ----------------------------------------------------------------------------------------------------------------
@@ -110,7 +166,22 @@ def test_sigma_cst_may_be_given(world):
 def test_noise_is_called_noise(world):
     _, samples = world
     lost = calibrate(np.random.default_rng(0).standard_normal((len(samples), 64)), samples, **QUICK)
-    assert any("does not separate" in w for w in lost.warnings)
+    assert any("does not separate" in w for w in lost.warnings) and any("no rule of linking can be trusted" in w for w in lost.warnings)
+    assert lost.link == "threshold" and "chosen" not in lost.candidates                 # nothing is proposed that merges
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_where_nobody_comes_back_hardly_anybody_is_joined(fragments):
+    "Everybody walks through one video and is never seen again: look-alikes are each other's nearest, and only being left alone tells."
+    rng = np.random.default_rng(0); n, videos, images, dim = 160, 8, 6, 96
+    directions = lambda *shape: rng.standard_normal((*shape, dim)) / np.sqrt(dim)
+    who = np.repeat(np.arange(n), fragments * images); video = who % videos; tracklet = np.arange(len(who)) // images
+    x = directions(n)[who] + .4 * directions(videos)[video] + .5 * directions(len(who))
+    samples = make_samples([f"{i}" for i in range(len(who))], pid=who, video=[f"v{v}" for v in video], tracklet=tracklet, frame=-1)
+    calibration = calibrate(x, samples, k1=(5, 10), eps=(.3, .45, .55))
+    raw, made = (identity_scores(l, who) for l in (tracklet, identities(calibration, x, samples)))
+    if fragments == 1: assert made.precision == 1 and any("links nothing" in w for w in calibration.warnings) and calibration.sigma_drm == 0
+    else: assert made.precision > .8 and made.f1 > raw.f1 + .2                      # two fragments of everybody: those are found
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -129,7 +200,7 @@ def test_frames_that_say_nothing_are_not_believed():
     "In `feature_world` a person's tracklets of one video may share frames, which a tracker's never do for long."
     features, samples = feature_world(n_tracklets=480, seed=1)
     calibration = calibrate(features, samples)
-    assert any("look like the same person" in w for w in calibration.warnings) and calibration.candidates["precision"].isna().all()
+    assert any("look like the same person" in w for w in calibration.warnings) and calibration.candidates["framed"].isna().all()
     raw, made = (identity_scores(l, samples["pid"].to_numpy()) for l in (samples["tracklet"].to_numpy(), identities(calibration, features, samples)))
     assert made.f1 > 2.5 * raw.f1 and made.precision > 0.85
 
@@ -139,7 +210,7 @@ def test_frames_that_never_meet(world):
     features, samples = world
     alone = samples.assign(frame=np.arange(len(samples)))
     calibration = calibrate(features, alone, **QUICK)
-    assert calibration.facts["seen_together"] == 0 and any("share frames" in n for n in calibration.notes) and calibration.candidates["precision"].isna().all()
+    assert calibration.facts["seen_together"] == 0 and any("share frames" in n for n in calibration.notes) and calibration.candidates["framed"].isna().all()
     made = identity_scores(identities(calibration, features, alone), samples["pid"].to_numpy())
     assert made.precision > 0.8
     unknown = calibrate(features, samples.assign(frame=-1), **QUICK)

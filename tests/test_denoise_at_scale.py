@@ -15,7 +15,7 @@ import cion_nb.parts as parts
 from cion_nb.denoise import Denoised, denoise, denoise_shard
 from cion_nb.levels import clean_and_sum, feature_world, lay_out, read_rows
 from cion_nb.parts import clean_on_device
-from cion_nb.samples import make_samples, write_samples
+from cion_nb.samples import write_samples
 from test_denoise import fast_oracle, random_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,10 +243,3 @@ def test_a_damaged_result_is_named(tmp_path):
     denoise(x, samples, out=tmp_path / "out")
     (tmp_path / "out" / "links.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match="links.parquet cannot be read.*run denoise again"): denoise(x, samples, out=tmp_path / "out")
-
-
-def test_the_largest_threshold_removes_nothing_even_an_exact_opposite():
-    for seed in range(60):
-        v = np.random.default_rng(seed).standard_normal(8)
-        found = denoise(np.stack([v, v, -1.7 * v]), make_samples(list("abc"), video="v", tracklet=0, frame=np.arange(3)), sigma_cst=2, sigma_drm=0)
-        assert (found.provenance.state == "kept").all()
