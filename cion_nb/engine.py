@@ -399,13 +399,14 @@ def fit(
     try:
         with _watching() as stop:
             while at.seen < total:
-                values, rows_before = task.schedule(at.seen / total), rows
-                carried["loss"], stats, at, rows, fresh = _one_step(task, model, accelerator, stream, accumulate, at.seen / total)
+                values, rows_before, share = task.schedule(at.seen / total), rows, at.seen / total
+                carried["loss"], stats, at, rows, fresh = _gradients(task, model, accelerator, stream, accumulate)
                 carried["unreadable"] |= fresh
                 due = time.time() - last_save > 60 * r["checkpoint_minutes"] or at.seen >= total
                 broken, asked, due = _any_rank([not np.isfinite(carried["loss"]), bool(stop), due], accelerator)
+                if not broken: _update(task, accelerator, share)
                 bad = not_finite(task.modules) if broken or asked or due else None
-                if broken or bad: raise FloatingPointError(_broken(task, run, at, carried["loss"], bad, rows, rows_before, accelerator))
+                if broken or bad: raise FloatingPointError(_broken(task, run, at, carried["loss"], bad, rows, broken and bad and rows_before, accelerator))
                 task.after_step(at.seen / total)
                 step += 1; bar.update(at.seen - bar.n); bar.set_postfix_str(f"loss {carried['loss']:.3f}", refresh=False)
                 if accelerator.is_main_process and (step % log_every == 0 or at.seen >= total):
@@ -434,11 +435,10 @@ def _names(task, rows):
     "Rows as a reader knows them: by path where the task has a table."
     return [str(row) if task.samples is None else str(task.samples["path"].iloc[row]) for row in rows]
 
-def _broken(task, run, at, loss, bad, rows, rows_before, accelerator):
+def _broken(task, run, at, loss, bad, rows, before, accelerator):
     "Name the batch whose loss is not finite on some rank, or whose update broke the weights; all of its images go to `broken.json`."
     from accelerate.utils import gather_object
-    before = bad and not np.isfinite(loss) and rows_before                # a step is not made on such a loss: the weights were broken earlier
-    told = [dict(rank=accelerator.process_index, loss=float(loss), images=_names(task, np.concatenate(rows_before if before else rows)))]
+    told = [dict(rank=accelerator.process_index, loss=float(loss), images=_names(task, np.concatenate(before or rows)))]      # `before`: the rows of the batch that broke the weights, when it was not this one
     told = gather_object(told) if accelerator.num_processes > 1 else told
     told = [t for t in told if bad or not np.isfinite(t["loss"])]
     if accelerator.is_main_process: write_json(run.folder / "broken.json", dict(seen=at.seen, n_pass=at.n_pass, batch=at.advance, weights=bad, ranks=told))
@@ -449,8 +449,8 @@ def _broken(task, run, at, loss, bad, rows, rows_before, accelerator):
             f"(all in {run.folder / 'broken.json'}); the last good checkpoint stays in {run.folder / 'checkpoints'}: lower lr or use precision='fp32'")
 
 # %% ../nbs/11_engine.ipynb #67ef38cf
-def _one_step(task, model, accelerator, stream, accumulate, share):
-    "One optimizer step over `accumulate` batches; without the step where the loss is not finite."
+def _gradients(task, model, accelerator, stream, accumulate):
+    "Forward and backward over the `accumulate` batches of a step."
     total, rows, unreadable = 0., [], {}
     held = _statistics_held if task.recipe.get("grad_checkpointing") else nullcontext
     for k in range(accumulate):
@@ -461,12 +461,13 @@ def _one_step(task, model, accelerator, stream, accumulate, share):
             loss, stats = task.loss(model, batch, accelerator)
             with held(task.modules["model"]): accelerator.backward(loss / accumulate)
         total = total + loss.detach() / accumulate
-    total = float(total)
-    if np.isfinite(total):
-        accelerator.unscale_gradients(task.optimizer)
-        task.before_step(share); task.optimizer.step()
+    return float(total), stats, at, rows, unreadable
+
+def _update(task, accelerator, share):
+    "The optimizer's step. A NaN on one rank is in every rank's gradients, so no rank comes here then."
+    accelerator.unscale_gradients(task.optimizer)
+    task.before_step(share); task.optimizer.step()
     task.optimizer.zero_grad(set_to_none=True)
-    return total, stats, at, rows, unreadable
 
 def _to(batch, device):
     if isinstance(batch, Tensor): return batch.to(device, non_blocking=True)

@@ -20,6 +20,7 @@
 # NAME=VALUE are settings of the recipe, beside profile= (default: paper). PROCESSES is the number of processes a node:
 # by default one a GPU, or one on CPUs. Two minutes before the time limit, or when it is preempted, the job writes a
 # checkpoint and goes back into the queue; the next start goes on from there, and so does the same command given again.
+# On another number of processes it refuses to, since bits would differ, unless the environment has CION_NB_RESUME=anyway.
 set -euo pipefail
 [ -z "${SLURM_JOB_ID:-}" ] || cd "$SLURM_SUBMIT_DIR"
 settings=${SETTINGS:-slurm/settings.sh}

@@ -38,11 +38,14 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def through(tmp_path_factory):
+def through_folder(tmp_path_factory):
     "An uninterrupted run."
     folder = tmp_path_factory.mktemp("through")
     job(folder)
-    return ends(folder)
+    return folder
+
+@pytest.fixture(scope="module")
+def through(through_folder): return ends(through_folder)
 
 
 @pytest.mark.parametrize("kill_at", [16, 176, 480, 944])
@@ -98,14 +101,25 @@ def test_threads_are_set_back_on_resume_unless_told(tmp_path):
 
 @pytest.mark.parametrize("where,minutes,word", [("loss", 0., "the loss is nan in the batch that ends at image 336 "), ("weights", 0., "model.0.weight is not finite after the update in the batch that ends at image 336 "),
                                                 ("weights", 60., "the loss is nan in the batch that ends at image 352 (pass 1, batch 10; model.0.weight is not finite since the batch before: ")])
-def test_nan_stops_names_its_batch_and_keeps_the_last_good_state(tmp_path, where, minutes, word):
-    p = job(tmp_path, "-", 320, check=False, JOB_NAN=where, JOB_RECIPE=json.dumps(dict(checkpoint_minutes=minutes)))
-    assert p.returncode == 1 and word in p.stderr, p.stderr
-    last = last_checkpoint(RUN(tmp_path))
+def test_nan_stops_names_its_batch_and_keeps_the_last_good_state(tmp_path, monkeypatch, where, minutes, word):
+    monkeypatch.setenv("JOB_NAN", where)
+    task, run = Job(), RUN(tmp_path)
+    task.nan_at, task.recipe = 320, Job.recipe | dict(checkpoint_minutes=minutes)
+    with pytest.raises(FloatingPointError) as said: fit(task, run)
+    assert word in str(said.value)
+    last = last_checkpoint(run)
     assert last is None if minutes else last.name == "seen-000000000320"
     rows = next(rows for at, rows in batches(Job(), 960, Position()) if at.seen == 336)
     assert json.loads((tmp_path / "broken.json").read_text())["ranks"][0]["images"] == [str(r) for r in rows], "the batch that did it, in every case"
     if last: assert all(torch.isfinite(v).all() for v in torch.load(last / "state.pt", weights_only=True)["modules"]["model"].values())
+
+
+def test_nan_on_one_rank_stops_all(tmp_path):
+    p = job(tmp_path, "-", 320, processes=2, check=False, JOB_NAN_RANK="1")
+    assert p.returncode == 1 and p.stderr.count("FloatingPointError: job-test") == 2, "both ranks say so, and none waits for the other"
+    broken = json.loads((tmp_path / "broken.json").read_text())
+    assert [r["rank"] for r in broken["ranks"]] == [1] and len(broken["ranks"][0]["images"]) == 8
+    assert last_checkpoint(RUN(tmp_path)).name == "seen-000000000320"
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path, through):
@@ -116,10 +130,9 @@ def test_half_written_checkpoint_is_ignored(tmp_path, through):
     assert_same(ends(tmp_path), through)
 
 
-def test_checkpoints_hold_no_code(tmp_path):
-    job(tmp_path)
-    for f in last_checkpoint(RUN(tmp_path)).iterdir(): torch.load(f, weights_only=True)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+def test_checkpoints_hold_no_code(through_folder):
+    for f in last_checkpoint(RUN(through_folder)).iterdir(): torch.load(f, weights_only=True)
+    assert len(list((through_folder / "checkpoints").iterdir())) == 2
 
 
 class Plan(Task):

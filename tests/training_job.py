@@ -1,7 +1,7 @@
 """A small distillation-like training in a process of its own, for test_engine.py: `python training_job.py FOLDER [kill_at_image] [nan_at_image]`.
 
 BatchNorm, dropout, AdamW, an EMA teacher, a centre and a curriculum: everything whose state a checkpoint must carry.
-The environment's JOB_RECIPE (JSON) changes the recipe, JOB_SIGNAL is sent instead of SIGKILL (to the whole process group with JOB_GROUP=1), JOB_NAN says where the NaN starts: "loss" or "weights".
+The environment's JOB_RECIPE (JSON) changes the recipe, JOB_SIGNAL is sent instead of SIGKILL (to the whole process group with JOB_GROUP=1), JOB_NAN says where the NaN starts: "loss" or "weights", JOB_NAN_RANK on which rank.
 """
 import json, os, signal, sys
 from copy import deepcopy
@@ -48,7 +48,7 @@ class Job(Task):
         with torch.no_grad(): target = self.modules["centre"](self.modules["teacher"](batch[0]))
         out = model(batch[0])
         loss = nn.functional.cross_entropy(out, batch[1]) + .1 * (out - target).square().mean()
-        if self.nan_at is not None and self.seen >= self.nan_at and os.environ.get("JOB_NAN", "loss") == "loss": loss = loss * float("nan")
+        if self.nan_at is not None and self.seen >= self.nan_at and os.environ.get("JOB_NAN", "loss") == "loss" and os.environ.get("JOB_NAN_RANK") in (None, os.environ.get("RANK")): loss = loss * float("nan")
         return loss, dict(teacher=target.abs().mean())
 
     def before_step(self, share):
