@@ -180,7 +180,7 @@ def finetune(
             model = task.modules["model"].eval()
             save_finetuned(model, run.folder, recipe=recipe, run=run.name)
             score = test_model(model, recipe, run.folder / "test-features")
-            report |= dict(mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, train_images=task.n_images, train_ids=task.n_ids, unreadable=len(task.images.unreadable),
+            report |= dict(mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, train_images=task.n_images, train_ids=task.n_ids,
                            matched=None if task.load_report is None else len(task.load_report.matched))
         run.finish(report)
     return run

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .backbones import create_backbone, save_backbone
 from .denoise import Denoised
 from .distill import ContrastHead, IdentityGuidedLoss, InfoNCELoss, MultiViewModel, ProjectionHead, clip_gradients_, freeze_last_layer, param_groups, update_teacher
-from .engine import Task, budget, fit, warmup_cosine
+from .engine import Task, adamw, budget, fit, warmup_cosine
 from .features import read_data
 from .runs import Run, is_main_process, recipe, run_from_arguments
 from .views import IdentitySampler, ImageStore, MultiCrop, id_curriculum, normalise
@@ -62,7 +62,8 @@ class Pretraining(Task):
         labels = keep_share(identity_labels(samples, r["identities"]), r["data_share"], r["seed"])
         kept = labels >= 0
         self.samples, self.labels, self.n_images = samples[kept].reset_index(drop=True), labels[kept], int(kept.sum())
-        self.images = ImageStore(self.samples.assign(pid=self.labels), root)      # a broken image is replaced within its identity,
+        pid = -1 if r["identities"] == "image" else self.labels                  # a broken image is replaced within its identity (where every image is one, by any),
+        self.images = ImageStore(self.samples.assign(pid=pid), root)
         self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1   # and an identity without a readable image sits out
         self.n_images = int((self.labels >= 0).sum())
         self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"], r["aspect"],
@@ -95,7 +96,7 @@ class Pretraining(Task):
     def make_optimizer(self, model: nn.Module):
         r, groups = self.recipe, param_groups(model)
         if r["optimizer"] == "sgd": return torch.optim.SGD(groups, lr=r["lr"], momentum=0.9)
-        if r["optimizer"] == "adamw": return torch.optim.AdamW(groups, lr=r["lr"])
+        if r["optimizer"] == "adamw": return adamw(groups, r["lr"])
         raise ValueError(f"optimizer {r['optimizer']!r}: choose adamw or sgd")
 
     def before_step(self, share):
@@ -175,7 +176,7 @@ def pretrain(
         if is_main_process():
             kept = task.modules["teacher" if recipe["loss"] == "identity" else "model"]
             save_backbone(kept.backbone.cpu(), run.folder / "backbone.safetensors", recipe=recipe, run=run.name)
-        run.finish(report | dict(train_images=task.n_images, identities=int(len(np.unique(task.labels[task.labels >= 0]))), unreadable=len(task.images.unreadable)))
+        run.finish(report | dict(train_images=task.n_images, identities=int(len(np.unique(task.labels[task.labels >= 0])))))
     return run
 
 if __name__ == "__main__" and "__file__" in globals(): run_from_arguments("pretrain", pretrain)

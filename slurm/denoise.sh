@@ -18,6 +18,8 @@ set -euo pipefail
 if [ $# -lt 3 ]; then echo "usage: [SHARDS=8] bash $0 features.npy samples.parquet out/ [NAME=VALUE …]" >&2; exit 2; fi
 SHARDS=${SHARDS:-8}
 [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || { echo "$0: SHARDS=$SHARDS: a number of machines, 1 or more" >&2; exit 2; }
+settings=${SETTINGS:-slurm/settings.sh}                        # account, partition, environment: see settings.example.sh
+if [ -f "$settings" ]; then . "$settings"; fi
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 features=$1 samples=$2 out=$3; shift 3
 

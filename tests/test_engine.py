@@ -1,23 +1,34 @@
 """Killed and resumed runs end bit for bit where uninterrupted ones do; real processes, real signals."""
-import os, random, signal, subprocess, sys
+import json, os, random, shutil, signal, subprocess, sys, warnings
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cion_nb.engine import Position, Preempted, Task, batches, budget, fit, last_checkpoint
+from PIL import Image
+from torch import nn
+from cion_nb.engine import Position, Preempted, Task, adamw, batches, budget, fit, last_checkpoint
 from cion_nb.runs import Run
+from cion_nb.samples import make_samples
+from cion_nb.views import ImageStore
+from training_job import Job
 
 JOB = Path(__file__).with_name("training_job.py")
 
 
-def job(folder, *args, processes=1, check=True, **env):
+def job(folder, *args, processes=1, check=True, start_new_session=False, **env):
     "Run the job in its own process(es); returns the finished process."
     launch = [sys.executable, str(JOB)] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.randint(20000, 40000)), str(JOB)]
     env = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", ACCELERATE_USE_CPU="true") | env
-    p = subprocess.run([*launch, str(folder), *map(str, args)], env=env, capture_output=True, text=True, timeout=240)
+    p = subprocess.run([*launch, str(folder), *map(str, args)], env=env, capture_output=True, text=True, timeout=240, start_new_session=start_new_session)
     if check: assert p.returncode == 0, p.stderr[-3000:]
     return p
 
+
+def said(p): return json.loads(p.stdout.splitlines()[-1])
+
+def RUN(folder): return Run(dict(stage="job", profile="test"), folder)
 
 def ends(folder, rank=0): return torch.load(Path(folder) / f"end-{rank}.pt", weights_only=True)
 
@@ -27,11 +38,14 @@ def assert_same(a, b):
 
 
 @pytest.fixture(scope="module")
-def through(tmp_path_factory):
+def through_folder(tmp_path_factory):
     "An uninterrupted run."
     folder = tmp_path_factory.mktemp("through")
     job(folder)
-    return ends(folder)
+    return folder
+
+@pytest.fixture(scope="module")
+def through(through_folder): return ends(through_folder)
 
 
 @pytest.mark.parametrize("kill_at", [16, 176, 480, 944])
@@ -40,7 +54,7 @@ def test_sigkill_and_resume_is_bit_identical(tmp_path, through, kill_at):
     assert p.returncode == -signal.SIGKILL
     job(tmp_path)
     assert_same(ends(tmp_path), through)
-    seen = [r["seen"] for r in Run(dict(stage="job", profile="test"), tmp_path).read_log()]
+    seen = [r["seen"] for r in RUN(tmp_path).read_log()]
     assert seen == sorted(set(seen)) and seen[-1] == 960
 
 
@@ -50,37 +64,62 @@ def test_killed_twice(tmp_path, through):
     assert_same(ends(tmp_path), through)
 
 
-def test_workers_and_accumulation_change_nothing_but_speed(tmp_path, through):
-    job(tmp_path, JOB_WORKERS="2")
+@pytest.mark.parametrize("name,group", [("SIGTERM", "1"), ("SIGUSR1", "")], ids=["SIGTERM to every process", "SIGUSR1 to one"])
+def test_signal_means_checkpoint_and_try_again(tmp_path, through, name, group):
+    "Loader workers change nothing but the speed, and do not die of what a cluster sends to all processes."
+    p = job(tmp_path, 300, check=False, start_new_session=True, JOB_SIGNAL=str(int(getattr(signal, name))), JOB_GROUP=group, JOB_RECIPE='{"workers": 2, "checkpoint_minutes": 60}')
+    assert p.returncode == 75 and "the same command goes on from there" in p.stderr
+    assert last_checkpoint(RUN(tmp_path)).name == "seen-000000000320", "the signal came after image 304, during a step"
+    report = said(job(tmp_path))
     assert_same(ends(tmp_path), through)
+    assert (report["resumed"], report["notes"], report["processes"], report["threads"]) == (1, [], 1, 1)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_signal_means_checkpoint_and_try_again(tmp_path, through, name):
-    p = job(tmp_path, 300, check=False, JOB_SIGNAL=str(int(getattr(signal, name))))
-    assert p.returncode == 75
-    assert last_checkpoint(Run(dict(stage="job", profile="test"), tmp_path)) is not None
-    job(tmp_path)
-    assert_same(ends(tmp_path), through)
-
-
-def test_two_processes_resume_bit_identical_and_refuse_one(tmp_path):
+def test_two_processes_resume_bit_identical_and_refuse_one_unless_told(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
-    p = job(a, processes=2)
-    assert "world size 2" in p.stdout
+    report = said(job(a, processes=2, JOB_RECIPE='{"sync_bn": true}'))
+    assert report["processes"] == 2 and report["notes"] == ["sync_bn needs CUDA: every process has its own BatchNorm statistics"]
     assert job(b, 480, processes=2, check=False).returncode != 0
-    assert last_checkpoint(Run(dict(stage="job", profile="test"), b)) is not None
     single = job(b, check=False)
-    assert single.returncode != 0 and "was written by 2 process(es)" in single.stderr
+    assert single.returncode != 0 and "written by processes 2 (now 1)" in single.stderr and "CION_NB_RESUME=anyway" in single.stderr
+    other = shutil.copytree(b, tmp_path / "other")
     job(b, processes=2)
     for rank in (0, 1): assert_same(ends(a, rank), ends(b, rank))
+    assert not torch.equal(ends(a, 0)["teacher"]["1.running_mean"], ends(a, 1)["teacher"]["1.running_mean"]), "each rank's teacher has seen its own images"
+    told = job(other, CION_NB_RESUME="anyway")
+    note, = said(told)["notes"]
+    assert note.startswith("not bit-identical: checkpoint at image 4") and note in told.stderr and said(told)["processes"] == 1
 
 
-def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path):
-    p = job(tmp_path, "-", 320, check=False)
-    assert p.returncode == 1 and "the loss is nan in the batch that ends at image" in p.stderr
-    state = torch.load(last_checkpoint(Run(dict(stage="job", profile="test"), tmp_path)) / "state.pt", weights_only=True)
-    assert state["at"]["seen"] == 320 and all(torch.isfinite(v).all() for v in state["modules"]["model"].values())
+def test_threads_are_set_back_on_resume_unless_told(tmp_path):
+    assert job(tmp_path, 480, check=False, OMP_NUM_THREADS="2").returncode == -signal.SIGKILL
+    other = shutil.copytree(tmp_path, tmp_path.with_name("told"))
+    assert said(job(tmp_path))["threads"] == 2
+    told = said(job(other, CION_NB_RESUME="anyway"))
+    assert told["threads"] == 1 and "threads 2 (now 1)" in told["notes"][0]
+
+
+@pytest.mark.parametrize("where,minutes,word", [("loss", 0., "the loss is nan in the batch that ends at image 336 "), ("weights", 0., "model.0.weight is not finite after the update in the batch that ends at image 336 "),
+                                                ("weights", 60., "the loss is nan in the batch that ends at image 352 (pass 1, batch 10; model.0.weight is not finite since the batch before: ")])
+def test_nan_stops_names_its_batch_and_keeps_the_last_good_state(tmp_path, monkeypatch, where, minutes, word):
+    monkeypatch.setenv("JOB_NAN", where)
+    task, run = Job(), RUN(tmp_path)
+    task.nan_at, task.recipe = 320, Job.recipe | dict(checkpoint_minutes=minutes)
+    with pytest.raises(FloatingPointError) as said: fit(task, run)
+    assert word in str(said.value)
+    last = last_checkpoint(run)
+    assert last is None if minutes else last.name == "seen-000000000320"
+    rows = next(rows for at, rows in batches(Job(), 960, Position()) if at.seen == 336)
+    assert json.loads((tmp_path / "broken.json").read_text())["ranks"][0]["images"] == [str(r) for r in rows], "the batch that did it, in every case"
+    if last: assert all(torch.isfinite(v).all() for v in torch.load(last / "state.pt", weights_only=True)["modules"]["model"].values())
+
+
+def test_nan_on_one_rank_stops_all(tmp_path):
+    p = job(tmp_path, "-", 320, processes=2, check=False, JOB_NAN_RANK="1")
+    assert p.returncode == 1 and p.stderr.count("FloatingPointError: job-test") == 2, "both ranks say so, and none waits for the other"
+    broken = json.loads((tmp_path / "broken.json").read_text())
+    assert [r["rank"] for r in broken["ranks"]] == [1] and len(broken["ranks"][0]["images"]) == 8
+    assert last_checkpoint(RUN(tmp_path)).name == "seen-000000000320"
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path, through):
@@ -91,10 +130,9 @@ def test_half_written_checkpoint_is_ignored(tmp_path, through):
     assert_same(ends(tmp_path), through)
 
 
-def test_checkpoints_hold_no_code(tmp_path):
-    job(tmp_path)
-    for f in last_checkpoint(Run(dict(stage="job", profile="test"), tmp_path)).iterdir(): torch.load(f, weights_only=True)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+def test_checkpoints_hold_no_code(through_folder):
+    for f in last_checkpoint(RUN(through_folder)).iterdir(): torch.load(f, weights_only=True)
+    assert len(list((through_folder / "checkpoints").iterdir())) == 2
 
 
 class Plan(Task):
@@ -120,3 +158,109 @@ def test_every_position_can_be_resumed(batch, changes):
 def test_empty_pass_is_an_error_not_a_loop():
     with pytest.raises(ValueError, match="gives no batch"): list(batches(Plan(51, ()), 100, Position()))
     with pytest.raises(ValueError, match="empty"): budget(dict(epochs=1, images_per_epoch=None, batch_size=4), 0)
+
+
+class Toy(Task):
+    "Fitted in this process: a linear map of 60 points, optionally from images on disk."
+    n_images, kept = 60, None
+    def __init__(self, **changes): self.recipe = dict(epochs=2, images_per_epoch=48, batch_size=12, workers=0, precision="fp32", seed=0, checkpoint_minutes=60) | changes
+    def build(self, device):
+        self.modules = dict(model=nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1)).to(device))
+        self.modules["teacher"] = deepcopy(self.modules["model"]).requires_grad_(False)
+        self.optimizer = adamw(self.modules["model"].parameters(), 1e-2)
+    def sampler(self, phase, n_pass, advance, rank, world_size):
+        size = self.recipe["batch_size"] // self.recipe.get("accumulate", 1)
+        order = np.random.default_rng(n_pass).permutation(60)
+        for i in range(advance * size, 60, size): yield order[i:i + size]
+    def load(self, rows, seen):
+        if self.images is not None: return torch.stack([i.float().mean((1, 2)) for i in self.images[rows]]) / 255
+        return torch.randn(60, 3, generator=torch.Generator().manual_seed(0))[rows]
+    def loss(self, model, batch, accelerator):
+        with torch.no_grad(): target = self.modules["teacher"](batch)
+        return (model(batch) - batch.sum(1, keepdim=True) - 0 * target).square().mean(), dict(mean=batch.mean())
+
+
+def toy(folder, **changes):
+    task = Toy(**changes); run = Run(dict(stage="toy", profile="test"), folder)
+    return task, run, fit(task, run, log_every=1)
+
+
+def test_accumulated_gradients_are_the_whole_batchs(tmp_path):
+    whole, _, _ = toy(tmp_path / "a")
+    for n in (2, 4):
+        parts, run, _ = toy(tmp_path / str(n), accumulate=n)
+        assert [r["seen"] for r in run.read_log()] == list(range(12, 97, 12)), "a step is `batch_size` images however it is cut"
+        for p, q in zip(whole.modules["model"].parameters(), parts.modules["model"].parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="must divide"): toy(tmp_path / "odd", accumulate=5)
+
+
+def test_compiled_runs_share_checkpoints_with_plain_ones(tmp_path, monkeypatch):
+    "Traced and differentiated by torch.compile, without the minute that its C++ takes."
+    plain, _, _ = toy(tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(Toy, "after_step", lambda self, share: os.kill(os.getpid(), signal.SIGUSR1) if share == .5 else None)
+    with pytest.raises(Preempted): toy(tmp_path / "cut", compile=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 2, "model and teacher"
+    monkeypatch.undo()
+    state = torch.load(last_checkpoint(Run(dict(stage="toy", profile="test"), tmp_path / "cut")) / "state.pt", weights_only=True)
+    assert set(state["modules"]["model"]) == set(plain.modules["model"].state_dict())
+    half, _, _ = toy(tmp_path / "cut")
+    for p, q in zip(plain.modules["model"].parameters(), half.modules["model"].parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_trackers_by_name(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, run, _ = toy(tmp_path, trackers=["tensorboard"])
+    seen = EventAccumulator(str(run.folder / "trackers" / "cion_nb")).Reload().Scalars("loss")
+    assert [(e.step, pytest.approx(e.value)) for e in seen] == [(r["seen"], r["loss"]) for r in run.read_log()]
+    assert all(r["images_per_second"] > 0 for r in run.read_log())
+    with pytest.raises(ValueError, match="tensorbord"): toy(tmp_path / "typo", trackers=["tensorbord"])
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match="pip install tensorboard"): toy(tmp_path / "absent", trackers=["tensorboard"])
+
+
+def test_fp16_without_a_gpu_says_what_it_is_instead(tmp_path):
+    if torch.cuda.is_available(): pytest.skip("this machine has a GPU")
+    with pytest.warns(UserWarning, match="fp16 needs a GPU"): _, _, report = toy(tmp_path, precision="fp16")
+    assert report["notes"] and report["precision"] in ("bf16", "no")
+
+
+def test_the_last_k_checkpoints_stay(tmp_path):
+    _, run, _ = toy(tmp_path, checkpoint_minutes=0., keep_checkpoints=3)
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [f"seen-{n:012d}" for n in (72, 84, 96)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_counted_wherever_they_are_met(tmp_path, monkeypatch, workers):
+    "Too many images for memory are read in the workers, which take what they know with them; a resumed run knows it still."
+    for i in range(60): Image.fromarray(np.full((8, 4, 3), 4 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    for i in (3, 7): (tmp_path / f"{i}.png").write_bytes(b"no image")
+    table = make_samples(path=[f"{i}.png" for i in range(60)], pid=[i // 4 for i in range(60)])
+    monkeypatch.setattr(Toy, "samples", table); monkeypatch.setattr(Toy, "images", ImageStore(table, tmp_path, memory=0, threads=1))
+    assert not Toy.images.in_memory
+    monkeypatch.setattr(Toy, "after_step", lambda self, share: os.kill(os.getpid(), signal.SIGUSR1) if share == .5 else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Toy.images.reasons.clear()
+        with pytest.raises(Preempted): toy(tmp_path / "run", workers=workers)
+        monkeypatch.setattr(Toy, "after_step", Task.after_step)
+        Toy.images.reasons.clear()
+        _, run, report = toy(tmp_path / "run", workers=workers)
+    listed = json.loads((run.folder / "unreadable.json").read_text())
+    assert report["unreadable"] == 2 and set(listed) == {"3.png", "7.png"} and all(listed.values())
+
+
+def test_a_node_that_does_not_see_the_runs_is_named(tmp_path):
+    from types import SimpleNamespace
+    from cion_nb.engine import _agreed_checkpoint
+    other = SimpleNamespace(is_main_process=False, num_processes=1, process_index=3)
+    with pytest.raises(FileNotFoundError, match="process 3 on .* need one file system"): _agreed_checkpoint(Run(dict(stage="toy", profile="test"), tmp_path / "elsewhere"), other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm and NCCL need two GPUs")
+def test_two_gpus(tmp_path):
+    report = said(job(tmp_path, processes=2, ACCELERATE_USE_CPU="false", JOB_RECIPE='{"sync_bn": true, "precision": "fp16"}'))
+    assert (report["processes"], report["device"], report["notes"]) == (2, "cuda", [])
+    assert torch.equal(ends(tmp_path, 0)["teacher"]["1.running_mean"], ends(tmp_path, 1)["teacher"]["1.running_mean"])

@@ -1,27 +1,33 @@
 """A small distillation-like training in a process of its own, for test_engine.py: `python training_job.py FOLDER [kill_at_image] [nan_at_image]`.
 
-BatchNorm, dropout, AdamW, an EMA teacher and a curriculum: everything whose state a checkpoint must carry.
+BatchNorm, dropout, AdamW, an EMA teacher, a centre and a curriculum: everything whose state a checkpoint must carry.
+The environment's JOB_RECIPE (JSON) changes the recipe, JOB_SIGNAL is sent instead of SIGKILL (to the whole process group with JOB_GROUP=1), JOB_NAN says where the NaN starts: "loss" or "weights", JOB_NAN_RANK on which rank.
 """
-import os, signal, sys
+import json, os, signal, sys
 from copy import deepcopy
 from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from cion_nb.engine import Task, fit, warmup_cosine
+from cion_nb.engine import Task, adamw, fit, warmup_cosine
 from cion_nb.runs import Run
+
+
+class Centre(nn.Module):
+    "A moving average of the teacher's outputs, as a buffer."
+    def __init__(self): super().__init__(); self.register_buffer("mean", torch.zeros(4))
+    def forward(self, x): self.mean.lerp_(x.mean(0), .1); return x - self.mean
 
 
 class Job(Task):
     n_images = 200
-    recipe = dict(epochs=6, images_per_epoch=160, batch_size=16, workers=int(os.environ.get("JOB_WORKERS", 0)), precision=os.environ.get("JOB_PRECISION", "fp32"),
-                  seed=3, checkpoint_minutes=0.0, accumulate=int(os.environ.get("JOB_ACCUMULATE", 1)))
+    recipe = dict(epochs=6, images_per_epoch=160, batch_size=16, workers=0, precision="fp32", seed=3, checkpoint_minutes=0.0, accumulate=1) | json.loads(os.environ.get("JOB_RECIPE", "{}"))
     kill_at = nan_at = None
 
     def build(self, device):
         model = nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 4)).to(device)
-        self.modules = dict(model=model, teacher=deepcopy(model).requires_grad_(False))
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        self.modules = dict(model=model, teacher=deepcopy(model).requires_grad_(False), centre=Centre())
+        self.optimizer = adamw(model.parameters(), lr=1e-2)
 
     def phase(self, seen): return 2 if seen < 480 else 4
     def sampler(self, phase, n_pass, advance, rank, world_size):
@@ -39,17 +45,21 @@ class Job(Task):
         return dict(lr=self.optimizer.param_groups[0]["lr"])
 
     def loss(self, model, batch, accelerator):
-        with torch.no_grad(): target = self.modules["teacher"](batch[0])
+        with torch.no_grad(): target = self.modules["centre"](self.modules["teacher"](batch[0]))
         out = model(batch[0])
         loss = nn.functional.cross_entropy(out, batch[1]) + .1 * (out - target).square().mean()
-        if self.nan_at is not None and self.seen >= self.nan_at: loss = loss * float("nan")
+        if self.nan_at is not None and self.seen >= self.nan_at and os.environ.get("JOB_NAN", "loss") == "loss" and os.environ.get("JOB_NAN_RANK") in (None, os.environ.get("RANK")): loss = loss * float("nan")
         return loss, dict(teacher=target.abs().mean())
+
+    def before_step(self, share):
+        "A gradient that is not finite although its loss is: the next loss is NaN."
+        if self.nan_at is not None and self.seen >= self.nan_at and os.environ.get("JOB_NAN") == "weights": self.modules["model"][0].weight.grad[0] = float("inf")
 
     seen = 0
     def after_step(self, share):
         self.seen = round(share * 960)
         with torch.no_grad(): torch._foreach_lerp_(list(self.modules["teacher"].parameters()), list(self.modules["model"].parameters()), .05)
-        if self.kill_at is not None and self.seen >= self.kill_at and int(os.environ.get("RANK", 0)) == 0: os.kill(os.getpid(), int(os.environ.get("JOB_SIGNAL", signal.SIGKILL)))
+        if self.kill_at is not None and self.seen >= self.kill_at and int(os.environ.get("RANK", 0)) == 0: (os.killpg if os.environ.get("JOB_GROUP") else os.kill)(os.getpid(), int(os.environ.get("JOB_SIGNAL", signal.SIGKILL)))
 
 
 if __name__ == "__main__":
@@ -60,4 +70,4 @@ if __name__ == "__main__":
     report = fit(job, Run(dict(stage="job", profile="test"), folder), log_every=1)
     rank = int(os.environ.get("RANK", 0))
     torch.save({k: m.state_dict() for k, m in job.modules.items()}, folder / f"end-{rank}.pt")
-    print(f"world size {report['processes']}")
+    print(json.dumps(report))
