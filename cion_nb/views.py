@@ -8,7 +8,7 @@ __all__ = ['VIEW_RECIPES', 'ORDERS', 'sample_draws', 'crop_boxes', 'ViewParamete
            'TrainTransform', 'erase_', 'ImageStore', 'spread_groups', 'IdentitySampler', 'PKSampler', 'id_curriculum']
 
 # %% ../nbs/10_views.ipynb #9707ecf1
-import itertools, os, threading, warnings
+import itertools, math, os, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -594,9 +594,10 @@ class IdentitySampler:
         camids=None,        # (N,) cameras: groups mix them where they can
         tracklets=None,     # (N,) tracklets: likewise, inside a camera
         advance: int = 0,   # batches that the first pass skips (resuming in mid-epoch)
+        curriculum=(),      # values of n_id that later passes will ask for: refused now if the batch does not suit them
     ):
         labels, parts = np.asarray(labels), [np.asarray(c) for c in (camids, tracklets) if c is not None]
-        _check_sampler(labels, parts, batch_size, n_id, rank, world_size)
+        _check_sampler(labels, parts, batch_size, (n_id, *curriculum), rank, world_size)
         self.batch_size, self.n_id, self.seed, self.rank, self.world_size, self.advance, self.epoch = batch_size, n_id, seed, rank, world_size, advance, 0
         rows = np.flatnonzero(labels >= 0)
         rows = rows[np.lexsort([p[rows] for p in parts[::-1]] + [labels[rows]])]
@@ -608,9 +609,10 @@ class IdentitySampler:
             self._offsets.append(np.flatnonzero(np.r_[new, True]))
         self._offsets[:2] = [np.searchsorted(fine, coarse) for coarse, fine in itertools.pairwise(self._offsets)]
         self._counts = np.diff(self._offsets[2][self._offsets[1][self._offsets[0]]])
-        self._n_groups = int(np.maximum(self._counts // n_id, 1).sum())
-        if not len(self):
-            raise ValueError(f"a batch of {batch_size} images needs {batch_size // n_id} groups of {n_id}, the labels give {self._n_groups}: use a smaller batch_size")
+        for k in (*curriculum, n_id):
+            self._n_groups = int(np.maximum(self._counts // k, 1).sum())
+            if self._n_groups < batch_size // k:
+                raise ValueError(f"a batch of {batch_size} images needs {batch_size // k} groups of {k}, the labels give {self._n_groups}: use a smaller batch_size")
 
     def __len__(self) -> int: return self._n_groups // (self.batch_size // self.n_id)
     def set_epoch(self, epoch: int, advance: int | None = None) -> None:
@@ -633,16 +635,17 @@ class IdentitySampler:
         groups = _groups(self._rows, tracklets, cameras, identities, n_groups, k, rng.integers(0, 2**64, 1, np.uint64))
         return groups[spread_groups(np.repeat(np.arange(len(n_groups)), n_groups), self.batch_size // k, rng)].reshape(len(self), -1)
 
-def _check_sampler(labels, parts, batch_size, n_id, rank, world_size):
+def _check_sampler(labels, parts, batch_size, n_ids, rank, world_size):
     "ValueError for what cannot be sampled."
     if labels.ndim != 1 or labels.dtype.kind not in "iu": raise ValueError(f"labels must be (N,) whole numbers, got {labels.shape} {labels.dtype}")
     for p in parts:
         if p.shape != labels.shape: raise ValueError(f"camids and tracklets need one value a label: {p.shape} against {labels.shape}")
-    if n_id < 1 or batch_size < 1: raise ValueError(f"batch_size={batch_size}, n_id={n_id}: both at least 1")
+    if min(n_ids) < 1 or batch_size < 1: raise ValueError(f"batch_size={batch_size}, n_id={min(n_ids)}: both at least 1")
     if not 0 <= rank < world_size: raise ValueError(f"rank {rank} of {world_size} does not exist")
-    if batch_size % (world_size * n_id):
-        raise ValueError(f"batch_size {batch_size} over {world_size} ranks is {batch_size / world_size:g} images a rank, not a multiple of n_id={n_id}; "
-                         f"use a multiple of {world_size * n_id} (for a curriculum of 2, 4, 6, 8: of {world_size * 24})")
+    for n_id in n_ids:
+        if batch_size % (world_size * n_id):
+            raise ValueError(f"batch_size {batch_size} over {world_size} ranks is {batch_size / world_size:g} images a rank, not a multiple of n_id={n_id}; "
+                             f"use a multiple of {world_size * math.lcm(*n_ids)} (for a curriculum of 2, 4, 6, 8: of {world_size * 24})")
 
 # %% ../nbs/10_views.ipynb #2abd79d9
 class PKSampler(IdentitySampler):

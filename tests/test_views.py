@@ -496,6 +496,8 @@ def test_one_image_an_identity_is_uniform_over_images():
 @pytest.mark.parametrize("change, says", [
     (dict(batch_size=50), "not a multiple of n_id=4"), (dict(world_size=5), "over 5 ranks is 9.6"), (dict(labels=np.zeros((4, 4), int)), r"\(4, 4\)"),
     (dict(labels=np.zeros(100)), "float64"), (dict(rank=2), "rank 2 of 1"), (dict(camids=np.zeros(3)), "one value a label"), (dict(n_id=0), "at least 1"),
+    (dict(batch_size=32, curriculum=(2, 4, 6, 8)), "not a multiple of n_id=6; use a multiple of 24 "), (dict(batch_size=72, curriculum=(2, 4, 6, 8), world_size=2), "n_id=8; use a multiple of 48 "),
+    (dict(curriculum=(0, 2)), "n_id=0: both at least 1"), (dict(labels=np.arange(100) // 50, batch_size=96, curriculum=[32]), "needs 3 groups of 32, the labels give 2"),
     (dict(labels=np.full(100, -1)), "smaller batch_size"), (dict(batch_size=4800), "the labels give 25")])
 def test_wrong_sampler_settings(change, says):
     with pytest.raises(ValueError, match=says): IdentitySampler(**(dict(labels=np.arange(100) // 4, batch_size=48, n_id=4) | change))
