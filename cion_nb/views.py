@@ -103,9 +103,6 @@ class ViewParameters:
     sigma: np.ndarray     # of the blur, pixels; 0 for none
     solarise: np.ndarray  # bool
     erase: np.ndarray     # (.., 4) top, left, height, width in the view; height 0 for none
-    def __getitem__(self, rows) -> "ViewParameters":
-        "The parameters of some views."
-        return ViewParameters(*(getattr(self, f.name)[rows] for f in fields(self)))
     def flat(self, views: slice) -> "ViewParameters":
         "Those of some views of every image, as (n * B, ...), view-major."
         return ViewParameters(*(getattr(self, f.name)[views].reshape(-1, *getattr(self, f.name).shape[2:]) for f in fields(self)))
