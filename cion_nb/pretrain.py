@@ -76,7 +76,8 @@ class Pretraining(Task):
 
     def sampler(self, phase, n_pass, advance, rank, world_size):
         r, s = self.recipe, self.samples
-        sampler = IdentitySampler(self.labels, r["batch_size"] // r["accumulate"], phase, r["seed"], rank, world_size, s.camid, s.tracklet)
+        sampler = IdentitySampler(self.labels, r["batch_size"] // r["accumulate"], phase, r["seed"], rank, world_size, s.camid, s.tracklet,
+                                  curriculum=r["n_id"])
         sampler.set_epoch(n_pass, advance)
         return sampler
 

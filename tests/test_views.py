@@ -1,5 +1,6 @@
 "Views against torchvision, parameter by parameter and in distribution; samplers against their promises; faults of the image store."
 import io, pickle, threading, tracemalloc, warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ from scipy import stats
 from cion_nb import views
 from cion_nb.backbones import InputSpec
 from cion_nb.samples import make_samples
-from cion_nb.views import (IdentitySampler, ImageStore, MultiCrop, ORDERS, PKSampler, TrainTransform, VIEW_RECIPES, ViewParameters, blur_, brighten_,
-                           contrast_, crop_boxes, erase_, erase_boxes, id_curriculum, luma, normalise, recolour_, resize, sample_draws, saturate_,
-                           solarise_, spread_groups, turn_hue_)
+from cion_nb.views import (IdentitySampler, ImageStore, MultiCrop, ORDERS, PKSampler, TrainTransform, VIEW_RECIPES, blur, brighten_, contrast_, crop_boxes,
+                           erase_, erase_boxes, grey_, grey_sum, id_curriculum, normalise, resize, sample_draws, saturate_, spread_groups, turn_hue_)
 
 torch.set_num_threads(1)
 tv = pytest.importorskip("torchvision.transforms.functional")
 T = pytest.importorskip("torchvision.transforms")
+v2 = pytest.importorskip("torchvision.transforms.v2.functional")
 
 
 def picture(h=64, w=32, seed=0, noise=12):
@@ -30,9 +31,28 @@ def picture(h=64, w=32, seed=0, noise=12):
 
 COLOURS = torch.tensor([[r, g, b] for r in (0, 1, 127, 254, 255) for g in (0, 1, 127, 254, 255) for b in (0, 1, 127, 254, 255)], dtype=torch.uint8).T.reshape(3, 5, 25)
 PICTURES = [picture(), COLOURS, torch.full((3, 8, 6), 255, dtype=torch.uint8), torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)]
-one = lambda f: torch.full((1, 1, 1, 1), float(f))
-OPS = {"brightness": (brighten_, tv.adjust_brightness, (0, .6, 1, 1.4, 2)), "contrast": (contrast_, tv.adjust_contrast, (0, .6, 1, 1.4, 2)),
-       "saturation": (saturate_, tv.adjust_saturation, (0, .8, 1, 1.2, 2)), "hue": (turn_hue_, tv.adjust_hue, (-.5, -.3, -.1, -.01, 0, .05, .1, .25, .5))}
+
+
+def planes(image, op, *values):
+    "A colour operation on a copy of a (3, h, w) image."
+    x = image.float().contiguous().numpy().copy()
+    op(*x.reshape(3, -1), *(np.float32(v) for v in values))
+    return torch.from_numpy(x)
+
+
+def blurred(image, sigma):
+    x = image.float().contiguous().numpy(); out = np.empty_like(x)
+    for plane, to in zip(x, out): blur(plane, sigma, to)
+    return torch.from_numpy(out)
+
+
+def mean_grey(image): return grey_sum(*image.float().contiguous().numpy().reshape(3, -1)) / image[0].numel()
+
+
+OPS = {"brightness": (lambda x, f: planes(x, brighten_, f), tv.adjust_brightness, (0, .6, 1, 1.4, 2)),
+       "contrast": (lambda x, f: planes(x, contrast_, f, mean_grey(x)), tv.adjust_contrast, (0, .6, 1, 1.4, 2)),
+       "saturation": (lambda x, f: planes(x, saturate_, f), tv.adjust_saturation, (0, .8, 1, 1.2, 2)),
+       "hue": (lambda x, f: planes(x, turn_hue_, f), tv.adjust_hue, (-.5, -.3, -.1, -.01, 0, .05, .1, .25, .5))}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -40,7 +60,7 @@ def test_colour_operations_equal_torchvisions(name):
     ours, theirs, factors = OPS[name]
     for image in PICTURES:
         for f in factors:
-            out = ours(image[None].float(), one(f))[0]
+            out = ours(image, f)
             assert (out - theirs(image / 255, f) * 255).abs().max() < .02, (name, f)                     # float: nothing is rounded
             assert (out - theirs(image, f).float()).abs().max() < 1.01 + abs(1 - f), (name, f)           # uint8: torchvision cuts the fraction, and the grey's
             if name != "hue":                                                                            # PIL's hue is quantised to 256 steps
@@ -48,7 +68,7 @@ def test_colour_operations_equal_torchvisions(name):
                 assert (out - pil.float()).abs().max() < 2.01 + abs(1 - f), (name, f)
             else:
                 pil = torch.from_numpy(np.array(theirs(Image.fromarray(picture().permute(1, 2, 0).contiguous().numpy()), f))).permute(2, 0, 1)
-                assert (turn_hue_(picture()[None].float(), one(f))[0] - pil.float()).abs().mean() < 2.5
+                assert (ours(picture(), f) - pil.float()).abs().mean() < 2.5
 
 
 @settings(max_examples=25, deadline=None)
@@ -57,41 +77,41 @@ def test_any_factor(f, turn, seed):
     image = picture(12, 9, seed, noise=60)
     for name, (ours, theirs, _) in OPS.items():
         v = turn if name == "hue" else f
-        assert (ours(image[None].float(), one(v))[0] - theirs(image / 255, v) * 255).abs().max() < .02, name
+        assert (ours(image, v) - theirs(image / 255, v) * 255).abs().max() < .02, name
 
 
-def test_each_view_of_a_stack_has_its_own_factor():
-    stack = torch.stack([picture(seed=s) for s in range(4)]).float()
-    for name, (ours, _, factors) in OPS.items():
-        f = torch.tensor(factors[:4]).float().view(-1, 1, 1, 1)
-        assert torch.allclose(ours(stack.clone(), f), torch.cat([ours(x[None].clone(), v[None]) for x, v in zip(stack, f)]), atol=1e-3), name
-    sigma = torch.tensor([.1, .7, 1.5, 2.]).view(-1, 1, 1, 1)
-    assert torch.equal(blur_(stack.clone(), sigma), torch.cat([blur_(x[None].clone(), v[None]) for x, v in zip(stack, sigma)]))
-
-
-def test_grey_and_solarise():
+def test_grey_and_flip_are_exact_and_solarise_is_pils():
     for image in PICTURES:
-        assert (luma(image[None].float())[0] - tv.rgb_to_grayscale(image).float()).abs().max() < 1
-        pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        assert np.array_equal(solarise_(image[None].float())[0].permute(1, 2, 0).numpy(), np.array(ImageOps.solarize(pil)).astype(np.float32))
+        assert (planes(image, grey_) - tv.rgb_to_grayscale(image / 255) * 255).abs().max() < 1e-3
+        assert (planes(image, grey_) - tv.rgb_to_grayscale(image).float()).abs().max() < 1
+        for solarise, flip in ((False, False), (True, False), (False, True), (True, True)):
+            out = np.empty(image.shape, np.uint8)
+            views._finish(image.float().contiguous().numpy(), out, np.empty(image.shape[1:], np.float32), 0., solarise, flip)
+            pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            theirs = torch.from_numpy(np.array(ImageOps.solarize(pil) if solarise else pil)).permute(2, 0, 1)
+            assert torch.equal(theirs, tv.solarize(image, 128) if solarise else image)
+            assert torch.equal(torch.from_numpy(out), theirs.flip(-1) if flip else theirs)
 
 
 @pytest.mark.parametrize("sigma", [.1, .3, .5, 1., 1.3, 2.])
 def test_blur_equals_torchvisions_and_is_near_pils(sigma):
     for image in (picture(), picture(128, 64, 3), PICTURES[3]):
-        out = blur_(image[None].float(), one(sigma))[0]
+        out = blurred(image, sigma)
         kernel = 2 * int(np.ceil(3 * sigma)) + 1
         assert (out - tv.gaussian_blur(image / 255, kernel, sigma) * 255).abs().max() < .01
         assert (out - tv.gaussian_blur(image, kernel, sigma).float()).abs().max() <= .51
     image = picture(128, 64, 3)                            # PIL approximates the Gaussian by box filters and repeats the edge pixels
     pil = np.array(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).filter(ImageFilter.GaussianBlur(sigma))).transpose(2, 0, 1)
-    assert np.abs(blur_(image[None].float(), one(sigma))[0].numpy() - pil)[:, 8:-8, 8:-8].mean() < (.6 if sigma >= 1 else 1.5)
+    assert np.abs(blurred(image, sigma).numpy() - pil)[:, 8:-8, 8:-8].mean() < (.6 if sigma >= 1 else 1.5)
 
 
-def test_blur_of_small_images_and_a_mixed_stack():
-    tiny = torch.rand(2, 3, 4, 3) * 255
-    assert torch.isfinite(blur_(tiny.clone(), torch.tensor([.1, 2.]).view(2, 1, 1, 1))).all()      # the kernel is cut to the image
-    flat = torch.full((1, 3, 32, 16), 77.); assert torch.allclose(blur_(flat.clone(), one(1.7)), flat, atol=1e-3)
+def test_blur_of_small_and_of_flat_images():
+    "The kernel is cut to the image: torchvision cannot reflect further than that either, and takes the same kernel."
+    for h, w in ((4, 3), (2, 9), (1, 5), (1, 1), (3, 40)):
+        image = torch.rand(3, h, w, generator=torch.Generator().manual_seed(0)) * 255
+        reach = min(h - 1, w - 1, 6)
+        assert (blurred(image, 2.) - tv.gaussian_blur(image, 2 * reach + 1, 2.)).abs().max() < 1e-3
+    flat = torch.full((3, 32, 16), 77.); assert torch.allclose(blurred(flat, 1.7), flat, atol=1e-3)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -103,29 +123,35 @@ def test_crops_equal_torchvisions(interpolation):
         for b, image in enumerate(images):
             box, size = p.crop[v, b].tolist(), [64, 32] if v < 2 else [32, 16]
             ours = (stack[b].flip(-1) if p.flip[v, b] else stack[b]).int()
+            assert torch.equal(ours, v2.resized_crop(image, *box, size, mode, antialias=True).int())                    # torchvision v2 on uint8: to the bit
             pil = tv.resized_crop(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), *box, size, mode)
             for theirs in (tv.resized_crop(image, *box, size, mode, antialias=True), torch.from_numpy(np.array(pil)).permute(2, 0, 1)):
                 off = (ours - theirs.int()).abs()       # bicubic overshoots: each clips it at another stage, next to black and white
                 assert (off <= 1).float().mean() > .98 and off.max() <= (1 if interpolation == "bilinear" else 8) and (ours - theirs.int()).float().mean().abs() < .1
 
 
-def test_a_whole_view_equals_the_same_steps_of_torchvision():
-    crop = MultiCrop((64, 32), (32, 16), n_local=6)
-    images, index = [picture(128, 64, s) for s in range(8)], np.arange(100, 108)
-    views, p = crop(images, index), crop.parameters(index, np.full(8, 128), np.full(8, 64))
-    cut_only = MultiCrop((64, 32), (32, 16), n_local=6, jitter=0, grey=0, blur=(0, 0, 0), solarise=(0, 0, 0))(images, index)     # the same boxes and flips
-    assert p.jitter.any() and p.grey.any() and (p.sigma > 0).any() and p.solarise.any()
-    worst = []
+@pytest.mark.parametrize("size, recipe", [((48, 24), {}), ((7, 3), {}), ((48, 24), dict(jitter=0.)), ((48, 24), dict(jitter=1., grey=0., blur=(0, 0, 0)))])
+def test_a_whole_view_equals_the_same_steps_of_torchvision(size, recipe):
+    "Cut by torchvision v2 on uint8, then every operation on floats, in the order drawn; we round once more, at the end."
+    crop = MultiCrop((64, 32), size, n_local=6, **recipe)                # 64x32 is two pieces, 48x24 one and a bit, 7x3 less than the blur
+    images, index = [picture(128, 64, s) for s in range(24)], np.arange(100, 124)
+    views, p = crop(images, index), crop.parameters(index, np.full(24, 128), np.full(24, 64))
+    seen, worst = set(), []
     for v, stack in enumerate(views):
-        for b in range(8):
-            x = cut_only[v][b] / 255
+        for b in range(24):
+            x = v2.resized_crop(images[b], *p.crop[v, b].tolist(), list(stack.shape[-2:]), T.InterpolationMode.BICUBIC, antialias=True) / 255
+            if p.flip[v, b]: x = tv.hflip(x)
             if p.jitter[v, b]:
                 for op in ORDERS[p.order[v, b]]: x = list(OPS.values())[op][1](x, float(p.factors[v, b, op]))
+                seen.add(int(p.order[v, b]))
             if p.grey[v, b]: x = tv.rgb_to_grayscale(x, 3)
-            if p.sigma[v, b] > 0: x = tv.gaussian_blur(x, 2 * int(np.ceil(3 * p.sigma[v, b])) + 1, float(p.sigma[v, b]))
+            if p.sigma[v, b] > 0: x = tv.gaussian_blur(x, 2 * min(int(np.ceil(3 * p.sigma[v, b])), *(n - 1 for n in stack.shape[-2:])) + 1, float(p.sigma[v, b]))
             if p.solarise[v, b]: x = torch.where(x > .5, 1 - x, x)
             worst.append((stack[b] - x * 255).abs().max().item())
     assert max(worst) < .56                                 # one rounding
+    assert len(seen) == (0 if recipe.get("jitter") == 0 else 24)         # every order of the four colour operations
+    happens = [p.flip, p.grey, p.sigma > 0, p.solarise, p.jitter] if not recipe else []
+    assert all(0 < h.mean() < 1 for h in happens)
 
 
 def test_parameters_are_distributed_as_torchvisions():
@@ -146,6 +172,26 @@ def test_parameters_are_distributed_as_torchvisions():
         assert stats.kstest(p.factors[..., k].ravel(), stats.uniform(low, width).cdf).pvalue > 1e-3
     assert stats.chisquare(np.bincount(p.order.ravel(), minlength=24)).pvalue > 1e-3
     assert abs(np.corrcoef(p.factors[..., 0].ravel(), p.factors[..., 1].ravel())[0, 1]) < .02 and abs(np.corrcoef(p.flip[0], p.flip[1])[0, 1]) < .08
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_views_are_distributed_as_those_of_the_pil_pipeline(kind):
+    "What the networks see, whole: light, colour, contrast and sharpness of views of one picture from either pipeline. Kinds: first, second global, local."
+    import random
+    from PIL import ImageFilter
+    random.seed(kind); torch.manual_seed(kind); n, r, size = 600, VIEW_RECIPES["paper"], (64, 32)
+    solarise, sigma = r["solarise"][kind], lambda: random.uniform(*r["blur_sigma"])
+    chain = T.Compose([T.RandomResizedCrop(size, r["local_scale" if kind == 2 else "global_scale"], r["ratio"], interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+                       T.RandomApply([T.ColorJitter(*r["strength"])], r["jitter"]), T.RandomGrayscale(r["grey"]),
+                       lambda i: i.filter(ImageFilter.GaussianBlur(sigma())) if random.random() < r["blur"][kind] else i,
+                       lambda i: ImageOps.solarize(i) if random.random() < solarise else i, T.PILToTensor()])
+    image = picture(128, 64, 5, noise=6)
+    pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    theirs = torch.stack([chain(pil) for _ in range(n)]).float()
+    ours = MultiCrop(size, size, n_local=1, seed=kind)(image.expand(n, 3, 128, 64), np.arange(n))[kind].float()
+    for name, of in dict(light=lambda x: x.mean((1, 2, 3)), red=lambda x: x[:, 0].mean((1, 2)) - x[:, 2].mean((1, 2)), contrast=lambda x: x.std((1, 2, 3)),
+                         side=lambda x: x[..., :16].mean((1, 2, 3)) - x[..., 16:].mean((1, 2, 3)), sharpness=lambda x: x.diff(dim=3).abs().mean((1, 2, 3))).items():
+        assert stats.ks_2samp(of(theirs).numpy(), of(ours).numpy()).pvalue > 1e-3, name
 
 
 def test_erasing_boxes_are_distributed_as_timms():
@@ -175,6 +221,9 @@ def test_views_do_not_depend_on_the_batch(recipe):
             apart = crop([images[k] for k in part], index[part], epoch=3)
             assert all(torch.equal(a, v[torch.from_numpy(part)]) for a, v in zip(apart, together))
     again = pickle.loads(pickle.dumps(crop))(images, index, epoch=3); assert all(map(torch.equal, again, together))
+    with ThreadPoolExecutor(4) as pool:                                                        # one object, several threads at once
+        for views_ in pool.map(lambda _: crop(images, index, epoch=3), range(8)): assert all(map(torch.equal, views_, together))
+    planar = crop([i.contiguous() for i in images], index, epoch=3); assert all(map(torch.equal, planar, together))   # no matter how an image lies in memory
     assert not any(map(torch.equal, crop(images, index, epoch=4), together))
     assert not any(map(torch.equal, MultiCrop((32, 16), (16, 8), recipe=recipe, seed=6)(images, index, epoch=3), together))
 
@@ -184,6 +233,7 @@ def test_stacked_images_and_odd_numbers_of_views():
     for n_global, n_local in ((1, 0), (1, 3), (3, 0), (2, 1)):
         views = MultiCrop((32, 16), (16, 8), n_local=n_local, n_global=n_global)(stack, [0, 1, 2])
         assert [tuple(v.shape) for v in views] == [(3, 3, 32, 16)] * n_global + [(3, 3, 16, 8)] * n_local
+    with pytest.raises(ValueError, match="3 images but 2"): MultiCrop((32, 16))(stack, [0, 1])
     a, b = MultiCrop((32, 16), n_local=0)(stack, [0, 1, 2]), MultiCrop((32, 16), n_local=0)(list(stack), [0, 1, 2])
     assert all(map(torch.equal, a, b))
     assert MultiCrop((32, 16), (16, 8), n_local=1)([], np.zeros(0, int))[0].shape == (0, 3, 32, 16)
@@ -208,12 +258,13 @@ def test_wrong_view_settings(settings_, says):
     with pytest.raises(ValueError, match=says): MultiCrop(**settings_)
 
 
-def test_recolour_takes_any_mixture():
-    "One call on a mixed stack equals one call a view (any device could run it)."
-    p = MultiCrop((32, 16), (16, 8)).parameters(np.arange(30), np.full(30, 48), np.full(30, 24)).flat(slice(0, 2))
-    x = torch.stack([picture(32, 16, s % 7) for s in range(60)]).float()
-    apart = torch.cat([recolour_(x[k:k + 1].clone(), p[k:k + 1]) for k in range(60)])
-    assert torch.allclose(recolour_(x.clone(), p), apart, atol=1e-3) and not torch.allclose(apart, x)
+def test_views_do_not_depend_on_torchs_threads():
+    images, crop, n = [picture(90, 48, s) for s in range(4)], MultiCrop((128, 64), (64, 32), n_local=2), torch.get_num_threads()
+    one = crop(images, np.arange(4))
+    try:
+        torch.set_num_threads(2); two = crop(images, np.arange(4))
+    finally: torch.set_num_threads(n)
+    assert all(map(torch.equal, one, two))
 
 
 def test_draws():
@@ -379,6 +430,31 @@ def test_a_group_gets_its_even_share_of_cameras():
         for pair in IdentitySampler(labels, 2, 2, camids=camids).plan(epoch): assert set(camids[pair]) == {0, 1}
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=5), min_size=1, max_size=5), st.integers(0, 2**32))
+def test_turns_are_taken_as_a_plain_loop_takes_them(sizes, seed):
+    "An identity's line-up and turns against lists that are popped: sizes[c][t] images of tracklet t of camera c."
+    tracklets, cameras = np.cumsum([0, *sum(sizes, [])]), np.cumsum([0, *map(len, sizes)]); n = tracklets[-1]
+    line, turns = np.empty(n, np.int64), np.empty(n, np.int64)
+    views._line_up(np.arange(n) + 100, tracklets, cameras, np.arange(len(sizes)), np.array([seed], np.uint64), line, turns)
+    assert sorted(line) == list(range(100, 100 + n)) and sorted(turns) == list(range(n))
+    tracklet = np.searchsorted(tracklets, line - 100, "right") - 1; camera = np.searchsorted(cameras, tracklet, "right") - 1
+    blocks = {}
+    for place in range(n): blocks.setdefault(camera[place], {}).setdefault(tracklet[place], []).append(place)
+    assert all(np.all(np.diff(np.flatnonzero(of == one)) == 1) for of in (camera, tracklet) for one in set(of))       # each stands together
+    def take(lists):
+        lists = [list(l) for l in lists]; out = []
+        while any(lists): out += [l.pop(0) for l in lists if l]
+        return out
+    assert turns.tolist() == take([take(t.values()) for t in blocks.values()])
+
+
+def test_shuffling_is_uniform():
+    x, state, seen = np.arange(4), np.array([5], np.uint64), np.zeros(256, int)
+    for _ in range(12_000): views._shuffle(x, state); seen[x @ [64, 16, 4, 1]] += 1
+    assert (seen > 0).sum() == 24 and stats.chisquare(seen[seen > 0]).pvalue > 1e-3
+
+
 def test_tracklets_are_mixed_inside_a_camera():
     labels, tracklets = np.zeros(40, int), np.repeat(np.arange(4), 10)
     for cams in (None, np.zeros(40, int)):
@@ -420,6 +496,8 @@ def test_one_image_an_identity_is_uniform_over_images():
 @pytest.mark.parametrize("change, says", [
     (dict(batch_size=50), "not a multiple of n_id=4"), (dict(world_size=5), "over 5 ranks is 9.6"), (dict(labels=np.zeros((4, 4), int)), r"\(4, 4\)"),
     (dict(labels=np.zeros(100)), "float64"), (dict(rank=2), "rank 2 of 1"), (dict(camids=np.zeros(3)), "one value a label"), (dict(n_id=0), "at least 1"),
+    (dict(batch_size=32, curriculum=(2, 4, 6, 8)), "not a multiple of n_id=6; use a multiple of 24 "), (dict(batch_size=72, curriculum=(2, 4, 6, 8), world_size=2), "n_id=8; use a multiple of 48 "),
+    (dict(curriculum=(0, 2)), "n_id=0: both at least 1"), (dict(labels=np.arange(100) // 50, batch_size=96, curriculum=[32]), "needs 3 groups of 32, the labels give 2"),
     (dict(labels=np.full(100, -1)), "smaller batch_size"), (dict(batch_size=4800), "the labels give 25")])
 def test_wrong_sampler_settings(change, says):
     with pytest.raises(ValueError, match=says): IdentitySampler(**(dict(labels=np.arange(100) // 4, batch_size=48, n_id=4) | change))
@@ -431,17 +509,24 @@ def test_pk_sampler_repeats_what_is_short():
     assert len(PKSampler(labels, 16, k=4)) == 10 // 4 and len({tuple(b) for b in PKSampler(labels, 16, camids=np.arange(len(labels)) % 3)}) == 2
 
 
-def test_an_epoch_at_cion_al_size_fits_the_budget():
-    "246,904 identities, 3.9 M images: the plan of an epoch in seconds and under 300 MB."
+@pytest.mark.parametrize("given", ["nothing", "cameras and tracklets"])
+def test_an_epoch_at_cion_al_size_fits_the_budget(given):
+    "246,904 identities, 3.9 M images: the plan of an epoch in under 2 s and 300 MB, whatever is known of the images."
     import time
     rng = np.random.default_rng(0); counts = rng.geometric(1 / 15.8, 246_904)
-    labels = np.repeat(np.arange(len(counts)), counts)
-    sampler = IdentitySampler(labels, 960, 2)
-    start = time.process_time(); plan = sampler.plan(0); seconds = time.process_time() - start
+    labels = np.repeat(np.arange(len(counts)), counts); n = len(labels)
+    known = {"nothing": {}, "cameras and tracklets": dict(camids=rng.integers(0, 3000, n).astype(np.int16), tracklets=np.arange(n) // 8)}
+    sampler, seconds = IdentitySampler(labels, 960, 2, **known[given]), []
+    IdentitySampler(labels[:1000], 4, 2).plan(0)                                                    # compiled once an installation
+    for epoch in (0, 1, 2):
+        start = time.process_time(); plan = sampler.plan(epoch); seconds.append(time.process_time() - start)
+        if min(seconds) < 2: break                                                                  # 0.5 to 1.1 s on an idle core; a busy machine has three tries
     who = np.sort(labels[plan[:, ::2]], 1)
-    assert (who[:, 1:] != who[:, :-1]).all() and plan.size > .95 * len(labels) and seconds < 6      # 0.8 s on an idle core
-    tracemalloc.start(); sampler.plan(1); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
-    assert peak < 300e6
+    assert (who[:, 1:] != who[:, :-1]).all() and (labels[plan[:, ::2]] == labels[plan[:, 1::2]]).all() and plan.size > .95 * n and min(seconds) < 2
+    state = sampler._rows.nbytes + sampler._counts.nbytes + sum(o.nbytes for o in sampler._offsets)
+    if given == "cameras and tracklets": peak = 0                                                   # tracing its small allocations would take half a minute; bench/views.ipynb has its peak
+    else: tracemalloc.start(); sampler.plan(1); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak + state < 300e6                                                                     # the tracer counts the arrays of compiled code too
 
 
 def test_curriculum():
