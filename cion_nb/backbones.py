@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'FAMILIES', 'InputSpec', 'Architecture', 'list_backbones', 'IBN', 'ConvStem', 'Family',
-           'create_backbone', 'LoadReport', 'load_backbone_weights', 'load_imagenet_weights', 'save_backbone',
-           'load_backbone']
+           'create_backbone', 'count_gflops', 'LoadReport', 'load_backbone_weights', 'load_imagenet_weights',
+           'save_backbone', 'load_backbone', 'ExportReport', 'export_onnx', 'export_torchscript']
 
 # %% ../nbs/04_backbones.ipynb #7e4e7b18
-import difflib, re, warnings
+import copy, difflib, json, math, re, warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Mapping
@@ -19,8 +19,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from .runs import atomic, read_json, resolve, write_json
+from .runs import atomic, read_json, resolve, table5, write_json
 
 # %% ../nbs/04_backbones.ipynb #2af33901
 @dataclass(frozen=True)
@@ -49,67 +51,74 @@ class InputSpec:
 
 # %% ../nbs/04_backbones.ipynb #7dafc491
 _ZOO = """
-ghostnet_0_5     ghostnet ghostnet_050                   1280  1306292  0.03 1
-ghostnet_1_0     ghostnet ghostnet_100                   1280  3901508  0.10 1
-ghostnet_1_3     ghostnet ghostnet_130                   1280  6077820  0.16 1
-edgenext_x_small edgenext edgenext_x_small                192  2143804  0.27 0
-edgenext_small   edgenext edgenext_small                  304  5281832  0.63 0
-edgenext_base    edgenext edgenext_base                   584 17926292  1.92 0
-repvit_m0_9      repvit   repvit_m0_9                     384  4717404  0.54 1
-repvit_m1_0      repvit   repvit_m1_0                     448  6402104  0.73 1
-repvit_m1_5      repvit   repvit_m1_5                     512 13616384  1.51 1
-fastvit_s12      fastvit  fastvit_s12                    1024  8448576  0.91 1
-fastvit_sa12     fastvit  fastvit_sa12                   1024 10555968  0.98 1
-fastvit_sa24     fastvit  fastvit_sa24                   1024 20529216  1.90 1
-resnet18         resnet   resnet18                        512 11176512  1.99 1
-resnet50         resnet   resnet50                       2048 23508032  4.07 1
-resnet101        resnet   resnet101                      2048 42500160  6.50 1
-resnet152        resnet   resnet152                      2048 58143808  8.93 1
-resnet18_ibn     resnet   resnet18                        512 11176512  1.99 1
-resnet50_ibn     resnet   resnet50                       2048 23508032  4.07 1
-resnet101_ibn    resnet   resnet101                      2048 42500160  6.50 1
-resnet152_ibn    resnet   resnet152                      2048 58143808  8.94 1
-convnext_tiny    convnext convnext_tiny                   768 27820128  2.92 0
-convnext_small   convnext convnext_small                  768 49454688  5.68 0
-convnext_base    convnext convnext_base                  1024 87566464 10.04 0
-volo_d1          volo     volo_d1_224                     384 25835928  4.39 1
-volo_d2          volo     volo_d2_224                     512 57617520  9.14 1
-volo_d3          volo     volo_d3_224                     512 85264256 13.26 1
-vit_tiny         vit      vit_tiny_patch16_224            192  6233856  1.55 1
-vit_small        vit      vit_small_patch16_224           384 23001024  3.79 1
-vit_base         vit      vit_base_patch16_224            768 88385856 12.36 1
-swin_tiny        swin     swin_tiny_patch4_window7_224    768 27527082  3.13 0
-swin_small       swin     swin_small_patch4_window7_224   768 48853050  5.93 0
-swin_base        swin     swin_base_patch4_window7_224   1024 86764280 10.44 0
-resnet10_tiny     resnet  resnet10t                       256  1246336     - 1
-resnet10_tiny_ibn resnet  resnet10t                       256  1246336     - 1
+ghostnet_0_5      ghostnet   ghostnet_050                 1280  1306292  0.029 1
+ghostnet_1_0      ghostnet   ghostnet_100                 1280  3901508  0.097 1
+ghostnet_1_3      ghostnet   ghostnet_130                 1280  6077820  0.155 1
+edgenext_x_small  edgenext   edgenext_x_small              192  2143804  0.270 0
+edgenext_small    edgenext   edgenext_small                304  5281832  0.631 0
+edgenext_base     edgenext   edgenext_base                 584 17926292  1.922 0
+repvit_m0_9       repvit     repvit_m0_9                   384  4717404  0.543 1
+repvit_m1_0       repvit     repvit_m1_0                   448  6402104  0.734 1
+repvit_m1_5       repvit     repvit_m1_5                   512 13616384  1.507 1
+fastvit_s12       fastvit    fastvit_s12                  1024  8448576  0.910 1
+fastvit_sa12      fastvit    fastvit_sa12                 1024 10555968  0.980 1
+fastvit_sa24      fastvit    fastvit_sa24                 1024 20529216  1.897 1
+resnet18          resnet     resnet18                      512 11176512  1.993 1
+resnet50          resnet     resnet50                     2048 23508032  4.070 1
+resnet152         resnet     resnet152                    2048 58143808  8.933 1
+resnet18_ibn      resnet_ibn resnet18                      512 11176512  1.994 1
+resnet50_ibn      resnet_ibn resnet50                     2048 23508032  4.072 1
+resnet152_ibn     resnet_ibn resnet152                    2048 58143808  8.937 1
+convnext_tiny     convnext   convnext_tiny                 768 27820128  2.919 0
+convnext_small    convnext   convnext_small                768 49454688  5.685 0
+convnext_base     convnext   convnext_base                1024 87566464 10.046 0
+volo_d1           volo       volo_d1_224                   384 25835928  4.391 1
+volo_d2           volo       volo_d2_224                   512 57617520  9.142 1
+volo_d3           volo       volo_d3_224                   512 85264256 13.259 1
+vit_tiny          vit        vit_tiny_patch16_224          192  6233856  1.551 1
+vit_small         vit        vit_small_patch16_224         384 23001024  3.786 1
+vit_base          vit        vit_base_patch16_224          768 88385856 12.364 1
+swin_tiny         swin       swin_tiny_patch4_window7_224  768 27527082  3.130 0
+swin_small        swin       swin_small_patch4_window7_224  768 48853050  5.929 0
+swin_base         swin       swin_base_patch4_window7_224 1024 86764280 10.439 0
+standard_vit_tiny vit        vit_tiny_patch16_224          192  5511360  0.783 0
+standard_vit_small vit        vit_small_patch16_224         384 21639552  2.936 0
+standard_vit_base vit        vit_base_patch16_224          768 85746432 11.351 0
+resnet101         resnet     resnet101                    2048 42500160  6.501 1
+resnet101_ibn     resnet_ibn resnet101                    2048 42500160  6.503 1
+resnet10_tiny     resnet     resnet10t                     256  1246336  0.316 1
+resnet10_tiny_ibn resnet_ibn resnet10t                     256  1246336  0.316 1
 """
 
 @dataclass(frozen=True)
 class Architecture:
     "One row of the zoo."
     name: str           # the paper's
-    family: str         # one of the ten
+    family: str         # one of the ten of Table 3
     timm: str           # timm's model this one starts from
     embed_dim: int      # D, length of a feature
     parameters: int     # number of trainable values
-    gflops: float       # giga multiply-adds for one 256x128 image, nan where not measured
+    gflops: float       # giga multiply-adds for one 256x128 image, by `count_gflops`
     has_batchnorm: bool # True where statistics depend on the batch
-    in_paper: bool      # False for our own light ones
+    in_paper: bool      # one of the 32
 
 def _read_zoo(text):
     for name, family, model, dim, parameters, gflops, bn in map(str.split, text.strip().splitlines()):
-        yield name, Architecture(name, family, model, int(dim), int(parameters), float(gflops.replace("-", "nan")), bn == "1",
-                                 not name.startswith("resnet10_tiny"))
+        yield name, Architecture(name, family, model, int(dim), int(parameters), float(gflops), bn == "1",
+                                 not name.startswith(("resnet10_tiny", "standard_")))
 
 ARCHITECTURES: dict[str, Architecture] = dict(_read_zoo(_ZOO))
 
 # %% ../nbs/04_backbones.ipynb #148c5376
 def list_backbones(
     family: str | None = None, # only this family
-) -> pd.DataFrame:             # name, family, timm, embed_dim, parameters, gflops, has_batchnorm, in_paper
-    "The backbones that `create_backbone` knows, one a row."
+) -> pd.DataFrame:             # name, family, timm, embed_dim, parameters, gflops, has_batchnorm, in_paper, and Table 5's batch_per_gpu, local_crops, train_hours
+    "The backbones that `create_backbone` knows, one a row. Table 5's cells are empty where unknown, or where this is no checkout."
     table = pd.DataFrame([asdict(a) for a in ARCHITECTURES.values()])
+    names = dict(batch_size_per_gpu="batch_per_gpu", local_crops="local_crops", train_hours_approx="train_hours")
+    try: rows = table5().set_index("arch")
+    except FileNotFoundError: rows = pd.DataFrame(columns=list(names))
+    for theirs, ours in names.items(): table[ours] = table.name.map(rows[theirs]).astype(float)
     if family is None: return table
     if family not in set(table.family): raise ValueError(f"no family {family!r}; there are {sorted(set(table.family))}")
     return table[table.family == family].reset_index(drop=True)
@@ -147,7 +156,7 @@ def _resnet(arch, image_size, **kw):
     model = timm.create_model(arch.timm, **kw) if arch.in_paper else timm.models.resnet.ResNet(
         timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), **kw)
     _last_stride_1(model)
-    if arch.name.endswith("_ibn"): _use_ibn(model)
+    if arch.family == "resnet_ibn": _use_ibn(model)
     return model
 
 # %% ../nbs/04_backbones.ipynb #c68244ad
@@ -188,15 +197,16 @@ def _resize_grid(
 # %% ../nbs/04_backbones.ipynb #02fccefa
 class _ViT(timm.models.vision_transformer.VisionTransformer):
     "timm's ViT with position embeddings resized to each input's grid."
-    def _pos_embed(self, x: Tensor) -> Tensor: # (n, H, W, D) -> (n, 1 + H * W, D)
+    def _pos_embed(self, x: Tensor) -> Tensor: # (n, H, W, D) -> (n, 1 + registers + H * W, D)
         n, height, width, dim = x.shape
-        cls_pos, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].reshape(1, *self.patch_embed.grid_size, dim)
-        pos = torch.cat([cls_pos, _resize_grid(grid, height, width).reshape(1, -1, dim)], dim=1)
-        return self.pos_drop(torch.cat([self.cls_token.expand(n, -1, -1), x.reshape(n, -1, dim)], dim=1) + pos)
+        grid = self.pos_embed[:, 1:].reshape(1, *self.patch_embed.grid_size, dim)
+        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(n, -1, -1), x.reshape(n, -1, dim) + _resize_grid(grid, height, width).reshape(1, -1, dim)]
+        if self.reg_token is not None: tokens.insert(1, self.reg_token.expand(n, -1, -1)) # a checkpoint may bring them, see below
+        return self.pos_drop(torch.cat(tokens, dim=1))
 
 def _vit(arch, image_size, **kw):
-    return _ViT(img_size=image_size, embed_dim=arch.embed_dim, num_heads=arch.embed_dim // 64, depth=12, num_classes=0,
-                dynamic_img_size=True, embed_layer=ConvStem, **kw)
+    if not arch.name.startswith("standard_"): kw["embed_layer"] = ConvStem
+    return _ViT(img_size=image_size, embed_dim=arch.embed_dim, num_heads=arch.embed_dim // 64, depth=12, num_classes=0, dynamic_img_size=True, **kw)
 
 # %% ../nbs/04_backbones.ipynb #e8d031c4
 class _VOLO(timm.models.volo.VOLO):
@@ -237,7 +247,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = dict(
     ghostnet=Family(_as_is, drop_path=None), edgenext=Family(_as_is, smallest=32), repvit=Family(_repvit, drop_path=None),
-    fastvit=Family(_as_is), resnet=Family(_resnet), convnext=Family(_as_is, smallest=32), volo=Family(_volo, multiple=16),
+    fastvit=Family(_as_is), resnet=Family(_resnet), resnet_ibn=Family(_resnet), convnext=Family(_as_is, smallest=32), volo=Family(_volo, multiple=16),
     vit=Family(_vit, multiple=16), swin=Family(_swin, multiple=4, drop_path=0.1))
 
 # %% ../nbs/04_backbones.ipynb #3f7c54ab
@@ -269,24 +279,70 @@ def create_backbone(
     if family.drop_path is not None: kw["drop_path_rate"] = family.drop_path if drop_path is None else drop_path
     model = family.build(arch, size, **kw)
     model.name, model.embed_dim, model.input, model.weights = name, arch.embed_dim, InputSpec(*size), None
-    if weights == "imagenet": load_imagenet_weights(model)
-    elif weights is not None: load_backbone_weights(model, weights)
+    if weights is not None: load_backbone_weights(model, weights)
     return model
 
-# %% ../nbs/04_backbones.ipynb #05d4263b
-_RENAMES: dict[str, list[tuple[str, str]]] = dict( # family -> (pattern, replacement), applied in this order
-    convnext=[(r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-              (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."), (r"\.dwconv\.", ".conv_dw."), (r"\.pwconv", ".mlp.fc"), (r"^norm\.", "head.norm.")],
-    swin=[(r"^norm3\.", "norm."), (r"^layers\.2\.downsample", "layers.3.downsample"), (r"^layers\.1\.downsample", "layers.2.downsample"),
-          (r"^layers\.0\.downsample", "layers.1.downsample"), (r"^.*\.(relative_position_index|attn_mask)$", "")],
-    fastvit=[("^patch_embed", "stem"), ("rbr_conv", "conv_kxk"), ("rbr_scale", "conv_scale"), ("rbr_skip", "identity"), ("^conv_exp", "final_conv"),
-             ("lkb_origin", "large_conv"), ("convffn", "mlp"), (r"se\.reduce", "se.fc1"), (r"se\.expand", "se.fc2"), (r"layer_scale(_\d)?$", r"layer_scale\1.gamma"),
-             *((rf"^network\.{2 * s - 1}\.proj", f"stages.{s}.downsample.proj") for s in (1, 2, 3)),
-             *((rf"^network\.{2 * s}\.(\d)", rf"stages.{s}.blocks.\1") for s in (0, 1, 2)),
-             (r"^network\.6\.pe\.", "stages.3.pos_emb.pos_enc."), (r"^network\.[67]\.(\d)", r"stages.3.blocks.\1")])
-_RENAMES["edgenext"] = _RENAMES["convnext"]
+# %% ../nbs/04_backbones.ipynb #f8aa113b
+_aten = torch.ops.aten
 
-def _repvit_renames(depths):
+def _norm_cost(op, args) -> int: # multiply-adds a value
+    if op in (_aten.native_batch_norm, _aten._native_batch_norm_legit): return 5 if args[5] else 2 # with statistics of its own: instance norm
+    return {_aten._native_batch_norm_legit_no_training: 2, _aten.native_layer_norm: 5}.get(op, 0)
+
+class _Counter(TorchDispatchMode):
+    "Adds up multiply-adds: PyTorch's own formulas, which count each as two, and the norms."
+    total = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, op = func(*args, **(kwargs or {})), func.overloadpacket
+        if op in flop_registry: self.total += flop_registry[op](*args, **(kwargs or {}), out_val=out) / 2
+        if cost := _norm_cost(op, args): self.total += cost * args[0].numel()
+        return out
+
+def count_gflops(
+    name: str,                 # one of `list_backbones().name`
+    image_size: tuple = (256, 128), # (height, width) in pixels
+) -> float:                    # giga multiply-adds for one image
+    "What one image costs, counted on the meta device by fvcore's rule."
+    with torch.device("meta"):
+        model, image = create_backbone(name, image_size).eval(), torch.empty(1, 3, *image_size)
+    with torch.no_grad(), _Counter() as counter: model(image)
+    return counter.total / 1e9
+
+# %% ../nbs/04_backbones.ipynb #05d4263b
+_CONVNEXT = [(r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."), (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+             (r"\.dwconv\.", ".conv_dw."), (r"\.pwconv", ".mlp.fc"), (r"^norm\.", "head.norm."), (r"^norms\.3\..*", "")] # DINOv3 keeps its last norm twice
+_SWIN_CONSTANTS = (r"^.*\.(relative_position_index|attn_mask)$", "")
+_IN_STAGES = lambda there, here: [(rf"^features\.{2 * s + 1}\.", there.format(s)) for s in range(4)] + [(rf"^features\.{2 * s}\.", here.format(s)) for s in (1, 2, 3)]
+
+_RULES: dict[str, dict[str, list]] = dict( # family -> whose names -> [(pattern, replacement)], applied in this order
+    convnext=dict(released=_CONVNEXT, torchvision=[
+        (r"^features\.0\.", "stem."), *_IN_STAGES("stages.{}.blocks.", "stages.{}.downsample."), (r"\.layer_scale$", ".gamma"), (r"\.block\.0\.", ".conv_dw."),
+        (r"\.block\.2\.", ".norm."), (r"\.block\.3\.", ".mlp.fc1."), (r"\.block\.5\.", ".mlp.fc2."), (r"^classifier\.0\.", "head.norm.")]),
+    edgenext=dict(released=_CONVNEXT),
+    swin=dict(
+        released=[(r"^norm3\.", "norm."), (r"^layers\.2\.downsample", "layers.3.downsample"), (r"^layers\.1\.downsample", "layers.2.downsample"),
+                  (r"^layers\.0\.downsample", "layers.1.downsample"), _SWIN_CONSTANTS],
+        torchvision=[(r"^features\.0\.0\.", "patch_embed.proj."), (r"^features\.0\.2\.", "patch_embed.norm."), *_IN_STAGES("layers.{}.blocks.", "layers.{}.downsample."),
+                     (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.3\.", ".mlp.fc2."), _SWIN_CONSTANTS],
+        solider=[(r"^patch_embed\.projection\.", "patch_embed.proj."), *((rf"^stages\.{s}\.downsample\.", f"layers.{s + 1}.downsample.") for s in range(3)),
+                 (r"^stages\.", "layers."), (r"\.attn\.w_msa\.", ".attn."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."), (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+                 (r"^norm3\.", "norm."), _SWIN_CONSTANTS]),
+    vit=dict(
+        torchvision=[(r"^class_token$", "cls_token"), (r"^conv_proj\.", "patch_embed.proj."), (r"^encoder\.pos_embedding$", "pos_embed"), (r"^encoder\.ln\.", "norm."),
+                     (r"^encoder\.layers\.encoder_layer_", "blocks."), (r"\.ln_(\d)\.", r".norm\1."), (r"\.self_attention\.in_proj_", ".attn.qkv."),
+                     (r"\.self_attention\.out_proj\.", ".attn.proj."), (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.3\.", ".mlp.fc2."), (r"\.mlp\.linear_", ".mlp.fc")],
+        **{"pass": []}),
+    fastvit=dict(released=[
+        ("^patch_embed", "stem"), ("rbr_conv", "conv_kxk"), ("rbr_scale", "conv_scale"), ("rbr_skip", "identity"), ("^conv_exp", "final_conv"),
+        ("lkb_origin", "large_conv"), ("convffn", "mlp"), (r"se\.reduce", "se.fc1"), (r"se\.expand", "se.fc2"), (r"layer_scale(_\d)?$", r"layer_scale\1.gamma"),
+        *((rf"^network\.{2 * s - 1}\.proj", f"stages.{s}.downsample.proj") for s in (1, 2, 3)),
+        *((rf"^network\.{2 * s}\.(\d)", rf"stages.{s}.blocks.\1") for s in (0, 1, 2)),
+        (r"^network\.6\.pe\.", "stages.3.pos_emb.pos_enc."), (r"^network\.[67]\.(\d)", r"stages.3.blocks.\1")]),
+    resnet=dict(mgn=[(r"^backbone\.0\.", "conv1."), (r"^backbone\.1\.", "bn1."), (r"^backbone\.4\.", "layer1."), (r"^backbone\.5\.", "layer2."), (r"^backbone\.6\.", "layer3.0."),
+                     *((rf"^b1\.0\.{b}\.", f"layer3.{b + 1}.") for b in range(35)), (r"^b1\.1\.", "layer4.")]))
+_RULES["resnet_ibn"] = _RULES["resnet"]
+
+def _repvit_rules(depths):
     "RepViT's flat list of blocks: the stem, then each stage's blocks, with two entries a downsampling between stages."
     flat, index = [(r"^features\.0\.0\.", "stem.conv1."), (r"^features\.0\.2\.", "stem.conv2.")], 1
     for stage, depth in enumerate(depths):
@@ -301,17 +357,61 @@ def _repvit_renames(depths):
                    (r"(channel_mixer|ffn)\.m\.0\.", r"\1.conv1."), (r"(channel_mixer|ffn)\.m\.2\.", r"\1.conv2.")]
 
 # %% ../nbs/04_backbones.ipynb #f5b07153
-def _released_name(
+def _renamings(
     arch: Architecture,
-) -> Callable[[str], str]: # a released entry's name -> ours; "" for a constant that our model computes itself
-    "The renaming from the released definition's entry names to ours."
-    depths = (4, 4, 24, 4) if arch.name == "repvit_m1_5" else (2, 2, 14, 2)
-    rules = _repvit_renames(depths) if arch.family == "repvit" else _RENAMES.get(arch.family, [])
+) -> dict[str, Callable[[str], str]]: # whose names -> (an entry's name there -> ours; "" for a constant that our model computes itself)
+    "The ways in which files name this architecture's entries."
+    known = _RULES.get(arch.family, {})
+    if arch.family == "repvit": known = dict(released=_repvit_rules((4, 4, 24, 4) if arch.name == "repvit_m1_5" else (2, 2, 14, 2)))
+    return dict(timm=str) | {whose: _renaming(rules) for whose, rules in known.items()}
+
+def _renaming(rules):
     rules = [(re.compile(pattern), replacement) for pattern, replacement in rules]
     def rename(name):
         for pattern, replacement in rules: name = pattern.sub(replacement, name)
         return name
     return rename
+
+# %% ../nbs/04_backbones.ipynb #214432e5
+def _from_solider(
+    values: dict,    # our names -> SOLIDER's values
+    semantic: float, # λ, in [0, 1]
+) -> dict:
+    "Merging layers in our channel order, with the semantic scale and shift of weight λ folded into them."
+    ours_first = lambda x: x.reshape(*x.shape[:-1], -1, 2, 2).transpose(-1, -2).flatten(-2).transpose(-1, -2).flatten(-2) # (C, row, column) -> (column, row, C)
+    values, at = dict(values), torch.tensor([semantic, 1 - semantic])
+    for name in [n for n in values if ".downsample." in n]: values[name] = ours_first(values[name])
+    for i in range(4):
+        own = {part: [values.pop(f"semantic_embed_{part}.{i}.{p}", None) for p in ("weight", "bias")] for part in "wb"}
+        merge = f"layers.{i + 1}.downsample.reduction."
+        if None in own["w"] or None in own["b"] or merge + "weight" not in values: continue # the last stage's are not used
+        scale, shift = (weight.float() @ at + bias.float() for weight, bias in (own["w"], own["b"]))
+        values[merge + "weight"], values[merge + "bias"] = F.softplus(scale)[:, None] * values[merge + "weight"].float(), shift
+    return values
+
+def _from_pass(
+    values: dict, # PASS's names and values
+) -> dict:
+    "The class token's position in front of the grid's, part tokens as registers."
+    if not {"cls_pos", "pos_embed"} <= set(values): return values
+    values = dict(values)
+    values["pos_embed"] = torch.cat([values.pop("cls_pos"), values["pos_embed"]], dim=1)
+    parts = sorted(n[10:] for n in values if re.fullmatch(r"part_token\d", n) and f"part{n[10:]}_pos" in values)
+    if parts: values["reg_token"] = torch.cat([values.pop(f"part_token{p}") + values.pop(f"part{p}_pos") for p in parts], dim=1)
+    return values
+
+def _takes_up(model: nn.Module, name: str, value: Tensor) -> bool:
+    "Whether `model` can grow by this entry."
+    if name == "reg_token": return isinstance(model, _ViT) and value.ndim == 3 and value.shape[::2] == (1, model.embed_dim)
+    return (_architecture(model.name).family == "swin" and re.fullmatch(r"layers\.[123]\.downsample\.reduction\.bias", name) is not None
+            and len(value) == model.get_submodule(name[:-5]).out_features)
+
+def _grow(model: nn.Module, name: str, value: Tensor) -> None:
+    "Let `model` have this entry."
+    like = next(model.parameters())
+    parameter = nn.Parameter(torch.empty(value.shape, dtype=like.dtype, device=like.device))
+    if name != "reg_token": model.get_submodule(name[:-5]).bias = parameter; return
+    model.reg_token, model.num_reg_tokens, model.num_prefix_tokens = parameter, value.shape[1], 1 + value.shape[1]
 
 # %% ../nbs/04_backbones.ipynb #119a33e4
 def _read_checkpoint(
@@ -363,7 +463,8 @@ def _fit(
     return None
 
 def _grid_of(patches: int) -> tuple | None:
-    "Rows and columns of a number of patches: square, or a person's 2:1 or 3:1."
+    "Rows and columns of a number of patches: square, a person's 2:1 or 3:1, or TransReID's overlapping patches (stride 12)."
+    if overlapping := {21 * 10: (21, 10), 31 * 10: (31, 10)}.get(patches): return overlapping # of 256x128 and 384x128
     for ratio in (1, 2, 3):
         columns = round((patches / ratio) ** 0.5)
         if ratio * columns ** 2 == patches: return ratio * columns, columns
@@ -381,6 +482,8 @@ class LoadReport:
     resized: list = field(default_factory=list)    # (name, the file's shape, the model's)
     unexpected: list = field(default_factory=list)
     outside: list = field(default_factory=list)    # entries without the prefix: heads, the student, optimizers
+    added: list = field(default_factory=list)      # what the model took up: PASS's part tokens, SOLIDER's shifts
+    names: str = "timm"                            # whose names the file uses
 
     @property
     def share(self) -> float: # of the model's entries, in [0, 1]
@@ -389,8 +492,8 @@ class LoadReport:
     def __str__(self):
         some = lambda names: ", ".join(map(str, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         lines = [f"{self.path}: {len(self.matched)} of the model's {len(self.matched) + len(self.missing) + len(self.mismatched)} entries matched "
-                 f"({self.share:.1%}), from {' > '.join(self.place) or 'the top level'}, prefix '{self.prefix}'; {len(self.outside)} entries outside"]
-        return "\n".join(lines + [f"  {what}: {some(getattr(self, what))}" for what in ("missing", "mismatched", "resized", "unexpected") if getattr(self, what)])
+                 f"({self.share:.1%}), from {' > '.join(self.place) or 'the top level'}, prefix '{self.prefix}', names as in {self.names}; {len(self.outside)} entries outside"]
+        return "\n".join(lines + [f"  {what}: {some(getattr(self, what))}" for what in ("missing", "mismatched", "resized", "added", "unexpected") if getattr(self, what)])
     __repr__ = __str__
 
 # %% ../nbs/04_backbones.ipynb #64d001e9
@@ -414,18 +517,21 @@ def _preference(place, prefix) -> int:
 def _match(
     model: nn.Module,
     tensors: dict,    # name -> tensor, of one table of the file
-    prefix: str,
     rename: Callable, # the file's name without prefix -> ours
+    semantic: float,  # SOLIDER's weight
     report: LoadReport,
 ) -> dict:            # our name -> tensor that fits
     "Pair a table's entries with the model's, and note in `report` what did not pair."
-    own, found = model.state_dict(), {}
+    own, found, values, theirs = model.state_dict(), {}, {}, {}
     grid = tuple(model.patch_embed.grid_size) if isinstance(model, _ViT) else tuple(model.pos_embed.shape[1:3]) if isinstance(model, _VOLO) else ()
     for name, value in tensors.items():
-        if not name.startswith(prefix): report.outside.append(name); continue
-        ours = rename(name[len(prefix):])
-        if ours == "": continue
-        if ours not in own: report.unexpected.append(name); continue
+        if not name.startswith(report.prefix): report.outside.append(name)
+        elif ours := rename(name[len(report.prefix):]): values[ours], theirs[ours] = value, name
+    if report.names == "solider": values = _from_solider(values, semantic)
+    if report.names == "pass": values = _from_pass(values)
+    for ours, value in values.items():
+        if ours not in own and _takes_up(model, ours, value): report.added.append(ours); own[ours] = value
+        if ours not in own: report.unexpected.append(theirs[ours]); continue
         fitted = _fit(value, own[ours], ours, grid)
         if fitted is None: report.mismatched.append((ours, tuple(value.shape), tuple(own[ours].shape))); continue
         if fitted.shape != value.shape and value.numel() != fitted.numel(): report.resized.append((ours, tuple(value.shape), tuple(fitted.shape)))
@@ -438,25 +544,28 @@ def _match(
 # %% ../nbs/04_backbones.ipynb #cd927b33
 def load_backbone_weights(
     model: nn.Module,          # from `create_backbone`; changed in place
-    path: str | Path | Mapping, # .pth, .pt or .safetensors file, or an already loaded checkpoint
+    path: str | Path | Mapping, # .pth, .pt or .safetensors file, an already loaded checkpoint, or "imagenet"
     min_matched: float = 0.95, # refuse below this share of the model's entries
     part: str | None = None,   # only tables under this key or prefix, e.g. "student"
     allow: tuple = (),         # classes that may be unpickled, e.g. [argparse.Namespace]; never for files you do not trust
+    semantic: float = 0.2,     # SOLIDER's weight λ of meaning against appearance, in [0, 1]; only its files have one
 ) -> LoadReport:
     "Find the backbone inside a checkpoint and load it. ValueError, and an unchanged model, if too little matches or a value is not finite."
+    if isinstance(path, str) and path == "imagenet": return load_imagenet_weights(model)
     file, source = (path, "checkpoint") if isinstance(path, Mapping) else (_read_checkpoint(resolve(path), allow), str(path))
     best = None
     for place, tensors in _tensor_tables(file):
         for prefix in _prefixes(tensors, least=len(model.state_dict()) // 10):
             if part is not None and part not in (*place, *prefix.split(".")): continue
-            for rename in (str, _released_name(_architecture(model.name))):
-                report = LoadReport(source, place, prefix)
-                found = _match(model, tensors, prefix, rename, report)
-                rank = (len(found), -_preference(place, prefix))
+            for names, rename in _renamings(_architecture(model.name)).items():
+                report = LoadReport(source, place, prefix, names=names)
+                found = _match(model, tensors, rename, semantic, report)
+                rank = (len(found), -_preference(place, prefix), -len(report.unexpected))
                 if best is None or rank > best[0]: best = rank, report, found
     if best is None: raise ValueError(f"{source} holds no named tensors" + (f" under {part!r}" if part else ""))
     _, report, found = best
     _refuse_bad(model, report, found, min_matched)
+    for name in report.added: _grow(model, name, found[name])
     model.load_state_dict(found, strict=False)
     model.weights = source
     return report
@@ -477,16 +586,18 @@ def load_imagenet_weights(
 ) -> LoadReport:
     "timm's default supervised weights, fetched on first use; `model.weights` keeps their tag and `model.input` their normalisation."
     arch = _architecture(model.name)
-    config = timm.get_pretrained_cfg(arch.timm, allow_unregistered=True) if arch.in_paper else None
-    differs = arch.family == "repvit" or any(isinstance(m, IBN) for m in model.modules()) # from timm's network of that name
-    if differs or not (config and config.has_weights):
-        raise ValueError(f"timm has no ImageNet weights for {model.name} as the zoo defines it; load a file with weights=path")
+    config = timm.get_pretrained_cfg(arch.timm, allow_unregistered=True) if not arch.name.startswith("resnet10_tiny") else None
+    plain = f"standard_{arch.name}" if f"standard_{arch.name}" in ARCHITECTURES else None
+    if plain or arch.family in ("repvit", "resnet_ibn") or not (config and config.has_weights):
+        raise ValueError(f"timm has no ImageNet weights for {model.name} as the zoo defines it; load a file with weights=path"
+                         + (f", or take the plain ViT, {plain}, which has them" if plain else ""))
     tag, kw = f"{arch.timm}.{config.tag}", {}
     if arch.family == "swin": kw = dict(img_size=(model.input.height, model.input.width), window_size=8, always_partition=True, strict_img_size=False)
     try: donor = timm.create_model(tag, pretrained=True, num_classes=0, **kw)
     except Exception as e:
-        raise ConnectionError(f"could not fetch timm's {tag} ({type(e).__name__}: {str(e).splitlines()[0][:200]}); without network, "
-                              f"download it elsewhere and pass weights=path") from e
+        raise ConnectionError(f"could not fetch timm's {tag} ({type(e).__name__}: {str(e).splitlines()[0][:200]}). Where there is a network, call "
+                              f"create_backbone({model.name!r}, weights='imagenet') once and copy the Hugging Face cache (HF_HOME) here, or download "
+                              f"model.safetensors of the model timm/{tag} and pass weights=path") from e
     report = load_backbone_weights(model, donor.state_dict(), min_matched=1.0)
     model.weights, report.path = tag, tag
     model.input = replace(model.input, mean=config.mean, std=config.std)
@@ -501,7 +612,7 @@ def save_backbone(
     "Write weights and card, each atomically."
     path = resolve(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path}: a backbone is saved as .safetensors")
-    reserved = dict(name=model.name, image_size=[model.input.height, model.input.width], embed_dim=model.embed_dim, input=asdict(model.input))
+    reserved = dict(name=model.name, weights=model.weights, image_size=[model.input.height, model.input.width], embed_dim=model.embed_dim, input=asdict(model.input))
     if clash := sorted(set(card) & set(reserved)): raise ValueError(f"the card's {clash} are written by save_backbone itself")
     with atomic(path) as tmp: safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
     write_json(path.with_suffix(".json"), reserved | card)
@@ -519,3 +630,112 @@ def load_backbone(
     load_backbone_weights(model, path, min_matched=1.0)
     model.input, model.card = InputSpec(**card["input"]), card
     return model.eval()
+
+# %% ../nbs/04_backbones.ipynb #5213d8c6
+class _Deployed(nn.Module):
+    "A copy for inference: fused, in evaluation mode, float32, on the CPU, with the input's normalisation if asked."
+    def __init__(self, model: nn.Module, normalise: bool):
+        super().__init__()
+        self.model = timm.utils.reparameterize_model(copy.deepcopy(model).cpu().double().eval(), inplace=True).float() # fused in double: rounded once
+        spec = model.input
+        self.input = replace(spec, scale=1., mean=(0, 0, 0), std=(1, 1, 1)) if normalise else spec
+        self.scale, shape = spec.scale if normalise else None, (1, 3, 1, 1) if spec.layout == "NCHW" else (1, 1, 1, 3)
+        for name in ("mean", "std"): self.register_buffer(f"input_{name}", torch.tensor(getattr(spec, name)).view(shape), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x if self.scale is None else (x * self.scale - self.input_mean) / self.input_std)
+
+# %% ../nbs/04_backbones.ipynb #d8d74ff5
+@dataclass
+class ExportReport:
+    "An exported file, what it takes, and how far its features are from the model's."
+    path: str
+    input: InputSpec  # what the file takes
+    embed_dim: int    # D of its (n, D) output
+    error: float      # largest distance of an image's feature from the model's
+    spread: float     # mean distance between two images' features
+    megabytes: float
+
+    @property
+    def relative(self) -> float: return self.error / self.spread if self.spread > 0 else math.inf
+
+    def __str__(self):
+        takes = "pixel values, 0 to 255" if self.input.mean == (0, 0, 0) else f"(pixel * {self.input.scale:.6g} - mean {self.input.mean}) / std {self.input.std}"
+        return (f"{self.path}: {self.megabytes:.1f} MB; takes float32 (n, {', '.join(map(str, self.input.shape))}) {self.input.colour}, {takes}; gives (n, {self.embed_dim})\n"
+                f"  checked: error {self.error:.1e}, {self.relative:.1e} of the distance between images")
+    __repr__ = __str__
+
+# %% ../nbs/04_backbones.ipynb #037886ca
+def _checked(
+    model: nn.Module,
+    deployed: _Deployed,
+    run: Callable,      # the file's (n, ...) float32 tensor -> (n, D)
+    tolerance: float,   # largest error, in distances between images
+    path: Path,         # the final name, for the report
+    written: Path,      # where it is now
+) -> ExportReport:
+    "Run the file beside the model on five images of noise, in batches of 5 and 1. ValueError where they differ."
+    spec = model.input
+    pixels = torch.rand(5, *spec.shape, generator=torch.Generator().manual_seed(0)).mul(255).round()
+    shape = (1, 3, 1, 1) if spec.layout == "NCHW" else (1, 1, 1, 3)
+    mean, std = (torch.tensor(v).view(shape) for v in (spec.mean, spec.std))
+    x, was, like = (pixels * spec.scale - mean) / std, [(m, m.training) for m in model.modules()], next(model.parameters())
+    with torch.inference_mode():
+        want = model.eval()(x.to(like)).float().cpu()
+        for m, mode in was: m.training = mode
+        given = x if deployed.scale is None else pixels
+        have = run(given), torch.cat([run(image) for image in given.split(1)])
+    error = max(float((y - want).norm(dim=1).max()) if y.shape == want.shape else math.inf for y in have)
+    report = ExportReport(str(path), deployed.input, want.shape[1], error, float(torch.pdist(want).mean()), written.stat().st_size / 1e6)
+    if not report.relative <= tolerance: raise ValueError(f"the exported file does not compute what the model computes, so it was not kept (tolerance {tolerance:g})\n{report}")
+    return report
+
+def _card(model: nn.Module, deployed: _Deployed) -> dict: # what travels with an exported file
+    return dict(name=getattr(model, "name", type(model).__name__), embed_dim=model.embed_dim, input=asdict(deployed.input))
+
+# %% ../nbs/04_backbones.ipynb #74c88dc9
+def export_onnx(
+    model: nn.Module,        # (n, *input.shape) -> (n, D), with .input and .embed_dim: from `create_backbone`, or fine-tuned; unchanged
+    path: str | Path,        # ends in .onnx; the card goes beside it as .onnx.json
+    normalise: bool = True,  # True: the file takes 0-255 values; False: what the model takes
+    tolerance: float = 1e-3, # largest error allowed, in distances between images
+    optimize: bool = False,  # rewrite the graph at export too: slow for Swin, and onnxruntime does it when it loads a file
+) -> ExportReport:
+    "Export with a dynamic batch and compare with the model through onnxruntime. ValueError, and no file, where they differ."
+    path = resolve(path)
+    if path.suffix != ".onnx": raise ValueError(f"{path}: an ONNX file ends in .onnx")
+    try: import onnxruntime, onnxscript
+    except ImportError as e: raise ImportError('export to ONNX needs onnx, onnxscript and onnxruntime: pip install "cion_nb[onnx]"') from e
+    deployed = _Deployed(model, normalise).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # the exporter's notes on its own dependencies
+        program = torch.onnx.export(deployed, (torch.zeros(2, *deployed.input.shape),), dynamo=True, verbose=False, optimize=optimize,
+                                    input_names=["images"], output_names=["features"], dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program.model.metadata_props["cion_nb"] = json.dumps(_card(model, deployed))
+    with atomic(path) as tmp:
+        program.save(tmp, external_data=False)           # one file that can be moved
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        session = onnxruntime.InferenceSession(tmp, options, providers=["CPUExecutionProvider"])
+        run = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        report = _checked(model, deployed, run, tolerance, path, tmp)
+    write_json(path.with_name(path.name + ".json"), _card(model, deployed))
+    return report
+
+def export_torchscript(
+    model: nn.Module,        # as for `export_onnx`
+    path: str | Path,        # ends in .pt; the card is inside, as the extra file "cion_nb.json", and beside it as .pt.json
+    normalise: bool = True,  # True: the file takes 0-255 values; False: what the model takes
+    tolerance: float = 1e-3, # largest error allowed, in distances between images
+) -> ExportReport:
+    "Trace with a dynamic batch, reload and compare with the model. ValueError, and no file, where they differ."
+    path = resolve(path)
+    if path.suffix != ".pt": raise ValueError(f"{path}: a TorchScript file ends in .pt")
+    deployed = _Deployed(model, normalise).eval()
+    with atomic(path) as tmp, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # that shapes become constants is what the check is for
+        with torch.no_grad(): traced = torch.jit.trace(deployed, torch.zeros(2, *deployed.input.shape), check_trace=False)
+        torch.jit.save(traced, str(tmp), _extra_files={"cion_nb.json": json.dumps(_card(model, deployed))})
+        report = _checked(model, deployed, torch.jit.load(str(tmp)), tolerance, path, tmp)
+    write_json(path.with_name(path.name + ".json"), _card(model, deployed))
+    return report
