@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DENOISING', 'STAGES', 'TITLES', 'EMBEDDED', 'world', 'extract_features', 'denoise_features', 'make_run', 'plan',
-           'make_runs', 'notebooks', 'check_names', 'run_notebook', 'reproduce', 'main']
+           'make_runs', 'frozen_features', 'score_features', 'notebooks', 'check_names', 'run_notebook', 'reproduce',
+           'main']
 
 # %% ../nbs/17_reproduce.ipynb #80ac2253
 import argparse, json, shutil, sys, time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from .backbones import load_backbone
 from .denoise import denoise
+from .evaluate import RetrievalScore, evaluate
 from .features import Features, extract, read_data
 from .finetune import finetune, load_finetuned
 from .pedestrians import make_world, render
@@ -123,10 +125,34 @@ def _print_commands(recipes):
     if ordered: print("to compute on a cluster, in this order:")
     for r in ordered.values(): print(f"  {Run(r).request().command}")
 
+# %% ../nbs/17_reproduce.ipynb #d97314e8
+def frozen_features(
+    run: Run,               # a finished pre-training
+    data: str = None,       # "market1501", "msmt17", a samples .parquet; None: the test people of the embedded world it was trained in
+    data_root: str = None,  # folder of that data set
+) -> Features:              # of query and gallery
+    "Features of a test set under a pre-trained backbone, kept in the run's folder. ValueError where the run was trained on no embedded world and `data` is not named."
+    where = dict(data=data, data_root=data_root) if data else dict(data=run.recipe["data"])
+    if data is None and not isinstance(where["data"], dict): raise ValueError(f"run {run.name} was trained on {where['data']!r}, which has no test people: name data= and data_root=")
+    samples, root = read_data(where, "test")
+    return extract(samples, root, load_backbone(run.folder / "backbone.safetensors"), run.folder / ("frozen" if data is None else f"frozen_{Path(data).stem}"))
+
+def score_features(
+    features: Features,      # of query and gallery
+) -> RetrievalScore:
+    "Retrieval score of a store whose table says which rows are queries."
+    s = features.samples
+    query, gallery = (s.index[s.split == name].to_numpy() for name in ("query", "gallery"))
+    return evaluate(features.x[query], features.x[gallery], s.iloc[query], s.iloc[gallery])
+
 # %% ../nbs/17_reproduce.ipynb #98cc5b9e
 TITLES = dict(road="The whole road once: from a video to identities", denoising="What denoising does: n_S beside the truth, and the cost of the sliding range",
               figure4="Figure 4: t-SNE of instance-level, tracklet-level and identity-level features",
-              table4="Table 4: LUP-style, DINO-style and CION pre-training at equal budget")
+              table4="Table 4: LUP-style, DINO-style and CION pre-training at equal budget",
+              figure5="Figure 5: pre-training on the identities of each level of denoising",
+              figure6="Figure 6: pre-training on a tenth of the data, and on more",
+              figure7="Figure 7: time against data",
+              table5="Table 5: batch sizes, local views and hours of the 32 architectures")
 
 EMBEDDED = ("road", "denoising")   # film the embedded world: there is nothing to do for it at the `paper` profile
 

@@ -148,7 +148,7 @@ RECIPES["denoise"] = dict(
 # Identity-guided self-distillation. Epochs are counted from 0; a schedule's position is the share of images seen.
 RECIPES["pretrain"] = dict(
     paper=dict(
-        method="cion", data="cion_al", data_root=None, annotation=None, identities="pid",
+        method="cion", data="cion_al", data_root=None, annotation=None, identities="pid", data_share=1.0,
         backbone="resnet50_ibn", image_size=[256, 128], local_size=[128, 64], n_local=8,
         global_scale=[0.4, 1.0], local_scale=[0.05, 0.4], aspect=[0.375, 0.667],       # assumed: DINO's, aspect times w/h
         augmentation="paper", view_changes={}, loss="identity", variant="paper", teacher="step", centre="ema",
