@@ -155,6 +155,7 @@ RECIPES["pretrain"] = dict(
         epochs=100, images_per_epoch=None, batch_size=960, accumulate=1,
         n_id=[2, 4, 6, 8], n_id_epochs=[0, 40, 60, 80],
         out_dim=65536, head_hidden=2048, head_bottleneck=256, head_bn=False, student_temp=0.1, teacher_temp=0.04, centre_momentum=0.9,
+        warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0,
         ema=[0.996, 1.0], optimizer="adamw", lr=5e-4, lr_per=256, lr_end=1e-6, warmup_epochs=10,
         weight_decay=[0.04, 0.4], clip=3.0, freeze_last_layer_epochs=1,
         queue=65536, moco_dim=128, moco_momentum=0.999, moco_temp=0.1,
@@ -179,6 +180,8 @@ METHODS = dict(
     cion=dict(),
     cion_true=dict(identities="true_pid"),                   # the ceiling: true identities instead of denoised ones
     tracklet=dict(identities="tracklet"),                    # one identity a raw tracklet
+    released=dict(variant="released", out_dim=65336, augmentation="released", global_scale=[0.8, 1.0], local_scale=[0.05, 0.8], aspect=[0.4, 0.6],
+                  clip=3 / 65536),                           # the authors' code: it clips at 3 while gradients are still scaled, at first by 65,536
     dino=dict(identities="image", n_id=[1], n_id_epochs=[0]),   # every image its own identity
     lup=dict(identities="image", n_id=[1], n_id_epochs=[0], loss="moco", augmentation="lup", n_local=0, global_scale=None, aspect=None,   # LUP's own crops
              optimizer="sgd", lr=0.03, weight_decay=[1e-4, 1e-4], lr_end=0.0, clip=None))
@@ -213,7 +216,7 @@ def recipe(
     if stage == "pretrain":
         method = changes.get("method", values["method"]); _known("method", method, METHODS)
         data = changes.get("data", values["data"])
-        if method == "cion" and isinstance(data, dict): values["identities"] = dict(stage="denoise", features=dict(stage="extract", data=copy.deepcopy(data)))
+        if method in ("cion", "released") and isinstance(data, dict): values["identities"] = dict(stage="denoise", features=dict(stage="extract", data=copy.deepcopy(data)))
         values.update(copy.deepcopy(METHODS[method]))
     values.update(copy.deepcopy(changes))
     return dict(stage=stage, profile=profile) | {k: _complete(v, profile) for k, v in values.items()}

@@ -1,5 +1,6 @@
 "Eq. 8-9 against its plain definition, DINO, collapse, the teacher, two processes."
 import os, subprocess, sys, textwrap
+from importlib.util import find_spec
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from cion_nb.distill import (ContrastHead, IdentityGuidedLoss, InfoNCELoss, MomentumQueue, MultiViewModel, ProjectionHead, VARIANTS,
-                             clip_gradients_, folded_targets, freeze_last_layer, momentum_schedule, param_groups, teacher_statistics,
+from cion_nb import distill
+from cion_nb.distill import (ALARMS, CollapseWatch, ContrastHead, IdentityGuidedLoss, InfoNCELoss, MomentumQueue, MultiViewModel, ProjectionHead, VARIANTS,
+                             clip_gradients_, feature_rank, folded_targets, freeze_last_layer, momentum_schedule, param_groups, teacher_statistics,
                              update_teacher, weight_decay_schedule)
 
 torch.set_num_threads(1)
@@ -65,13 +67,13 @@ def both(variant, counts, n_local, K=5, dtype=torch.float64, seed=0, n_global=2,
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("n", range(1, 9))
 def test_equal_counts_equal_the_plain_loss(variant, n):
-    for n_local in (0, 2) if n > 4 else (0, 1, 10):
+    for n_local in (0, 1, 10):
         value, slow, grad, slow_grad = both(variant, [n, n], n_local, seed=n)
         assert value.item() == pytest.approx(slow.item(), rel=1e-12) and torch.allclose(grad, slow_grad, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
-@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=3), n_local=st.integers(0, 4), n_global=st.integers(1, 3), K=st.integers(2, 9), seed=st.integers(0, 99))
+@given(counts=st.lists(st.integers(1, 8), min_size=1, max_size=3), n_local=st.integers(0, 10), n_global=st.integers(1, 3), K=st.integers(2, 9), seed=st.integers(0, 99))
 def test_uneven_counts_equal_the_plain_loss(counts, n_local, n_global, K, seed):
     if n_global + n_local < 2: n_local = 1
     value, slow, grad, slow_grad = both("paper", counts, n_local, K, seed=seed, n_global=n_global)
@@ -173,13 +175,73 @@ def test_wrong_batches(change, says):
 
 
 def test_statistics_tell_collapse():
-    K = 32; ln_K = torch.tensor(float(K)).log()
+    K = 32; ln_K = round(float(torch.tensor(float(K)).log()), 4)
     uniform, one, healthy = torch.full((2, 64, K), 1 / K), torch.eye(K)[:1].expand(2, 64, K), torch.eye(K).repeat(2, 2, 1)
-    entropy = lambda p: [round(float(v), 4) for v in teacher_statistics(p).values()]
-    assert entropy(uniform) == [round(float(ln_K), 4)] * 2 and entropy(one) == [0, 0] and entropy(healthy) == [0, round(float(ln_K), 4)]
+    numbers = lambda p: [abs(round(float(v), 4)) for v in teacher_statistics(p).values()]      # entropy, of the mean, KL to uniform, KL to the mean
+    assert numbers(uniform) == [ln_K, ln_K, 0, 0] and numbers(one) == [0, 0, ln_K, 0] and numbers(healthy) == [0, ln_K, ln_K, ln_K]
+    log_p = torch.randn(2, 8, K).log_softmax(-1)
+    for a, b in zip(teacher_statistics(log_p.exp()).values(), teacher_statistics(log_p.exp(), log_p).values()): assert a.item() == pytest.approx(b.item(), abs=1e-5)
     loss = IdentityGuidedLoss(8, 4); loss(torch.randn(16, 8), torch.randn(8, 8), torch.tensor([0, 0, 1, 1]))
-    assert set(loss.last) == {"loss", "centre_norm", "teacher_entropy", "marginal_entropy"} and not any(v.requires_grad for v in loss.last.values())
+    assert set(loss.last) == {"loss", "centre_norm", "centre_share", "teacher_entropy", "marginal_entropy", "kl_to_uniform", "kl_to_mean"} and not any(v.requires_grad for v in loss.last.values())
     assert 0 <= loss.last["teacher_entropy"] <= loss.last["marginal_entropy"] + 1e-6            # entropy is concave
+
+
+def test_the_centre_becomes_everything_when_outputs_are_constant():
+    torch.manual_seed(0)
+    loss, z = IdentityGuidedLoss(64, 4), torch.randn(64)
+    for _ in range(60): loss(torch.randn(16, 64), z.expand(8, -1), torch.arange(4))
+    assert loss.last["centre_share"] > .99 and loss.last["centre_norm"].item() == pytest.approx(z.norm().item(), rel=.01)
+    for _ in range(60): loss(torch.randn(16, 64), torch.randn(8, 64), torch.arange(4))
+    assert loss.last["centre_share"] < .5
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 20), D=st.integers(1, 20), rank=st.integers(1, 5), seed=st.integers(0, 99), scale=st.sampled_from([1e-3, 1., 1e3]))
+def test_feature_rank_is_that_of_the_spectrum(n, D, rank, seed, scale):
+    g = torch.Generator().manual_seed(seed)
+    x = scale * (torch.randn(n, rank, generator=g) @ torch.randn(rank, D, generator=g) + torch.randn(D, generator=g))
+    spectrum = torch.linalg.svdvals((x - x.mean(0)).double()).square()
+    assert feature_rank(x).item() == pytest.approx((spectrum.sum() ** 2 / spectrum.square().sum()).item(), rel=1e-3)
+    assert 1 - 1e-3 <= feature_rank(x) <= min(n - 1, D, rank) + 1e-3
+    for same in (x[:1].expand(n, -1), x[:1].bfloat16().expand(n, -1), torch.zeros(n, D)): assert feature_rank(same) == 0
+    assert feature_rank(x[:1] * (1 + 1e-8 * torch.randn(n, 1, generator=g))) == 0, "rounding is no direction"
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_alarms_ring_on_their_side_after_patience_and_never_on_nan(name):
+    key, side, threshold, _ = ALARMS[name]
+    bad, good = (threshold - .01, threshold + .01) if side == "below" else (threshold + .001, threshold - .01)
+    watch = CollapseWatch(after=10, patience=2)
+    values = [bad, bad, bad, good, bad, float("nan"), bad, bad, bad, good]                      # seen 5, 10, 15, ...
+    rings = [name in watch({"seen": 5 * k + 5, key: v}) for k, v in enumerate(values)]
+    assert rings == [False] * 7 + [True, True, False] and watch.rang == {name: 40}
+    assert not CollapseWatch(patience=1)(dict(seen=1, loss=0.))                                # a row without the statistics
+
+
+def test_compiled_functions_are_one_graph_and_give_the_same(monkeypatch):
+    "Traced without a break; the kernels themselves are CUDA's. On a CPU nothing is compiled unless asked for."
+    made = distill._fused.cache_info().currsize
+    monkeypatch.setattr(distill, "_fused", lambda: [torch.compile(f, backend="eager", fullgraph=True) for f in (distill._view_loss, distill._view_grad_)])
+    torch.manual_seed(0)
+    student, teacher, identity, results = torch.randn(12, 50), torch.randn(6, 50), torch.tensor([0, 0, 1]), []
+    for fused in (None, True):
+        z = student.clone().requires_grad_()
+        value = IdentityGuidedLoss(50, 4, fused=fused)(z, teacher, identity); value.backward(); results.append((value.item(), z.grad))
+    (a, g), (b, h) = results
+    assert a == pytest.approx(b, rel=1e-6) and torch.allclose(g, h, rtol=1e-5, atol=1e-8) and made == 0
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and find_spec("triton")), reason="needs a CUDA device and Triton: the fused path is made for them")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fused_on_cuda(dtype):
+    torch.manual_seed(0)
+    student, teacher, identity = torch.randn(10 * 24, 4096, device="cuda").to(dtype), torch.randn(2 * 24, 4096, device="cuda"), torch.arange(24, device="cuda") // 4
+    def run(fused):
+        z = student.clone().requires_grad_()
+        value = IdentityGuidedLoss(4096, 10, fused=fused).cuda()(z, teacher, identity); value.backward()
+        return value, z.grad.float()
+    (a, g), (b, h) = run(False), run(None)
+    assert torch.allclose(a, b, rtol=1e-5) and torch.allclose(g, h, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
 
 
 def test_head_is_dinos():
