@@ -162,14 +162,22 @@ def _lonely(state, half_width, how, group, unit, level, rng):
     linked = np.bincount(pairs[0])[labels] > 1                               # its label holds tracklets of another unit
     return len(left), len(np.unique(unit[at][linked & np.isin(unit[at], left)]))
 
-def _mistaken(m, tried, linked):
-    "The largest share of the merged that is there by mistake, if `linked` of `tried` lonely ones are linked and `m` of all."
-    q = (linked + .5) / (tried + 1)
-    return min(1., q * (1 - m) / max((1 - q) * m, 1e-9)) if m else 0.
+@dataclass(frozen=True)
+class _Left:
+    "What a rule does at one level."
+    m: float     # share of the units that it merges
+    tried: int   # lonely ones that were made
+    linked: int  # of them it links
+    @property
+    def q(self): return (self.linked + .5) / (self.tried + 1)
+    def lonely(self, errors=0.): return (1 - self.m) / max(1 - self.q - errors * np.sqrt(self.q * (1 - self.q) / (self.tried + 1)), 1e-9)   # at most so many have nobody
+    def mistaken(self, lonely=1.): return min(1., self.q * min(lonely, self.lonely()) / self.m) if self.m else 0.    # share of the merged, at most
 
-def _alone(state, half_width, how, one, two, enough=100, draws=4):
-    "Precision of a candidate's merged pairs of images, as those who are left alone tell: `one` and `two` are its video identities and identities."
-    counts, rng, lost, pairs = state["counts"].astype(float), np.random.default_rng(0), [], []
+def _left(state, half_width, i, enough=100, draws=4):
+    "What candidate i does at both levels with those who are left alone; asked once."
+    if i in state["left"]: return state["left"][i]
+    how, one, two = state["tried"][i]
+    rng, found = np.random.default_rng(0), []
     for level, group, unit in ((0, one, np.arange(len(one))), (1, two, one)):
         tried = linked = 0
         for _ in range(draws):
@@ -177,9 +185,21 @@ def _alone(state, half_width, how, one, two, enough=100, draws=4):
             tried += t; linked += l
             if tried == 0 or tried >= enough: break
         units = np.unique(np.stack([group, unit]), axis=1)[0]                # group of each unit
-        lost.append(_mistaken(float((np.bincount(units)[units] > 1).mean()), tried, linked)); pairs.append(_pairs(np.bincount(group, counts)))
-    in_videos, across = pairs[0] - _pairs(counts), pairs[1] - pairs[0]
-    return float((in_videos * (1 - lost[0]) + across * (1 - lost[1])) / max(in_videos + across, 1.))
+        found.append(_Left(float((np.bincount(units)[units] > 1).mean()), tried, linked))
+    return state["left"].setdefault(i, found)
+
+def _share_lonely(state, half_width, least=20, errors=2.):
+    "At both levels the largest share of units that can have nobody, as the widest reciprocal candidates tell."
+    epss = [how["eps"] for how, *_ in state["tried"] if how["link"] == "reciprocal"]
+    widest = [_left(state, half_width, i) for i, (how, *_) in enumerate(state["tried"]) if how.get("eps") == max(epss, default=None) and how["link"] == "reciprocal"]
+    return [min([1.] + [pair[level].lonely(errors) for pair in widest if pair[level].tried >= least]) for level in (0, 1)]
+
+def _alone(state, half_width, i, lonely):
+    "Precision of candidate i's merged pairs of images, as those who are left alone tell."
+    counts, (_, one, two) = state["counts"].astype(float), state["tried"][i]
+    pairs = [_pairs(c) for c in (counts, np.bincount(one, counts), np.bincount(two, counts))]
+    right = [1 - left.mistaken(share) for left, share in zip(_left(state, half_width, i), lonely)]
+    return float(np.dot(np.diff(pairs), right) / max(pairs[2] - pairs[0], 1.))
 
 # %% ../nbs/07c_calibration.ipynb #df384e5e
 def _candidates(state, half_width, k1s, epss, min_samples):
@@ -339,7 +359,7 @@ def _state(x, table, layout, sigma_cst, half_width, device, centres):
     to, _ = reallocate(x[out].astype(np.float64), of[out], unit_centroids(sums, counts), layout.video, sigma_cst)
     kept = np.zeros(len(x), bool); kept[layout.rows[rounds == 0]] = True
     np.add.at(sums, to[to >= 0], x[out[to >= 0]]); np.add.at(counts, to[to >= 0], 1)
-    state = dict(sums=sums, counts=counts, video=layout.video, together=seen_together(table, layout, kept), device=device, rounds=rounds, to=to, spaces={}, tried=[])
+    state = dict(sums=sums, counts=counts, video=layout.video, together=seen_together(table, layout, kept), device=device, rounds=rounds, to=to, spaces={}, tried=[], left={})
     for centre in centres:
         units = unit_centroids(sums, counts)
         state["spaces"][centre] = _space(centre_on_videos(units, layout.video) if centre else units, *_halves_and_apart(x, layout, state, centre), half_width, device)
@@ -381,7 +401,8 @@ def _propose_links(table, state, half_width, apart, warnings, notes, least=100):
         notes.append(f"linking is judged on {least} tracklets or more, there are {n}: the threshold rule, with sigma_drm "
                      + ("below which no two tracklets of two people were found" if len(apart) >= 100 else "0.18, which is the paper's"))
         return chosen, sigma_drm
-    def alone(i): return _alone(state, half_width, *state["tried"][i])
+    def alone(i): return _alone(state, half_width, i, lonely)
+    lonely = _share_lonely(state, half_width)
     best = None if any("does not separate" in w for w in warnings) else _choose(table, alone)
     if best is None:
         warnings.append(f"no rule of linking can be trusted on these features: none reaches support {SUPPORT:g} and precision {PRECISION:g} as far as this can be told without labels"

@@ -110,14 +110,17 @@ def test_the_lonely_are_who_they_should_be(level, monkeypatch):
 
 @pytest.mark.parametrize("partners, q", [(0., .5), (.6, .1), (.9, .3), (1., .9)])
 def test_the_share_of_mistakes_is_a_bound(partners, q, n=200_000):
-    "Things with a partner are linked to it 8 times in 10; lonely ones are linked with probability q. Few mistakes of a partner's are left out of account."
+    "Things with a partner are linked to it 8 times in 10, by a wide rule always; lonely ones are linked with probability q, by a wide rule with 0.9."
     rng = np.random.default_rng(1)
     has = rng.random(n) < partners
-    linked = np.where(has, rng.random(n) < .8, rng.random(n) < q)
+    linked, widely = np.where(has, rng.random(n) < .8, rng.random(n) < q), np.where(has, True, rng.random(n) < .9)
     false = (linked & ~has).sum() / linked.sum()
-    assert false <= C._mistaken(linked.mean(), n, int(round(q * n))) + .01
+    rule, wide = C._Left(linked.mean(), n, int(round(q * n))), C._Left(widely.mean(), n, int(.9 * n))
+    assert 1 - partners <= wide.lonely(2) + .01 and wide.lonely() <= wide.lonely(2)
+    assert false <= rule.mistaken(wide.lonely(2)) + .01 <= rule.mistaken() + .01
     if partners in (0., 1.): return
-    assert C._mistaken(linked.mean(), n, 0) < 1e-4 and C._mistaken(linked.mean(), n, n // 100) < false            # grows with q
+    assert abs(rule.mistaken(wide.lonely(2)) - false) < .02 < rule.mistaken() - false + .01       # the wide rule knows how many are lonely
+    assert C._Left(linked.mean(), n, n // 100).mistaken() < rule.mistaken()                       # grows with q
 
 
 def test_the_choice():
@@ -180,7 +183,10 @@ def test_where_nobody_comes_back_hardly_anybody_is_joined(fragments):
     samples = make_samples([f"{i}" for i in range(len(who))], pid=who, video=[f"v{v}" for v in video], tracklet=tracklet, frame=-1)
     calibration = calibrate(x, samples, k1=(5, 10), eps=(.3, .45, .55))
     raw, made = (identity_scores(l, who) for l in (tracklet, identities(calibration, x, samples)))
-    if fragments == 1: assert made.precision == 1 and any("links nothing" in w for w in calibration.warnings) and calibration.sigma_drm == 0
+    table = calibration.candidates
+    by_support = (table.merged * table.support).where(table.support >= C.SUPPORT, -1).idxmax()          # what support alone would choose
+    own = (np.bincount(tracklet) * (np.bincount(tracklet) - 1) / 2).sum()
+    if fragments == 1: assert own / (own + table.merged[by_support]) < .65 and made.precision > .8 and made.f1 > .9      # every merge is wrong
     else: assert made.precision > .8 and made.f1 > raw.f1 + .2                      # two fragments of everybody: those are found
 
 

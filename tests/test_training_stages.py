@@ -200,7 +200,7 @@ def test_the_exported_backbone_is_the_last_teacher(people, runs):
 
 
 def test_a_batch_that_a_later_phase_would_cut_is_refused_at_the_start(people, runs):
-    with pytest.raises(ValueError, match=r"n_id=\[5\] of the curriculum \[2, 5\] does not divide; use a multiple of 10"): pretrain(asked(people, n_id=[2, 5]))
+    with pytest.raises(ValueError, match="not a multiple of n_id=5"): pretrain(asked(people, n_id=[2, 5]))
     with pytest.raises(ValueError, match="choose 'step'"): pretrain(asked(people, teacher="steps"))
 
 
