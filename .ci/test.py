@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
                         CION_NB_RUNS=os.environ.get("CION_NB_RUNS", str(ROOT / "runs" / "test")))
-NOTEBOOK_SECONDS, PYTEST_SECONDS = 300, 1080
+NOTEBOOK_SECONDS, PYTEST_SECONDS = 300, 1800
+LATE = ("test_backbones", "test_engine", "test_slurm", "test_features")   # the files of the second pytest run, which follows the notebooks
 
 
 def call(args, seconds, **env):
@@ -59,17 +60,21 @@ def main():
 
     for name, job in jobs.items(): done(name, *timed(job))
     books = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    files = sorted(ROOT.glob("tests/test_*.py"))
     with ThreadPoolExecutor(2) as pool:
-        tests = pool.submit(timed, call, ["-m", "pytest", "-rs", "--durations=8", "-p", "no:cacheprovider"], PYTEST_SECONDS)
+        def pytest(late): return pool.submit(timed, call, ["-m", "pytest", "-rs", "--durations=8", "-p", "no:cacheprovider", *(str(f) for f in files if (f.stem in LATE) == late)], PYTEST_SECONDS)
+        halves = [pytest(False)]
         runs = {pool.submit(timed, notebook, b): str(b.relative_to(ROOT)) for b in books}
+        halves.append(pytest(True))
         for f, name in runs.items(): done(name, *f.result())
-        code, out, seconds = tests.result()
+        halves = [f.result() for f in halves]
     done("papermill nbs/reproduce/figure4.ipynb", *timed(papermill))
-    print(out[-8000:])
-    counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", out.strip().splitlines()[-1] if out.strip() else "")}
-    passed += counts.get("passed", 0); skipped += counts.get("skipped", 0)
-    failed += counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
-    if code and not (counts.get("failed") or counts.get("error") or counts.get("errors")): failed += 1; print(f"pytest ended with exit code {code}")
+    for code, out, seconds in halves:
+        print(out[-8000:])
+        counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", out.strip().splitlines()[-1] if out.strip() else "")}
+        passed += counts.get("passed", 0); skipped += counts.get("skipped", 0)
+        failed += counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
+        if code and not (counts.get("failed") or counts.get("error") or counts.get("errors")): failed += 1; print(f"pytest ended with exit code {code}")
     print(f"{time.time() - began:.0f} s in all")
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
     return 1 if failed else 0
