@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbones import create_backbone, load_backbone, load_backbone_weights, save_backbone
-from .engine import Task, fit
+from .engine import Task, fit, to_channels_last
 from .evaluate import evaluate
 from .features import extract, read_data
 from .runs import Run, atomic, is_main_process, recipe, run_from_arguments, resolve
@@ -93,13 +93,13 @@ class FineTuning(Task):
     def build(self, device):
         r = self.recipe
         backbone = create_backbone(r["backbone"], r["image_size"])
-        backbone.input = replace(backbone.input, mean=tuple(r["mean"]), std=tuple(r["std"]))
         self.load_report = None
         if r["weights"] is not None:
             path = Run(r["weights"]).require().folder / "backbone.safetensors" if isinstance(r["weights"], dict) else r["weights"]
             self.load_report = load_backbone_weights(backbone, path if path == "imagenet" else resolve(path))
+        backbone.input = replace(backbone.input, mean=tuple(r["mean"]), std=tuple(r["std"]))      # the recipe's, whatever the weights saw before
         model = BNNeck(backbone, self.n_ids, r["feature"]).to(device)
-        if r["channels_last"]: model = model.to(memory_format=torch.channels_last)
+        if r["channels_last"]: model = to_channels_last(model)
         biases = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
         others = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith("bias")]
         self.modules = dict(model=model)

@@ -17,7 +17,7 @@ from .backbones import create_backbone, save_backbone
 from .denoise import Denoised
 from .distill import (ALARMS, CollapseWatch, ContrastHead, IdentityGuidedLoss, InfoNCELoss, MultiViewModel, ProjectionHead, clip_gradients_,
                              feature_rank, freeze_last_layer, param_groups, update_teacher)
-from .engine import Task, adamw, budget, fit, warmup_cosine
+from .engine import Task, adamw, budget, fit, to_channels_last, warmup_cosine
 from .features import read_data
 from .runs import Run, is_main_process, recipe, run_from_arguments
 from .views import IdentitySampler, ImageStore, MultiCrop, id_curriculum, normalise
@@ -122,7 +122,7 @@ class Distillation(Pretraining):
         backbone = create_backbone(r["backbone"], r["image_size"])
         head = ProjectionHead(backbone.embed_dim, r["out_dim"], r["head_hidden"], r["head_bottleneck"], batch_norm=r["head_bn"])
         student = MultiViewModel(backbone, head).to(device)
-        if r["channels_last"]: student = student.to(memory_format=torch.channels_last)
+        if r["channels_last"]: student = to_channels_last(student)
         teacher = deepcopy(student).requires_grad_(False)          # starts equal, stays in train mode: its BatchNorm has its own statistics
         loss = IdentityGuidedLoss(r["out_dim"], 2 + r["n_local"], student_temp=r["student_temp"], teacher_temp=r["teacher_temp"],
                                   centre_momentum=r["centre_momentum"], variant=r["variant"], centre=r["centre"]).to(device)
@@ -166,7 +166,7 @@ class MomentumContrast(Pretraining):
         r = self.recipe
         backbone = create_backbone(r["backbone"], r["image_size"])
         model = MultiViewModel(backbone, ContrastHead(backbone.embed_dim, r["moco_dim"])).to(device)
-        if r["channels_last"]: model = model.to(memory_format=torch.channels_last)
+        if r["channels_last"]: model = to_channels_last(model)
         loss = InfoNCELoss(r["moco_dim"], r["queue"], r["moco_temp"]).to(device)
         self.modules = dict(model=model, teacher=deepcopy(model).requires_grad_(False), loss=loss)
         self.optimizer = self.make_optimizer(model)

@@ -64,7 +64,7 @@ VIEW_RECIPES = dict(
     paper=_DINO,
     released=_DINO | dict(global_scale=(0.8, 1.), local_scale=(0.05, 0.8), ratio=(0.4, 0.6)),
     lup=_DINO | dict(n_local=0, global_scale=(0.2, 1.), ratio=(3/4, 4/3), interpolation="bilinear", jitter=0.0,
-                     blur=(0.5, 0.5, 0.5), solarise=(0.0, 0.0, 0.0), erase=0.5))
+                     blur=(0.5, 0.5, 0.5), solarise=(0.0, 0.0, 0.0), erase=0.5, erase_area=(0.02, 0.6)))
 
 # %% ../nbs/10_views.ipynb #ea1285ad
 def crop_boxes(

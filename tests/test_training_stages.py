@@ -10,7 +10,7 @@ from cion_nb.backbones import create_backbone, load_backbone
 from cion_nb.evaluate import evaluate
 from cion_nb.features import Features, embed, read_data
 from cion_nb.finetune import FineTuning, finetune
-from cion_nb import pretrain as pretrain_room
+from cion_nb import pretrain as pretrain_room, reproduce as reproduce_room
 from cion_nb.distill import CollapseWatch, ProjectionHead
 from cion_nb.engine import Position, _trim_log, fit, warmup_cosine
 from cion_nb.pretrain import Distillation, WatchedRun, equal_budget, identity_labels, pretrain
@@ -355,10 +355,10 @@ def test_make_run_computes_dependencies_first(runs, monkeypatch):
     for stage in STAGES: monkeypatch.setitem(STAGES, stage, fake(stage))
     asked = [recipe("finetune", "tiny", weights=recipe("pretrain", "tiny", method=m)) for m in ("dino", "cion")]
     listed = plan(asked)
-    make_runs(asked)
+    make_runs(asked, jobs=1)
     assert len(order) == len(listed) == len(set(listed.run))
     assert [s for s, _ in order] == listed.stage.tolist(), "runs are computed in the order of the plan"
-    make_runs(asked); assert len(order) == len(listed), "nothing is computed twice"
+    make_runs(asked, jobs=1); assert len(order) == len(listed), "nothing is computed twice"
 
 
 def test_paper_profile_prints_commands_instead_of_running(runs, capsys):
@@ -409,3 +409,56 @@ def test_a_mistyped_parameter_fails_the_notebook(name, value, word, tmp_path):
                        capture_output=True, text=True, timeout=240, env=os.environ | dict(CION_NB_RUNS=str(tmp_path / "runs")))
     assert p.returncode != 0
     assert word in p.stderr + out.read_text()
+
+
+# Trainings beside one another
+
+def beside(people, **changes): return [asked(people, "tracklet", seed=s, **changes) for s in range(3)]
+
+
+def test_trainings_beside_one_another_end_as_alone(people, runs, monkeypatch):
+    monkeypatch.setattr(reproduce_room, "WORTH_A_PROCESS", 1)
+    before = torch.get_num_threads()
+    together = make_runs([*beside(people), recipe("finetune", "tiny", data=str(people), epochs=1, images_per_epoch=32, batch_size=16, weights=beside(people)[0], channels_last=False)], jobs=2)
+    assert all(r.is_done for r in together) and all((r.folder / "process.log").exists() for r in together)
+    threads = together[0].result["threads"]
+    assert threads == max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else threads >= 1
+    monkeypatch.setenv("CION_NB_RUNS", str(runs.parent / "alone"))
+    torch.set_num_threads(threads)
+    try: alone = make_runs(beside(people), jobs=1)
+    finally: torch.set_num_threads(before)
+    assert not (alone[0].folder / "process.log").exists()
+    for a, b in zip(together, alone):
+        assert a.folder != b.folder and a.name == b.name and a.result["loss"] == b.result["loss"]
+        assert (a.folder / "backbone.safetensors").read_bytes() == (b.folder / "backbone.safetensors").read_bytes()
+
+
+def test_a_training_that_fails_beside_others_is_named(people, runs, monkeypatch):
+    monkeypatch.setattr(reproduce_room, "WORTH_A_PROCESS", 1)
+    wrong = asked(people, batch_size=20, n_id=[3], n_id_epochs=[0], seed=5)
+    with pytest.raises(RuntimeError, match=f"run {Run(wrong).name} failed .exit code [12].*process.log"): make_runs([wrong, *beside(people, images_per_epoch=2400)], jobs=2)
+    assert not Run(wrong).is_done
+    time.sleep(.5); assert not subprocess.run(["pgrep", "-f", str(runs)], capture_output=True, text=True).stdout, "a child was left behind"
+
+
+def test_children_leave_with_their_parent(people, runs, tmp_path):
+    "The parent is killed, the children checkpoint and go, and the next call goes on from there."
+    long = beside(people, images_per_epoch=4800)[:2]
+    script = tmp_path / "parent.py"
+    script.write_text(f"import cion_nb.reproduce as room\nroom.make_runs({long!r}, jobs=2)\n")
+    parent = subprocess.Popen([sys.executable, str(script)], env=os.environ | dict(CION_NB_RUNS=str(runs)))
+    until = time.time() + 90
+    while time.time() < until and not all(Run(r).read_log() for r in long): time.sleep(.2)
+    parent.kill(); parent.wait()
+    while time.time() < until and subprocess.run(["pgrep", "-f", str(runs)], capture_output=True).stdout: time.sleep(.2)
+    for r in long:
+        assert not Run(r).is_done and list((Run(r).folder / "checkpoints").glob("seen-*")), (Run(r).folder / "process.log").read_text()
+        assert "stopped at image" in (Run(r).folder / "process.log").read_text()
+
+
+@pytest.mark.parametrize("said", ["0", "two", -1, 1.5])
+def test_how_many_at_once_is_checked(said, monkeypatch):
+    with pytest.raises(ValueError, match="at least 1"): reproduce_room.at_once(said)
+    monkeypatch.setenv("CION_NB_JOBS", str(said))
+    with pytest.raises(ValueError, match="CION_NB_JOBS"): reproduce_room.at_once()
+    assert reproduce_room.at_once(3) == 3
