@@ -5,11 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from cion_nb.backbones import create_backbone, load_backbone
+from cion_nb.backbones import create_backbone, export_onnx, load_backbone
 from cion_nb.evaluate import evaluate
-from cion_nb.features import Features, embed, read_data
-from cion_nb.finetune import FineTuning, finetune
+from cion_nb.features import Features, OnnxModel, embed, read_data
+from cion_nb.finetune import FineTuning, finetune, load_finetuned
 from cion_nb import pretrain as pretrain_room, reproduce as reproduce_room
 from cion_nb.distill import CollapseWatch, ProjectionHead
 from cion_nb.engine import Position, _trim_log, fit, warmup_cosine
@@ -17,6 +18,7 @@ from cion_nb.pretrain import Distillation, WatchedRun, equal_budget, identity_la
 from cion_nb.reproduce import STAGES, make_run, make_runs, plan
 from cion_nb.runs import METHODS, MissingRun, Run, recipe, table5
 from cion_nb.samples import make_samples, read_samples, write_samples
+from cion_nb.views import normalise
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(epochs=2, images_per_epoch=48, batch_size=24, n_id_epochs=[0, 1], n_id=[2, 4], n_local=1, out_dim=32, head_hidden=32, head_bottleneck=16, queue=48, precision="fp32", channels_last=False)
@@ -462,3 +464,24 @@ def test_how_many_at_once_is_checked(said, monkeypatch):
     monkeypatch.setenv("CION_NB_JOBS", str(said))
     with pytest.raises(ValueError, match="CION_NB_JOBS"): reproduce_room.at_once()
     assert reproduce_room.at_once(3) == 3
+
+
+# From nothing to a file that leaves, for every backbone
+
+ROAD = table5().arch.tolist() if os.environ.get("CION_NB_ROAD_ALL") else ["ghostnet_0_5", "edgenext_x_small"]
+
+@pytest.mark.parametrize("arch", ROAD)
+def test_a_backbone_goes_the_whole_road(people, runs, arch, tmp_path):
+    "Pre-train a step, load, fine-tune a step, export to ONNX and read it back. CION_NB_ROAD_ALL=1: all 32, at 256x128 (slow)."
+    pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    size, local = ([256, 128], [128, 64]) if os.environ.get("CION_NB_ROAD_ALL") else ([128, 64], [64, 32])
+    pre = pretrain(asked(people, "cion_true", backbone=arch, image_size=size, local_size=local, epochs=1, images_per_epoch=4, batch_size=4, n_id=[2], n_id_epochs=[0], channels_last=True))
+    load_backbone(pre.folder / "backbone.safetensors")
+    run = finetune(recipe("finetune", "tiny", data=str(people), weights=pre.recipe, backbone=arch, image_size=size, epochs=1, images_per_epoch=8, batch_size=8, k=2, warmup_epochs=0, precision="fp32"))
+    assert run.result["matched"] == sum("num_batches" not in k for k in load_backbone(pre.folder / "backbone.safetensors").state_dict()) and np.isfinite(run.result["mAP"])
+    tuned = load_finetuned(run.folder)
+    report = export_onnx(tuned, tmp_path / "m.onnx", tolerance=.05)
+    x = torch.randint(0, 256, (3, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.inference_mode(): want = tuned(normalise(x, tuned.input))
+    torch.testing.assert_close(F.normalize(OnnxModel(tmp_path / "m.onnx", report.input)(x.float())), F.normalize(want), atol=1e-2, rtol=0)
+    print(f"| {arch} | {report.relative:.1e} | {report.megabytes:.1f} |")
