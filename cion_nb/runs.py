@@ -169,7 +169,7 @@ RECIPES["pretrain"] = dict(
         data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], local_size=[32, 16], n_local=2,
         global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],                                # at 64x32 smaller crops hold nobody; hard jitter hides the clothes
         view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
-        epochs=8, images_per_epoch=960, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 4],
+        epochs=10, images_per_epoch=960, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],
         out_dim=256, head_hidden=256, head_bottleneck=64, head_bn=True, teacher_temp=0.02,
         ema=[0.97, 1.0], lr=1e-2, weight_decay=[0.04, 0.04], moco_momentum=0.97, warmup_epochs=1, freeze_last_layer_epochs=0,
         queue=512, precision="auto", workers=0, checkpoint_minutes=2))
