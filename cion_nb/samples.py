@@ -141,8 +141,11 @@ def write_samples(
 def read_samples(
     path, # parquet file written by `write_samples`
 ) -> pd.DataFrame:
-    "Read a table back, same rows, dtypes and `attrs`."
-    return as_samples(pd.read_parquet(path))
+    "Read a table back, same rows, dtypes and `attrs`. FileNotFoundError or ValueError that names the file."
+    if not Path(path).is_file(): raise FileNotFoundError(f"no samples table at {path}: `write_samples` makes one")
+    try: table = pd.read_parquet(path)
+    except (OSError, ValueError) as e: raise ValueError(f"{path} is no readable samples table ({e}); write it again") from e
+    return as_samples(table)
 
 # %% ../nbs/00_samples.ipynb #84f62a59
 class UnreadableImage(OSError):

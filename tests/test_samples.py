@@ -285,3 +285,12 @@ def test_viper_is_read_whole():
     assert len(table) == 2 * 632 and table.pid.nunique() == 632 and table.camid.value_counts().tolist() == [632, 632]
     found = check(table, DATA / "viper", progress=False)
     assert "unreadable" not in found.details and "missing" not in found.details
+
+
+def test_a_table_that_is_missing_or_damaged_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no samples table at .*gone.parquet"): read_samples(tmp_path / "gone.parquet")
+    write_samples(make_samples(path=["a.jpg"]), tmp_path / "t.parquet")
+    whole = (tmp_path / "t.parquet").read_bytes()
+    for damaged in (b"", b"PAR1", whole[:-9], whole[:40] + b"\0" * 20 + whole[60:-30] + b"\0" * 22 + whole[-8:]):
+        (tmp_path / "t.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match="t.parquet is no readable samples table"): read_samples(tmp_path / "t.parquet")
