@@ -480,8 +480,8 @@ def test_a_backbone_goes_the_whole_road(people, runs, arch, tmp_path):
     run = finetune(recipe("finetune", "tiny", data=str(people), weights=pre.recipe, backbone=arch, image_size=size, epochs=1, images_per_epoch=8, batch_size=8, k=2, warmup_epochs=0, precision="fp32"))
     assert run.result["matched"] == sum("num_batches" not in k for k in load_backbone(pre.folder / "backbone.safetensors").state_dict()) and np.isfinite(run.result["mAP"])
     tuned = load_finetuned(run.folder)
-    report = export_onnx(tuned, tmp_path / "m.onnx", tolerance=.05)
+    report = export_onnx(tuned, tmp_path / "m.onnx", tolerance=.5)   # after a step RepViT's features hardly differ between images: what counts is below
     x = torch.randint(0, 256, (3, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     with torch.inference_mode(): want = tuned(normalise(x, tuned.input))
-    torch.testing.assert_close(F.normalize(OnnxModel(tmp_path / "m.onnx", report.input)(x.float())), F.normalize(want), atol=1e-2, rtol=0)
+    torch.testing.assert_close(F.normalize(OnnxModel(tmp_path / "m.onnx", report.input)(x.float())), F.normalize(want), atol=1e-4, rtol=0)
     print(f"| {arch} | {report.relative:.1e} | {report.megabytes:.1f} |")
