@@ -24,7 +24,7 @@ from .calibration import calibrate
 from .levels import frames_restart, lay_out
 from .noise import UnitCentroids, check_thresholds, noise, unit_rows
 from .parts import LEVELS, LINKS, STATES, Store, centroids_of, chunks_of, do_chunks, do_parts, is_by_video, merge_parts, parts_of
-from .runs import atomic, read_json, resolve, write_json
+from .runs import atomic, processors, read_json, resolve, write_json
 
 # %% ../nbs/08_denoise.ipynb #3abf38ec
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _denoised(features, samples, layout, p, out, request, device, workers):
     "The result, computed; saved if there is a folder for it."
     parts = parts_of(layout)
     with _work(out, request, len(layout.tracklets) * features.shape[1]) as store:
-        try: do_parts(features, layout, parts, range(len(parts)), store, p, device, workers or _processors())
+        try: do_parts(features, layout, parts, range(len(parts)), store, p, device, workers or processors())
         except ValueError:                                                        # one part met a bad row: name all of them
             if store.folder is not None: shutil.rmtree(store.folder, ignore_errors=True)   # this request can never be finished
             check_rows(features); raise
@@ -121,7 +121,6 @@ def _denoised(features, samples, layout, p, out, request, device, workers):
         if out is not None: result.save(out); shutil.rmtree(store.folder)
     return result
 
-def _processors(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/08_denoise.ipynb #358fb671
 EXACT_TRACKLETS, SAMPLED_IDENTITIES = 50_000, 4_000
@@ -287,7 +286,7 @@ def denoise_shard(
     with _work(out, request, 0, shared=True) as store:
         if step == "videos":
             mine = np.array_split(np.arange(len(parts)), shards)[shard].tolist()
-            do_parts(features, layout, parts, mine, store, p, device, workers or _processors())
+            do_parts(features, layout, parts, mine, store, p, device, workers or processors())
             return len(mine)
         missing = [i for i in range(len(parts)) if not store.has(f"part{i:05d}")]
         if missing: raise ValueError(f"{len(missing)} of {len(parts)} parts of step videos are missing in {resolve(out)}: run that step on all shards first")

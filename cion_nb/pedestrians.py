@@ -20,7 +20,7 @@ import pandas as pd
 from filelock import FileLock
 from PIL import Image, ImageDraw
 
-from .runs import atomic, fingerprint, progress, read_json, write_json
+from .runs import atomic, fingerprint, processors, progress, read_json, write_json
 from .samples import make_samples, read_samples, write_samples
 
 # %% ../nbs/02_pedestrians.ipynb #703d395f
@@ -1568,7 +1568,7 @@ def _render(world: World, root: Path, workers, told: dict) -> dict:
     if not (root / "finished.json").exists():
         (root / "crops").mkdir(exist_ok=True); write_json(root / "world.json", told)
         for name, t in (("tracklets", world.tracklets), ("reid", world.reid)): write_samples(t, root / f".{name}.parquet")   # for the workers
-        workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
+        workers = workers or min(processors(), 8)
         with progress(total=len(world.tracklets) + len(world.reid), desc=f"render {world.values['bank']} {world.profile}", unit="crop") as bar: _render_all(world, root, workers, bar)
         for name, t in (("tracklets", world.tracklets), ("reid", world.reid)):
             write_samples(t.assign(visibility=read_truth(root, t).visibility).drop(columns="walk"), root / f"{name}.parquet")

@@ -20,7 +20,7 @@ from .finetune import finetune, load_finetuned
 from .pedestrians import make_world, render
 from .pretrain import pretrain
 from .report import report_folder, write_index
-from .runs import PROFILES, Run, atomic, dependencies, progress, project_root, read_json, recipe, resolve, write_json
+from .runs import PROFILES, Run, atomic, dependencies, processors, progress, project_root, read_json, recipe, resolve, write_json
 from .samples import write_samples
 
 # %% ../nbs/17_reproduce.ipynb #3b6671ed
@@ -82,15 +82,22 @@ def plan(
     recipes: list[dict],
 ) -> pd.DataFrame:   # one row a run, dependencies first: run, stage, state, images
     "What must be computed for these recipes, each run once, in an order that works."
-    rows = {}
+    rows = [dict(run=run.name, stage=run.recipe["stage"], method=run.recipe.get("method", ""), seed=run.recipe.get("seed"), state="done" if run.is_done else "to do", image_steps=_presentations(run.recipe))
+            for run in _in_order(recipes)]
+    return pd.DataFrame(rows, columns=["run", "stage", "method", "seed", "state", "image_steps"])
+
+def _in_order(recipes) -> list[Run]:
+    "Runs of these recipes and of all they depend on, dependencies first, each once."
+    found = {}
     def add(r):
         run = Run(r)
-        if run.name in rows: return
+        if run.name in found: return
         for needed in dependencies(r): add(needed)
-        presented = r["epochs"] * r["images_per_epoch"] if r.get("images_per_epoch") else None
-        rows[run.name] = dict(run=run.name, stage=r["stage"], method=r.get("method", ""), seed=r.get("seed"), state="done" if run.is_done else "to do", image_steps=presented)
+        found[run.name] = run
     for r in recipes: add(r)
-    return pd.DataFrame(list(rows.values()), columns=["run", "stage", "method", "seed", "state", "image_steps"])
+    return list(found.values())
+
+def _presentations(r): return r["epochs"] * r["images_per_epoch"] if r.get("images_per_epoch") else None
 
 def make_runs(
     recipes: list[dict],
@@ -101,14 +108,8 @@ def make_runs(
     missing = [r for r in recipes if not Run(r).is_done]
     big = [r for r in missing if r["profile"] == "paper"]
     _print_commands(big)
-    order = {}
-    def add(r):
-        for needed in dependencies(r): add(needed)
-        order.setdefault(Run(r).name, r)
-    for r in missing:
-        if r not in big: add(r)
-    order = {name: r for name, r in order.items() if not Run(r).is_done}
-    with progress(total=len(order), desc=desc, unit="run") as bar: _compute(order, at_once(jobs), bar)
+    todo = [run for run in _in_order([r for r in missing if r not in big]) if not run.is_done]
+    with progress(total=len(todo), desc=desc, unit="run") as bar: _compute(todo, at_once(jobs), bar)
     return [Run(r) for r in recipes]
 
 # %% ../nbs/17_reproduce.ipynb #9c0faf53
@@ -119,28 +120,24 @@ def at_once(
 ) -> int:
     "How many trainings run at once."
     said = jobs if jobs is not None else os.environ.get("CION_NB_JOBS")
-    if said is None: return 1 if torch.cuda.is_available() else min(_cores(), 8)
+    if said is None: return 1 if torch.cuda.is_available() else min(processors(), 8)
     if not str(said).isdigit() or int(said) < 1: raise ValueError(f"jobs (CION_NB_JOBS) is {said!r}: a whole number of at least 1 is needed")
     return int(said)
 
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-def _presentations(r): return r["epochs"] * r["images_per_epoch"] if r.get("images_per_epoch") else float("inf")
-
-def _apart(r): return r["stage"] in ("pretrain", "finetune") and _presentations(r) >= WORTH_A_PROCESS
+def _apart(r): return r["stage"] in ("pretrain", "finetune") and (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
 
 # %% ../nbs/17_reproduce.ipynb #489fdc0d
 class _Child:
     "A run in a process of its own, with its own threads; ends when its parent does."
-    def __init__(self, recipe: dict, threads: int):
-        self.run, self.recipe = Run(recipe).request(), recipe
+    def __init__(self, run: Run, threads: int):
+        self.run = run.request()
         self.log = open(self.run.folder / "process.log", "w", encoding="utf-8")
         env = os.environ | dict(OMP_NUM_THREADS=str(threads), CION_NB_PROGRESS="0", CION_NB_RUNS=str(self.run.folder.parent))
         self.process = subprocess.Popen([sys.executable, "-m", "cion_nb.reproduce", "--recipe", str(self.run.folder / "recipe.json"), "--leash"],
                                         env=env, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
     def said(self):
-        seen = max((row.get("seen", 0) for row in self.run.read_log()[-1:]), default=0)
-        return f"{self.recipe['stage']} {self.recipe.get('method', '')} {seen / _presentations(self.recipe):.0%}"
+        total, seen = _presentations(self.run.recipe), max((row.get("seen", 0) for row in self.run.read_log()[-1:]), default=0)
+        return _kind(self.run) + (f" {seen / total:.0%}" if total else f" {seen:,} images")
     def ended(self) -> bool:
         "RuntimeError where it failed."
         if self.process.poll() is None: return False
@@ -155,26 +152,27 @@ class _Child:
         if self.process.poll() is None: self.process.terminate(); self.process.wait()
         self.close()
 
+def _kind(run): return f"{run.recipe['stage']} {run.recipe.get('method', '')}".strip()
+
 def _leave_with_parent():
     "The parent holds the other end of standard input: when it closes, this process is asked to checkpoint and leave."
     threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
 
 # %% ../nbs/17_reproduce.ipynb #79df4aba
 def _compute(
-    todo: dict[str, dict],   # name -> recipe, dependencies first; emptied
+    todo: list[Run],   # dependencies first; emptied
     jobs: int,
-    bar,                     # of progress, one step a run
+    bar,               # of progress, one step a run
 ):
     "Trainings beside one another, the rest here; after an error or an interruption no child is left."
-    n_apart = sum(map(_apart, todo.values()))
-    jobs = min(jobs, n_apart)
-    alone, beside = jobs < 2, []
-    def ready(apart): return [n for n, r in todo.items() if (_apart(r) and not alone) == apart and all(Run(needed).is_done for needed in dependencies(r))]
+    needs = {run.name: [Run(r) for r in dependencies(run.recipe)] for run in todo}      # once: naming a run reads what it depends on
+    jobs, beside = min(jobs, sum(_apart(run.recipe) for run in todo)), []
+    def ready(apart): return [run for run in todo if (_apart(run.recipe) and jobs > 1) == apart and all(n.is_done for n in needs[run.name])]
     try:
         while todo or beside:
-            for name in ready(True)[:jobs - len(beside)]: beside.append(_Child(todo.pop(name), max(1, _cores() // jobs)))
+            for run in ready(True)[:jobs - len(beside)]: todo.remove(run); beside.append(_Child(run, max(1, processors() // jobs)))
             if here := ready(False):
-                r = todo.pop(here[0]); bar.set_postfix_str(f"{r['stage']} {r.get('method', '')}"); make_run(r); bar.update(1)
+                todo.remove(here[0]); bar.set_postfix_str(_kind(here[0])); make_run(here[0].recipe); bar.update(1)
             elif beside: bar.set_postfix_str(", ".join(c.said() for c in beside)); time.sleep(.2)
             for child in [c for c in beside if c.ended()]: beside.remove(child); bar.update(1)
     finally:
@@ -183,15 +181,12 @@ def _compute(
 # %% ../nbs/17_reproduce.ipynb #ba4ee743
 def _print_commands(recipes):
     "The commands of missing runs, dependencies first and each once; data whose folder was not named is asked for."
-    ordered, unnamed = {}, set()
-    def add(r):
-        for needed in dependencies(r): add(needed)
-        if not Run(r).is_done: ordered.setdefault(Run(r).name, r)
-        if isinstance(r.get("data"), str) and not r["data"].endswith(".parquet") and not r.get("data_root"): unnamed.add(r["data"])
-    for r in recipes: add(r)
+    runs = _in_order(recipes)
+    unnamed = {r["data"] for r in (run.recipe for run in runs) if isinstance(r.get("data"), str) and not r["data"].endswith(".parquet") and not r.get("data_root")}
+    ordered = [run for run in runs if not run.is_done]
     if unnamed: print(f"the folder of {', '.join(sorted(unnamed))} was not named: pass it as a parameter (data_root, pretrain_root, annotation); the commands below lack it")
     if ordered: print("to compute on a cluster, in this order:")
-    for r in ordered.values(): print(f"  {Run(r).request().command}")
+    for run in ordered: print(f"  {run.request().command}")
 
 # %% ../nbs/17_reproduce.ipynb #d97314e8
 def frozen_features(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPES', 'METHODS', 'PACKAGES', 'INPUTS', 'UNHASHED', 'project_root', 'resolve', 'runs_dir', 'atomic',
-           'write_json', 'read_json', 'progress', 'fingerprint', 'recipe', 'table5', 'environment', 'git_commit',
-           'is_main_process', 'MissingRun', 'dependencies', 'run_hash', 'Run', 'recipe_from_arguments',
+           'write_json', 'read_json', 'progress', 'fingerprint', 'recipe', 'table5', 'processors', 'environment',
+           'git_commit', 'is_main_process', 'MissingRun', 'dependencies', 'run_hash', 'Run', 'recipe_from_arguments',
            'run_from_arguments', 'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
@@ -252,6 +252,10 @@ def table5() -> "pd.DataFrame":
     return pd.read_csv(path)
 
 # %% ../nbs/01_runs.ipynb #1bae7ee8
+def processors() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "pandas", "scikit-learn", "pillow", "onnxruntime", "trackers")
 
 def environment() -> dict:

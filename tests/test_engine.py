@@ -266,13 +266,12 @@ def test_two_gpus(tmp_path):
     assert torch.equal(ends(tmp_path, 0)["teacher"]["1.running_mean"], ends(tmp_path, 1)["teacher"]["1.running_mean"])
 
 
-@pytest.mark.parametrize("arch", ["fastvit_s12"])
-def test_channels_last_damages_no_memory(arch):
-    "oneDNN issue 6035: the gradient of FastViT's stem wrote past its buffer. glibc's check makes that an abort."
+def test_channels_last_damages_no_memory():
+    "oneDNN issue 6035: the gradient of FastViT's stem wrote past its buffer; without `to_channels_last` this process dies at its next allocation."
     code = ("import torch; torch.set_num_threads(1)\n"
             "from cion_nb.backbones import create_backbone\nfrom cion_nb.engine import to_channels_last\n"
-            f"m = to_channels_last(create_backbone({arch!r}, (256, 128)).train())\n"
+            "m = to_channels_last(create_backbone('fastvit_s12', (256, 128)).train())\n"
             "for _ in range(2): m(torch.randn(2, 3, 256, 128).to(memory_format=torch.channels_last)).square().mean().backward()\n"
             "print(sum(float(p.grad.abs().sum()) for p in m.parameters() if p.grad is not None) > 0)")
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(MALLOC_CHECK_="3"), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr[-500:]

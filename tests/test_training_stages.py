@@ -19,6 +19,7 @@ from cion_nb.reproduce import STAGES, make_run, make_runs, plan
 from cion_nb.runs import METHODS, MissingRun, Run, recipe, table5
 from cion_nb.samples import make_samples, read_samples, write_samples
 from cion_nb.views import normalise
+from test_backbones import rounding
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(epochs=2, images_per_epoch=48, batch_size=24, n_id_epochs=[0, 1], n_id=[2, 4], n_local=1, out_dim=32, head_hidden=32, head_bottleneck=16, queue=48, precision="fp32", channels_last=False)
@@ -480,7 +481,7 @@ def test_a_backbone_goes_the_whole_road(people, runs, arch, tmp_path):
     run = finetune(recipe("finetune", "tiny", data=str(people), weights=pre.recipe, backbone=arch, image_size=size, epochs=1, images_per_epoch=8, batch_size=8, k=2, warmup_epochs=0, precision="fp32"))
     assert run.result["matched"] == sum("num_batches" not in k for k in load_backbone(pre.folder / "backbone.safetensors").state_dict()) and np.isfinite(run.result["mAP"])
     tuned = load_finetuned(run.folder)
-    report = export_onnx(tuned, tmp_path / "m.onnx", tolerance=.5)   # after a step RepViT's features hardly differ between images: what counts is below
+    report = export_onnx(tuned, tmp_path / "m.onnx", tolerance=max(1e-3, 20 * rounding(tuned, size)))      # after a step features hardly differ between images, least of all RepViT's
     x = torch.randint(0, 256, (3, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     with torch.inference_mode(): want = tuned(normalise(x, tuned.input))
     torch.testing.assert_close(F.normalize(OnnxModel(tmp_path / "m.onnx", report.input)(x.float())), F.normalize(want), atol=1e-4, rtol=0)
