@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'FAMILIES', 'InputSpec', 'Architecture', 'list_backbones', 'IBN', 'ConvStem', 'Family',
-           'create_backbone', 'count_gflops', 'LoadReport', 'load_backbone_weights', 'load_imagenet_weights',
-           'save_backbone', 'load_backbone', 'ExportReport', 'export_onnx', 'export_torchscript']
+           'architecture', 'create_backbone', 'count_gflops', 'LoadReport', 'load_backbone_weights',
+           'load_imagenet_weights', 'save_backbone', 'load_backbone', 'ExportReport', 'export_onnx',
+           'export_torchscript']
 
 # %% ../nbs/04_backbones.ipynb #7e4e7b18
 import copy, difflib, json, math, re, warnings
@@ -86,8 +87,8 @@ standard_vit_small vit        vit_small_patch16_224         384 21639552  2.936 
 standard_vit_base vit        vit_base_patch16_224          768 85746432 11.351 0
 resnet101         resnet     resnet101                    2048 42500160  6.501 1
 resnet101_ibn     resnet_ibn resnet101                    2048 42500160  6.503 1
-resnet10_tiny     resnet     resnet10t                     256  1246336  0.316 1
-resnet10_tiny_ibn resnet_ibn resnet10t                     256  1246336  0.316 1
+resnet10_tiny     resnet     resnet10t                     256  1227936  0.235 1
+resnet10_tiny_ibn resnet_ibn resnet10t                     256  1227936  0.235 1
 """
 
 @dataclass(frozen=True)
@@ -151,10 +152,17 @@ def _last_stride_1(model: nn.Module) -> None:
     block.stride = 1
     model.feature_info[-1]["reduction"] = 16
 
+def _tiny(**kw):
+    "A ResNet of four basic blocks, 32 to 256 channels, whose stem is narrow too: at this size timm's 64 channels are a third of a step."
+    model = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), **kw)
+    block, narrow = model.layer1[0], lambda inside, kernel, stride: nn.Conv2d(inside, 32, kernel, stride, kernel // 2, bias=False)
+    model.conv1, model.bn1, block.conv1, block.downsample = narrow(3, 5, 2), nn.BatchNorm2d(32), narrow(32, 3, 1), None
+    model.init_weights(zero_init_last=kw["zero_init_last"])
+    return model
+
 def _resnet(arch, image_size, **kw):
     kw |= dict(num_classes=0, zero_init_last=False)
-    model = timm.create_model(arch.timm, **kw) if arch.in_paper else timm.models.resnet.ResNet(
-        timm.models.resnet.BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), **kw)
+    model = timm.create_model(arch.timm, **kw) if arch.in_paper else _tiny(**kw)
     _last_stride_1(model)
     if arch.family == "resnet_ibn": _use_ibn(model)
     return model
@@ -251,7 +259,7 @@ FAMILIES: dict[str, Family] = dict(
     vit=Family(_vit, multiple=16), swin=Family(_swin, multiple=4, drop_path=0.1))
 
 # %% ../nbs/04_backbones.ipynb #3f7c54ab
-def _architecture(name: str) -> Architecture:
+def architecture(name: str) -> Architecture:
     if name in ARCHITECTURES: return ARCHITECTURES[name]
     close = difflib.get_close_matches(str(name).lower().replace("-", "_"), ARCHITECTURES, n=4, cutoff=0.5)
     raise ValueError(f"no backbone {name!r}; " + (f"close: {', '.join(close)}" if close else "see list_backbones()"))
@@ -273,7 +281,7 @@ def create_backbone(
     drop_path: float | None = None,        # stochastic depth; None = the released definition's (0.1 for Swin, else 0)
 ) -> nn.Module:                            # (n, 3, h, w) -> (n, D); has .name, .embed_dim, .input, .weights
     "A backbone of the zoo by name. ValueError for an unknown name, a size it cannot take, or weights that do not fit."
-    arch, kw = _architecture(name), {}
+    arch, kw = architecture(name), {}
     family, size = FAMILIES[arch.family], _check_size(arch, image_size)
     if drop_path and family.drop_path is None: raise ValueError(f"{arch.family} has no drop path; leave drop_path at None")
     if family.drop_path is not None: kw["drop_path_rate"] = family.drop_path if drop_path is None else drop_path
@@ -403,7 +411,7 @@ def _from_pass(
 def _takes_up(model: nn.Module, name: str, value: Tensor) -> bool:
     "Whether `model` can grow by this entry."
     if name == "reg_token": return isinstance(model, _ViT) and value.ndim == 3 and value.shape[::2] == (1, model.embed_dim)
-    return (_architecture(model.name).family == "swin" and re.fullmatch(r"layers\.[123]\.downsample\.reduction\.bias", name) is not None
+    return (architecture(model.name).family == "swin" and re.fullmatch(r"layers\.[123]\.downsample\.reduction\.bias", name) is not None
             and len(value) == model.get_submodule(name[:-5]).out_features)
 
 def _grow(model: nn.Module, name: str, value: Tensor) -> None:
@@ -557,7 +565,7 @@ def load_backbone_weights(
     for place, tensors in _tensor_tables(file):
         for prefix in _prefixes(tensors, least=len(model.state_dict()) // 10):
             if part is not None and part not in (*place, *prefix.split(".")): continue
-            for names, rename in _renamings(_architecture(model.name)).items():
+            for names, rename in _renamings(architecture(model.name)).items():
                 report = LoadReport(source, place, prefix, names=names)
                 found = _match(model, tensors, rename, semantic, report)
                 rank = (len(found), -_preference(place, prefix), -len(report.unexpected))
@@ -585,7 +593,7 @@ def load_imagenet_weights(
     model: nn.Module, # from `create_backbone`; changed in place
 ) -> LoadReport:
     "timm's default supervised weights, fetched on first use; `model.weights` keeps their tag and `model.input` their normalisation."
-    arch = _architecture(model.name)
+    arch = architecture(model.name)
     config = timm.get_pretrained_cfg(arch.timm, allow_unregistered=True) if not arch.name.startswith("resnet10_tiny") else None
     plain = f"standard_{arch.name}" if f"standard_{arch.name}" in ARCHITECTURES else None
     if plain or arch.family in ("repvit", "resnet_ibn") or not (config and config.has_weights):

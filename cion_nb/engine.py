@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['warmup_cosine', 'budget', 'precision', 'has_fast_bf16', 'Task', 'Position', 'batches', 'Loaded', 'loader',
-           'not_finite', 'save_checkpoint', 'last_checkpoint', 'is_strict', 'load_checkpoint', 'Preempted',
-           'checkpoint_activations', 'synchronise_batchnorm', 'adamw', 'to_channels_last', 'make_accelerator', 'fit']
+           'not_finite', 'save_checkpoint', 'last_checkpoint', 'damage', 'set_aside_damaged', 'is_strict',
+           'load_checkpoint', 'Preempted', 'checkpoint_activations', 'synchronise_batchnorm', 'adamw',
+           'to_channels_last', 'make_accelerator', 'fit']
 
 # %% ../nbs/11_engine.ipynb #1a4a174f
-import os, random, shutil, signal, socket, sys, threading, time, warnings
+import os, random, shutil, signal, socket, sys, threading, time, warnings, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ def budget(
         if not recipe[name] > 0: raise ValueError(f"{name}={recipe[name]}: must be positive")
     if accumulate < 1 or batch % accumulate: raise ValueError(f"accumulate={accumulate}: must divide batch_size={batch}, which counts the images of a whole step")
     if n_images < 1: raise ValueError("the training set is empty: no image is left to learn from")
-    return max(1, round(recipe["epochs"] * (recipe["images_per_epoch"] or n_images) / batch)) * batch
+    wanted = recipe["epochs"] * (recipe["images_per_epoch"] or n_images)
+    if wanted < batch: raise ValueError(f"batch_size={batch} is more than the {wanted:g} presentations of the whole run ({recipe['epochs']} epochs of {recipe['images_per_epoch'] or n_images} images): use a smaller batch_size, or more epochs or images_per_epoch")
+    return round(wanted / batch) * batch
 
 def precision(
     wanted: str,  # "auto", "fp32", "bf16" or "fp16"
@@ -218,8 +221,27 @@ def _sync(folder):
     if hasattr(os, "O_DIRECTORY"): fd = os.open(folder, os.O_DIRECTORY); os.fsync(fd); os.close(fd)
 
 def last_checkpoint(run: Run) -> Path | None:
-    "The newest whole checkpoint of a run."
+    "The newest checkpoint of a run."
     return max((run.folder / "checkpoints").glob("seen-*"), default=None)
+
+def damage(folder: Path) -> str | None:
+    "What is wrong with a checkpoint's files, by the checksums inside them; None where they are whole."
+    if not (folder / "state.pt").exists(): return "state.pt is missing"
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            with zipfile.ZipFile(path) as f: torn = f.testzip()
+        except (zipfile.BadZipFile, OSError) as e: return f"{path.name}: {e}"
+        if torn: return f"{path.name}: {torn} does not match its checksum"
+
+def set_aside_damaged(run: Run) -> list[str]:
+    "Rename damaged checkpoints, the newest ones, to `damaged-…`, so that the run goes on from the newest whole one (or from the start). What to tell the user, a line each."
+    said = []
+    while (folder := last_checkpoint(run)) and (wrong := damage(folder)):
+        kept = folder.with_name("damaged-" + folder.name)
+        if kept.exists(): shutil.rmtree(kept)
+        folder.rename(kept)
+        said.append(f"checkpoint {kept} is damaged ({wrong}) and was not used")
+    return said
 
 # %% ../nbs/11_engine.ipynb #b385d37e
 def is_strict() -> bool:
@@ -368,10 +390,11 @@ def _set_up(task, run, strict):
         model = torch.compile(model)
         if "teacher" in task.modules: task.modules["teacher"].compile()
     _seed(r["seed"] + 1 + accelerator.process_index)
-    folder, at = _agreed_checkpoint(run, accelerator), Position()
+    (folder, said), at = _agreed_checkpoint(run, accelerator), Position()
     if folder:
         at, carried = load_checkpoint(task, folder, accelerator, strict)
         carried["resumed"] += 1
+    carried["notes"] += said
     if task.images is not None: carried["unreadable"] |= {int(row): reason for row, reason in task.images.reasons.items()}
     if accelerator.is_main_process:
         for note in carried["notes"]: warnings.warn(f"{run.name}: {note}", stacklevel=3)
@@ -381,17 +404,18 @@ def _set_up(task, run, strict):
 def _seed(seed): random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 def _agreed_checkpoint(run, accelerator):
-    "The newest checkpoint that the main process sees, or None: every rank goes on from the same one."
+    "The newest whole checkpoint that the main process sees, or None: every rank goes on from the same one; and what was wrong with newer ones."
     from accelerate.utils import broadcast_object_list
-    folder = run.folder / "checkpoints"
+    folder, said = run.folder / "checkpoints", []
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob("writing-*"): shutil.rmtree(torn, ignore_errors=True)      # of a run that was killed while it wrote
+        said = set_aside_damaged(run)
     name = [getattr(last_checkpoint(run), "name", None)]
     if accelerator.num_processes > 1: broadcast_object_list(name)
     if not folder.exists() or name[0] and not (folder / name[0]).exists():
         raise FileNotFoundError(f"process {accelerator.process_index} on {socket.gethostname()} does not see {folder / (name[0] or '')}: all nodes need one file system for the runs; name a folder on it: CION_NB_RUNS=/shared/runs")
-    return folder / name[0] if name[0] else None
+    return folder / name[0] if name[0] else None, said
 
 # %% ../nbs/11_engine.ipynb #d154e18c
 def fit(
@@ -466,7 +490,7 @@ def _broken(task, run, at, loss, bad, rows, before, accelerator):
     what = f"{bad} is not finite after the update" if bad and not before else f"the loss is {told[0]['loss']}"
     return (f"{run.name}: {what} in the batch that ends at image {at.seen:,} (pass {at.n_pass}, batch {at.advance}"
             + (f"; {bad} is not finite since the batch before: " if before else "): ") + f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}{')' if before else ''} "
-            f"(all in {run.folder / 'broken.json'}); the last good checkpoint stays in {run.folder / 'checkpoints'}: lower lr or use precision='fp32'")
+            f"(all in {run.folder / 'broken.json'}); {f'the last good checkpoint stays: {good}' if (good := last_checkpoint(run)) else 'no checkpoint was written before it'}: lower lr or use precision='fp32'")
 
 # %% ../nbs/11_engine.ipynb #67ef38cf
 def _gradients(task, model, accelerator, stream, accumulate):

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .backbones import create_backbone, load_backbone, load_backbone_weights, save_backbone
+from .backbones import architecture, create_backbone, load_backbone, load_backbone_weights, save_backbone
 from .engine import Task, fit, to_channels_last
 from .evaluate import evaluate
 from .features import extract, read_data
@@ -171,6 +171,7 @@ def finetune(
     recipe: dict,   # as `recipe("finetune", ...)` wrote it; the run in `weights` must be done
 ) -> Run:           # holds `backbone.safetensors`, test features, log, and `result.json` with mAP, rank-1, mINP
     "Fine-tune on the train split and test on query and gallery. The last epoch counts: no model is chosen by its test score."
+    architecture(recipe["backbone"])
     run = Run(recipe)
     with run.computing() as todo:
         if not todo: return run

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from .backbones import create_backbone, save_backbone
+from .backbones import architecture, create_backbone, save_backbone
 from .denoise import Denoised
 from .distill import (ALARMS, CollapseWatch, ContrastHead, IdentityGuidedLoss, InfoNCELoss, MultiViewModel, ProjectionHead, clip_gradients_,
                              feature_rank, freeze_last_layer, param_groups, update_teacher)
@@ -61,6 +61,9 @@ class Pretraining(Task):
     "Images, views and identity batches of a pre-training recipe; subclasses add networks and loss."
     def __init__(self, r: dict):
         self.recipe = r
+        for name in ("ema", "moco_momentum", "centre_momentum"):
+            if not all(0 <= m <= 1 for m in np.atleast_1d(r[name])): raise ValueError(f"{name}={r[name]}: a momentum is between 0 and 1")
+        id_curriculum(0, r["epochs"], r["n_id"], r["n_id_epochs"])
         samples, root = read_data(r, "tracklets")
         labels = keep_share(identity_labels(samples, r["identities"]), r["data_share"], r["seed"])
         kept = labels >= 0
@@ -199,6 +202,7 @@ def pretrain(
     recipe: dict,   # as `recipe("pretrain", ...)` wrote it; runs that it depends on must be done
 ) -> Run:           # holds `backbone.safetensors` with its card, the log, checkpoints and `result.json`
     "Pre-train a backbone; reuses a finished run of the same recipe and resumes an interrupted one."
+    architecture(recipe["backbone"])              # a mistyped one is told before the data are asked for
     run = WatchedRun(recipe)
     with run.computing() as todo:
         if not todo: return run
@@ -216,9 +220,12 @@ if __name__ == "__main__" and "__file__" in globals(): run_from_arguments("pretr
 
 # %% ../nbs/13_pretrain.ipynb #853a60cd
 def equal_budget(
-    runs: list,         # finished pre-training runs that a table compares
+    runs: list,         # finished pre-training runs (not recipes) that a table compares
 ) -> pd.DataFrame:      # a row a run
-    "Assert that runs had the same data, network, image size, batch and presentations; what else they cost. ValueError that names the first that differs."
+    "Assert that runs had the same data, network, image size, batch and presentations; what else they cost. ValueError that names the first that differs, or where there is none."
+    if not runs: raise ValueError("equal_budget needs at least one run")
+    for run in runs:
+        if not isinstance(run, Run): raise TypeError(f"equal_budget compares finished runs, not {type(run).__name__}s: make_runs(recipes) returns them")
     same = ("data", "data_root", "annotation", "backbone", "image_size", "batch_size", "epochs", "images_per_epoch")
     rows = []
     for run in runs:

@@ -8,7 +8,7 @@ __all__ = ['DENOISING', 'STAGES', 'WORTH_A_PROCESS', 'TITLES', 'EMBEDDED', 'worl
            'check_names', 'run_notebook', 'reproduce', 'main']
 
 # %% ../nbs/17_reproduce.ipynb #80ac2253
-import argparse, json, os, shutil, signal, subprocess, sys, threading, time
+import argparse, json, os, queue, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from .finetune import finetune, load_finetuned
 from .pedestrians import make_world, render
 from .pretrain import pretrain
 from .report import report_folder, write_index
-from .runs import PROFILES, Run, atomic, dependencies, processors, progress, project_root, read_json, recipe, resolve, write_json
+from .runs import PROFILES, BusyRun, Run, atomic, dependencies, processors, progress, project_root, read_json, recipe, resolve, write_json
 from .samples import write_samples
 
 # %% ../nbs/17_reproduce.ipynb #3b6671ed
@@ -127,36 +127,49 @@ def at_once(
 def _apart(r): return r["stage"] in ("pretrain", "finetune") and (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
 
 # %% ../nbs/17_reproduce.ipynb #489fdc0d
-class _Child:
-    "A run in a process of its own, with its own threads; ends when its parent does."
+class _Worker:
+    "A process with its own threads that computes one run after another; ends when its parent does."
     def __init__(self, run: Run, threads: int):
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), CION_NB_PROGRESS="0", CION_NB_RUNS=str(run.folder.parent))
+        with open(run.request().folder / "process.log", "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen([sys.executable, "-m", "cion_nb.reproduce", "--serve", str(run.folder.parent)],
+                                            env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        self.compute(run)
+    def compute(self, run: Run):
         self.run = run.request()
-        self.log = open(self.run.folder / "process.log", "w", encoding="utf-8")
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), CION_NB_PROGRESS="0", CION_NB_RUNS=str(self.run.folder.parent))
-        self.process = subprocess.Popen([sys.executable, "-m", "cion_nb.reproduce", "--recipe", str(self.run.folder / "recipe.json"), "--leash"],
-                                        env=env, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        try: print(run.name, file=self.process.stdin, flush=True)
+        except BrokenPipeError: pass                                    # it died, which `ended` will say
     def said(self):
         total, seen = _presentations(self.run.recipe), max((row.get("seen", 0) for row in self.run.read_log()[-1:]), default=0)
         return _kind(self.run) + (f" {seen / total:.0%}" if total else f" {seen:,} images")
     def ended(self) -> bool:
-        "RuntimeError where it failed."
-        if self.process.poll() is None: return False
-        self.close()
-        if self.process.returncode or not self.run.is_done:
-            lines = (self.run.folder / "process.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise RuntimeError(f"run {self.run.name} failed (exit code {self.process.returncode}): {lines[-1] if lines else 'it said nothing'} (the whole of it: {self.run.folder / 'process.log'})")
-        return True
-    def close(self): self.process.stdin.close(); self.log.close()
+        "Whether its run is done. RuntimeError where it failed."
+        gone = self.process.poll() is not None
+        if self.run.is_done: return True
+        if not gone: return False
+        log = self.run.folder / "process.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise RuntimeError(f"run {self.run.name} failed (exit code {self.process.returncode}): {lines[-1] if lines else 'it said nothing'} (the whole of it: {log})")
     def stop(self):
         "Checkpoint and leave."
-        if self.process.poll() is None: self.process.terminate(); self.process.wait()
-        self.close()
+        self.process.terminate(); self.process.wait()
+        try: self.process.stdin.close()
+        except BrokenPipeError: pass
 
 def _kind(run): return f"{run.recipe['stage']} {run.recipe.get('method', '')}".strip()
 
-def _leave_with_parent():
-    "The parent holds the other end of standard input: when it closes, this process is asked to checkpoint and leave."
-    threading.Thread(target=lambda: (os.read(0, 1), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+def _serve(folder: Path):
+    "Compute the runs whose names come in on standard input, one after another; when that closes, the parent is gone: checkpoint and leave."
+    asked = queue.SimpleQueue()
+    def listen():
+        for line in sys.stdin: asked.put(line.strip())
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        run = folder / asked.get()
+        with open(run / "process.log", "a", encoding="utf-8") as log: os.dup2(log.fileno(), 1); os.dup2(log.fileno(), 2)
+        make_run(read_json(run / "recipe.json"))
+        sys.stdout.flush(); sys.stderr.flush()
 
 # %% ../nbs/17_reproduce.ipynb #79df4aba
 def _compute(
@@ -164,19 +177,24 @@ def _compute(
     jobs: int,
     bar,               # of progress, one step a run
 ):
-    "Trainings beside one another, the rest here; after an error or an interruption no child is left."
+    "Trainings beside one another, the rest here; after an error or an interruption no process is left."
     needs = {run.name: [Run(r) for r in dependencies(run.recipe)] for run in todo}      # once: naming a run reads what it depends on
-    jobs, beside = min(jobs, sum(_apart(run.recipe) for run in todo)), []
+    jobs, workers = min(jobs, sum(_apart(run.recipe) for run in todo)), []
     def ready(apart): return [run for run in todo if (_apart(run.recipe) and jobs > 1) == apart and all(n.is_done for n in needs[run.name])]
     try:
-        while todo or beside:
-            for run in ready(True)[:jobs - len(beside)]: todo.remove(run); beside.append(_Child(run, max(1, processors() // jobs)))
+        while todo or any(w.run for w in workers):
+            for run in ready(True)[:jobs - sum(bool(w.run) for w in workers)]:
+                todo.remove(run)
+                if free := next((w for w in workers if not w.run), None): free.compute(run)
+                else: workers.append(_Worker(run, max(1, processors() // jobs)))
+            busy = [w for w in workers if w.run]
             if here := ready(False):
                 todo.remove(here[0]); bar.set_postfix_str(_kind(here[0])); make_run(here[0].recipe); bar.update(1)
-            elif beside: bar.set_postfix_str(", ".join(c.said() for c in beside)); time.sleep(.2)
-            for child in [c for c in beside if c.ended()]: beside.remove(child); bar.update(1)
+            elif busy: bar.set_postfix_str(", ".join(w.said() for w in busy)); time.sleep(.2)
+            for worker in busy:
+                if worker.ended(): worker.run = None; bar.update(1)
     finally:
-        for child in beside: child.stop()
+        for worker in workers: worker.stop()
 
 # %% ../nbs/17_reproduce.ipynb #ba4ee743
 def _print_commands(recipes):
@@ -304,16 +322,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="run these only, e.g. table4")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a papermill parameter, e.g. -p seeds 5")
     parser.add_argument("--recipe", help="compute the run of this recipe.json and what it depends on, then stop")
-    parser.add_argument("--leash", action="store_true", help="with --recipe: checkpoint and leave when standard input closes")
+    parser.add_argument("--serve", metavar="FOLDER", type=Path, help="compute runs of this folder whose names come in on standard input, until it closes")
     args = parser.parse_args(argv)
     try:
+        if args.serve: _serve(args.serve)
         if args.recipe:
-            if args.leash: _leave_with_parent()
             run = make_run(read_json(args.recipe))
             print(json.dumps(run.result, indent=1), run.folder, sep="\n")
             return 0
         entries = reproduce(args.profile, args.only, **{name: _value(value) for name, value in args.p})
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, LookupError, OSError, BusyRun) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 1 if any(e["error"] for e in entries) else 0

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPES', 'METHODS', 'PACKAGES', 'INPUTS', 'UNHASHED', 'project_root', 'resolve', 'runs_dir', 'atomic',
            'write_json', 'read_json', 'progress', 'fingerprint', 'recipe', 'table5', 'processors', 'environment',
-           'git_commit', 'is_main_process', 'MissingRun', 'dependencies', 'run_hash', 'Run', 'recipe_from_arguments',
-           'run_from_arguments', 'check_parameters']
+           'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies', 'run_hash', 'Run',
+           'recipe_from_arguments', 'run_from_arguments', 'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
 import ast, copy, difflib, hashlib, json, os, platform, subprocess, sys, time
@@ -294,6 +294,9 @@ UNHASHED = ("workers", "checkpoint_minutes", "keep_checkpoints", "trackers")   #
 class MissingRun(LookupError):
     "A run that another one needs has not been computed."
 
+class BusyRun(RuntimeError):
+    "A run is being computed by another process."
+
 def dependencies(
     recipe: dict,
 ) -> list[dict]:  # the recipes nested directly in it
@@ -349,7 +352,9 @@ class Run:
 
     def request(self) -> "Run":
         "Write the recipe into the run's folder, so that a command can name it."
-        if not (self.folder / "recipe.json").exists(): write_json(self.folder / "recipe.json", self.recipe)
+        try:
+            if not (self.folder / "recipe.json").exists(): write_json(self.folder / "recipe.json", self.recipe)
+        except OSError as e: raise type(e)(e.errno, f"runs cannot be written to {self.folder.parent} ({e.strerror}); name another folder in the environment: CION_NB_RUNS=/path/to/runs") from None
         return self
 
     @contextmanager
@@ -362,7 +367,7 @@ class Run:
         self.request()
         lock = FileLock(self.folder / ".run.lock", timeout=wait)
         try: lock.acquire()
-        except Timeout: raise RuntimeError(f"run {self.name} is being computed by another process (lock {self.folder / '.run.lock'}); wait for it or stop that process") from None
+        except Timeout: raise BusyRun(f"run {self.name} is being computed by another process (lock {self.folder / '.run.lock'}); wait for it or stop that process") from None
         try:
             if not self.is_done: write_json(self.folder / "environment.json", environment())
             self._started = time.time()
@@ -422,7 +427,7 @@ def run_from_arguments(
 ) -> None:
     "A stage as a command: prints the run's folder; what is wrong goes to stderr in one line, with exit code 2."
     try: run = function(recipe_from_arguments(stage))
-    except (ValueError, LookupError, OSError) as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except (ValueError, LookupError, OSError, BusyRun) as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     if is_main_process(): print(run.folder)
 
 # %% ../nbs/01_runs.ipynb #fb146537

@@ -664,5 +664,5 @@ def id_curriculum(
     of: float = 100,
 ) -> int:
     "Images an identity at this epoch."
-    if len(values) != len(at) or at[0] != 0 or list(at) != sorted(at): raise ValueError(f"values {values} at epochs {at}: one rising epoch a value, the first 0")
+    if not len(values) == len(at) == len(set(at)) or at[0] != 0 or list(at) != sorted(at): raise ValueError(f"n_id {values} at epochs {at}: one rising epoch a value, the first 0")
     return [v for v, a in zip(values, at) if epoch * of >= a * total_epochs][-1]

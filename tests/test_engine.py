@@ -109,6 +109,7 @@ def test_nan_stops_names_its_batch_and_keeps_the_last_good_state(tmp_path, monke
     assert word in str(said.value)
     last = last_checkpoint(run)
     assert last is None if minutes else last.name == "seen-000000000320"
+    assert ("no checkpoint was written before it" if minutes else f"the last good checkpoint stays: {last}") in str(said.value)
     rows = next(rows for at, rows in batches(Job(), 960, Position()) if at.seen == 336)
     assert json.loads((tmp_path / "broken.json").read_text())["ranks"][0]["images"] == [str(r) for r in rows], "the batch that did it, in every case"
     if last: assert all(torch.isfinite(v).all() for v in torch.load(last / "state.pt", weights_only=True)["modules"]["model"].values())
@@ -128,6 +129,32 @@ def test_half_written_checkpoint_is_ignored(tmp_path, through):
     torn.mkdir(); (torn / "state.pt").write_bytes(b"half")
     job(tmp_path)
     assert_same(ends(tmp_path), through)
+
+
+def bad_disk(path, how):
+    "What can happen to a file between two starts."
+    data = bytearray(path.read_bytes())
+    if how == "flipped": data[len(data) // 3] ^= 0x10                     # one bit, which loads without complaint
+    path.write_bytes(data[:len(data) // 2] if how == "cut" else b"" if how == "empty" else data)
+    if how == "gone": path.unlink()
+
+
+@pytest.mark.parametrize("how,file", [("cut", "state.pt"), ("flipped", "state.pt"), ("gone", "state.pt"), ("empty", "rank-0.pt"), ("flipped", "rank-0.pt")])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, through, how, file):
+    assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
+    newest = last_checkpoint(RUN(tmp_path))
+    bad_disk(newest / file, how)
+    report = said(job(tmp_path))
+    assert_same(ends(tmp_path), through)
+    assert report["resumed"] == 1 and f"damaged-{newest.name} is damaged ({file}" in report["notes"][0] and not newest.with_name("damaged-" + newest.name).match("seen-*")
+
+
+def test_where_every_checkpoint_is_damaged_the_run_starts_anew(tmp_path, through):
+    assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
+    for folder in (tmp_path / "checkpoints").glob("seen-*"): bad_disk(folder / "state.pt", "cut")
+    report = said(job(tmp_path))
+    assert_same(ends(tmp_path), through)
+    assert report["resumed"] == 0 and len(report["notes"]) == 2
 
 
 def test_checkpoints_hold_no_code(through_folder):
@@ -158,6 +185,12 @@ def test_every_position_can_be_resumed(batch, changes):
 def test_empty_pass_is_an_error_not_a_loop():
     with pytest.raises(ValueError, match="gives no batch"): list(batches(Plan(51, ()), 100, Position()))
     with pytest.raises(ValueError, match="empty"): budget(dict(epochs=1, images_per_epoch=None, batch_size=4), 0)
+
+
+def test_a_batch_larger_than_the_whole_budget_is_refused():
+    plan = dict(epochs=2, images_per_epoch=96, batch_size=300)
+    with pytest.raises(ValueError, match="batch_size=300 is more than the 192 presentations"): budget(plan, 1000)
+    assert budget(plan | dict(batch_size=192), 1000) == 192 and budget(plan | dict(batch_size=100), 1000) == 200, "whole batches, the nearest number of them"
 
 
 class Toy(Task):

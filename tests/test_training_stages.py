@@ -205,6 +205,11 @@ def test_the_exported_backbone_is_the_last_teacher(people, runs):
 def test_a_batch_that_a_later_phase_would_cut_is_refused_at_the_start(people, runs):
     with pytest.raises(ValueError, match="not a multiple of n_id=5"): pretrain(asked(people, n_id=[2, 5]))
     with pytest.raises(ValueError, match="choose 'step'"): pretrain(asked(people, teacher="steps"))
+    for changes in (dict(ema=[1.5, 2.]), dict(moco_momentum=-.1), dict(centre_momentum=9.)):
+        with pytest.raises(ValueError, match="a momentum is between 0 and 1"): pretrain(asked(people, **changes))
+    for at in ([0, 0], [1, 2], [0], [0, -1]):
+        with pytest.raises(ValueError, match="one rising epoch a value"): pretrain(asked(people, n_id_epochs=at))
+    with pytest.raises(ValueError, match="batch_size=144 is more than the 96 presentations"): pretrain(asked(people, batch_size=144))
 
 
 def test_equal_budget_is_asserted(people, runs):
@@ -214,6 +219,8 @@ def test_equal_budget_is_asserted(people, runs):
     assert table.views.tolist() == [2, 3] and table.view_passes.tolist() == [192, 288] and (table.seconds > 0).all()
     with pytest.raises(ValueError, match="dino.*has epochs=1"): equal_budget([*done, pretrain(asked(people, "dino", epochs=1))])
     with pytest.raises(MissingRun): equal_budget([Run(asked(people, "dino"))])
+    with pytest.raises(ValueError, match="at least one run"): equal_budget([])
+    with pytest.raises(TypeError, match="make_runs"): equal_budget([asked(people, "dino")])
 
 
 SHORT = dict(epochs=10, images_per_epoch=24, batch_size=8, n_id=[2], n_id_epochs=[0], warmup_epochs=0)     # 30 steps, 3 log rows
@@ -279,6 +286,21 @@ def test_killed_pretraining_resumes_to_the_same_bits(people, runs, tmp_path):
     own = subprocess.run([sys.executable, "-m", "cion_nb.pretrain", "--recipe", str(file)], env=env | dict(CION_NB_RUNS=str(tmp_path / "third")), capture_output=True, text=True, timeout=240)
     assert own.returncode == 0, own.stderr[-2000:]
     assert (folder / "backbone.safetensors").read_bytes() == (tmp_path / "third" / through.name / "backbone.safetensors").read_bytes()
+
+
+def command(tmp_path, r, **env):
+    file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
+    return subprocess.run([sys.executable, "-m", "cion_nb.pretrain", "--recipe", str(file)], env=os.environ | env, capture_output=True, text=True, timeout=240)
+
+
+def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path):
+    "A busy run, a folder that cannot be written to, and a mistyped network before missing data."
+    def last_line(p): assert p.returncode == 2 and "Traceback" not in p.stderr, p.stderr; return p.stderr.strip().splitlines()[-1]
+    r = asked(people, seed=17)
+    with Run(r).computing(): assert "is being computed by another process" in last_line(command(tmp_path, r))
+    (tmp_path / "file").write_text("not a folder")
+    assert "CION_NB_RUNS=" in last_line(command(tmp_path, r, CION_NB_RUNS=str(tmp_path / "file")))
+    assert "resnet50_ibn" in last_line(command(tmp_path, recipe("pretrain", "tiny", backbone="resnet50_ibm")))
 
 
 def test_two_processes(people, runs, tmp_path):
