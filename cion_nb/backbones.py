@@ -11,6 +11,7 @@ __all__ = ['ARCHITECTURES', 'FAMILIES', 'InputSpec', 'Architecture', 'list_backb
 # %% ../nbs/04_backbones.ipynb #7e4e7b18
 import copy, difflib, json, math, re, warnings
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Mapping
 
@@ -176,15 +177,16 @@ class ConvStem(nn.Module):
         patch_size=16,       # fixed: 2 (first convolution) x 8 (last)
         in_chans=3,
         embed_dim=768,       # D
+        stride=8,            # of the last convolution; 6 lets patches overlap
         **kwargs,            # the rest of what timm passes to a patch embedding
     ):
         super().__init__()
         conv = lambda c, kernel, stride: nn.Conv2d(c, 64, kernel, stride, kernel // 2, bias=False)
         self.conv = nn.Sequential(conv(in_chans, 7, 2), IBN(64), nn.ReLU(inplace=True), conv(64, 3, 1), IBN(64), nn.ReLU(inplace=True),
                                   conv(64, 3, 1), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
-        self.proj = nn.Conv2d(64, embed_dim, 8, 8)
+        self.proj = nn.Conv2d(64, embed_dim, 8, stride)
         self.patch_size, self.img_size = (patch_size, patch_size), tuple(img_size)
-        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.grid_size = tuple((side // 2 - 8) // stride + 1 for side in img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, x: Tensor) -> Tensor: return self.proj(self.conv(x)).permute(0, 2, 3, 1)
@@ -212,8 +214,8 @@ class _ViT(timm.models.vision_transformer.VisionTransformer):
         if self.reg_token is not None: tokens.insert(1, self.reg_token.expand(n, -1, -1)) # a checkpoint may bring them, see below
         return self.pos_drop(torch.cat(tokens, dim=1))
 
-def _vit(arch, image_size, **kw):
-    if not arch.name.startswith("standard_"): kw["embed_layer"] = ConvStem
+def _vit(arch, image_size, overlap=False, **kw):
+    if not arch.name.startswith("standard_"): kw["embed_layer"] = partial(ConvStem, stride=6 if overlap else 8)
     return _ViT(img_size=image_size, embed_dim=arch.embed_dim, num_heads=arch.embed_dim // 64, depth=12, num_classes=0, dynamic_img_size=True, **kw)
 
 # %% ../nbs/04_backbones.ipynb #e8d031c4
@@ -279,14 +281,18 @@ def create_backbone(
     image_size: tuple[int, int] = (256, 128), # (height, width) in pixels; half of it works too
     weights: str | Path | None = None,     # None = random, a checkpoint's path, or "imagenet" (timm's, fetched on first use)
     drop_path: float | None = None,        # stochastic depth; None = the released definition's (0.1 for Swin, else 0)
+    overlap: bool = False,                 # patches that overlap by a quarter, as TransReID's; conv-stem ViTs only
 ) -> nn.Module:                            # (n, 3, h, w) -> (n, D); has .name, .embed_dim, .input, .weights
     "A backbone of the zoo by name. ValueError for an unknown name, a size it cannot take, or weights that do not fit."
     arch, kw = architecture(name), {}
     family, size = FAMILIES[arch.family], _check_size(arch, image_size)
     if drop_path and family.drop_path is None: raise ValueError(f"{arch.family} has no drop path; leave drop_path at None")
     if family.drop_path is not None: kw["drop_path_rate"] = family.drop_path if drop_path is None else drop_path
+    if overlap:
+        if arch.family != "vit" or name.startswith("standard_"): raise ValueError(f"{name} has no convolutional patch stem that could overlap: leave overlap at false, or choose vit_tiny, vit_small or vit_base")
+        kw["overlap"] = True
     model = family.build(arch, size, **kw)
-    model.name, model.embed_dim, model.input, model.weights = name, arch.embed_dim, InputSpec(*size), None
+    model.name, model.embed_dim, model.input, model.weights, model.overlap = name, arch.embed_dim, InputSpec(*size), None, overlap
     if weights is not None: load_backbone_weights(model, weights)
     return model
 
@@ -620,7 +626,7 @@ def save_backbone(
     "Write weights and card, each atomically."
     path = resolve(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path}: a backbone is saved as .safetensors")
-    reserved = dict(name=model.name, weights=model.weights, image_size=[model.input.height, model.input.width], embed_dim=model.embed_dim, input=asdict(model.input))
+    reserved = dict(name=model.name, weights=model.weights, image_size=[model.input.height, model.input.width], overlap=model.overlap, embed_dim=model.embed_dim, input=asdict(model.input))
     if clash := sorted(set(card) & set(reserved)): raise ValueError(f"the card's {clash} are written by save_backbone itself")
     with atomic(path) as tmp: safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
     write_json(path.with_suffix(".json"), reserved | card)
@@ -634,7 +640,7 @@ def load_backbone(
     card_path = path.with_suffix(".json")
     if not card_path.is_file(): raise FileNotFoundError(f"no card at {card_path}; for weights without one: create_backbone(name, weights={str(path)!r})")
     card = read_json(card_path)
-    model = create_backbone(card["name"], tuple(card["image_size"]))
+    model = create_backbone(card["name"], tuple(card["image_size"]), overlap=card.get("overlap", False))
     load_backbone_weights(model, path, min_matched=1.0)
     model.input, model.card = InputSpec(**card["input"]), card
     return model.eval()

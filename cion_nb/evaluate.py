@@ -24,18 +24,23 @@ class Protocol:
     "Which gallery images of the query's own person are removed before ranking. Junk (pid -1) always is."
     about: str
     removes: Callable  # (query rows, gallery rows) of same-person pairs, two frames of equal length -> (pairs,) bool
+    needs: tuple = ()  # columns beside pid and camid
+
+def _same_camera(query, gallery): return (query["camid"] == gallery["camid"]) & (query["camid"] >= 0)
 
 PROTOCOLS = {
-    "market": Protocol("same person in the same camera removed", lambda query, gallery: (query["camid"] == gallery["camid"]) & (query["camid"] >= 0)),
+    "market": Protocol("same person in the same camera removed", _same_camera),
     "no_camera": Protocol("every image of the person counts", lambda query, gallery: np.zeros(len(query["pid"]), bool)),
+    "clothes_changing": Protocol("same person in the same camera or in the same clothes removed",
+                                 lambda query, gallery: _same_camera(query, gallery) | (query["clothes"] == gallery["clothes"]) & (query["clothes"] != ""), ("clothes",)),
 }
 
 # %% ../nbs/09_evaluate.ipynb #010b63cc
-def _ids(table: pd.DataFrame, name: str) -> dict:
-    "Columns pid and camid of a table as integer arrays; ValueError where there are none."
-    missing = [c for c in ("pid", "camid") if c not in table]
+def _ids(table: pd.DataFrame, name: str, needs: tuple = ()) -> dict:
+    "Columns pid and camid of a table as integer arrays, others as text; ValueError where there are none."
+    missing = [c for c in ("pid", "camid", *needs) if c not in table]
     if missing: raise ValueError(f"{name} has no column {', '.join(missing)}")
-    return {c: table[c].to_numpy(dtype=np.int64) for c in ("pid", "camid")}
+    return {c: table[c].to_numpy(dtype=np.int64) for c in ("pid", "camid")} | {c: table[c].astype("string").fillna("").to_numpy(str) for c in needs}
 
 def _same_person(query_pid: np.ndarray, gallery_pid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Rows (query, gallery) of all pairs that show the same known person; by query, then by gallery row."
@@ -51,7 +56,8 @@ class Answers:
     "Per query: the gallery rows that are right (`hits`) and those the protocol removes (`removed`); `junk` is removed for all."
     def __init__(self, query: pd.DataFrame, gallery: pd.DataFrame, protocol: str):
         if protocol not in PROTOCOLS: raise ValueError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
-        query, gallery = _ids(query, "query"), _ids(gallery, "gallery")
+        needs = PROTOCOLS[protocol].needs
+        query, gallery = _ids(query, "query", needs), _ids(gallery, "gallery", needs)
         q, g = _same_person(query["pid"], gallery["pid"])
         out = PROTOCOLS[protocol].removes({c: v[q] for c, v in query.items()}, {c: v[g] for c, v in gallery.items()})
         self.counts = np.bincount(q[~out], minlength=len(query["pid"]))  # (Q,) hits a query
@@ -232,7 +238,7 @@ def evaluate(
     gallery_features,      # (G, D)
     query: pd.DataFrame,   # Q rows with pid and camid
     gallery: pd.DataFrame, # G rows
-    protocol="market",     # "market", or "no_camera"
+    protocol="market",     # one of `PROTOCOLS`: "market", "no_camera", "clothes_changing"
     max_rank=50,           # length of `.cmc`
     memory=1 << 30,        # bytes it may take above the features
     progress=False,        # show a bar

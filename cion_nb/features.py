@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from .backbones import InputSpec
 from .runs import Run, atomic, progress, read_json, resolve, write_json
-from .samples import UnreadableImage, as_samples, open_image, read_cion_al, read_market1501, read_msmt17, read_samples, write_samples
+from .datasets import READERS
+from .samples import UnreadableImage, as_samples, open_image, read_cion_al, read_samples, write_samples
 
 # %% ../nbs/05_features.ipynb #8f020415
 def to_pixels(
@@ -128,13 +129,14 @@ def _forward(
     device: torch.device,
     flip: bool = False, # add the mirrored image's feature
     compute: str | None = None,
+    columns=(),         # (n,) integers each, what else the model takes
 ) -> np.ndarray:        # (n, D) float32, not normalised
     pixels = torch.from_numpy(pixels)
     if device.type == "cuda": pixels = pixels.pin_memory().to(device, non_blocking=True)
-    x = normalise(pixels, model.input)
+    x, columns = normalise(pixels, model.input), [torch.from_numpy(c).to(device) for c in columns]
     with _autocast(device, compute):
-        y = model(x)
-        if flip: y = y.float() + model(x.flip(-1 if model.input.layout == "NCHW" else -2)).float()
+        y = model(x, *columns)
+        if flip: y = y.float() + model(x.flip(-1 if model.input.layout == "NCHW" else -2), *columns).float()
     if y.ndim != 2 or len(y) != len(x): raise ValueError(f"the model returned {tuple(y.shape)} for {len(x)} images; a feature extractor returns (n, D)")
     return y.float().cpu().numpy()
 
@@ -158,13 +160,16 @@ def embed(
     flip: bool = False,          # average with the mirrored image
     device: str | None = None,   # None: CUDA where there is one
     compute: str | None = None,  # "float32", "bfloat16", "float16"; None: float32 on the CPU, float16 on a GPU
+    columns: dict | None = None, # what else the model takes, by name: dict(camid=[...]) for TransReID with camera embeddings
 ) -> np.ndarray:                 # (n, D) float32, rows L2-normalised
     "Features of a few images, in memory."
-    device = _device(device)
+    device, wanted = _device(device), getattr(model, "columns", ())
+    if missing := [c for c in wanted if c not in (columns or {})]: raise ValueError(f"{type(model).__name__} also takes {', '.join(missing)}: pass columns=dict({missing[0]}=[one number an image])")
+    more = [np.asarray(columns[c], np.int64) for c in wanted]
     names = [str(i) if isinstance(i, (str, os.PathLike)) else f"image {n}" for n, i in enumerate(images)]
     spec = _spec(model)
     with _inference(model, device):
-        rows = [_unit_rows(_forward(model, np.stack([to_pixels(i, spec) for i in images[s:s + batch_size]]), device, flip, compute), names[s:s + batch_size])
+        rows = [_unit_rows(_forward(model, np.stack([to_pixels(i, spec) for i in images[s:s + batch_size]]), device, flip, compute, [c[s:s + batch_size] for c in more]), names[s:s + batch_size])
                 for s in range(0, len(images), batch_size)]
     return np.concatenate(rows) if rows else np.zeros((0, model.embed_dim), np.float32)
 
@@ -359,16 +364,16 @@ def _discard(out: Path):
 def _extract(samples, root, model, spec, out, request, batch_size, workers, on_unreadable, device, flush_seconds):
     "Fill the store from where it stands."
     store = _PartialStore(out, request, len(samples), np.dtype(request["precision"]))
-    names = samples.path.tolist()
+    names, columns = samples.path.tolist(), [samples[c].to_numpy(np.int64) for c in getattr(model, "columns", ())]      # a model may want more than pixels, such as the camera
     try:
         with _inference(model, device), progress(total=len(names), initial=store.read, desc="extract", unit="img") as bar:
             for images in _batches([str(root / n) for n in names], spec, store.read, batch_size, workers):
                 rows = range(store.read, store.read + len(images))
                 bad = [[row, names[row], i.reason] for row, i in zip(rows, images) if isinstance(i, UnreadableImage)]
                 if bad and on_unreadable == "raise": raise next(i for i in images if isinstance(i, UnreadableImage))
-                good = [(names[row], i) for row, i in zip(rows, images) if isinstance(i, np.ndarray)]
-                y = np.zeros((0, request["embed_dim"]))
-                if good: y = _unit_rows(_forward(model, np.stack([i for _, i in good]), device, request["flip"], request["compute"]), [n for n, _ in good])
+                good = [(row, i) for row, i in zip(rows, images) if isinstance(i, np.ndarray)]
+                y, kept = np.zeros((0, request["embed_dim"])), [row for row, _ in good]
+                if good: y = _unit_rows(_forward(model, np.stack([i for _, i in good]), device, request["flip"], request["compute"], [c[kept] for c in columns]), [names[row] for row in kept])
                 store.add(y, len(images), bad, flush_seconds)
                 bar.update(len(images))
     finally: store.flush() # also when stopped by an error or Ctrl-C: what is done stays done
@@ -406,10 +411,9 @@ def read_data(
     return samples, root
 
 def _read_known(data, recipe):
-    readers = dict(market1501=read_market1501, msmt17=read_msmt17, cion_al=read_cion_al)
-    if data not in readers: raise ValueError(f"data {data!r}: choose one of {', '.join(readers)}, a samples .parquet file, or a world's recipe")
+    if data not in READERS: raise ValueError(f"data {data!r}: choose one of {', '.join(READERS)}, a samples .parquet file, or a world's recipe")
     if not recipe.get("data_root"): raise ValueError(f"data {data!r} needs data_root: the folder that holds it")
     root = resolve(recipe["data_root"])
-    if data != "cion_al": return readers[data](root), root
+    if data != "cion_al": return READERS[data](root), root
     if not recipe.get("annotation"): raise ValueError("data 'cion_al' needs annotation: the JSON list of {id, file_path}")
     return read_cion_al(resolve(recipe["annotation"]), root), root

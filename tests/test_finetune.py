@@ -1,0 +1,236 @@
+"""Fine-tuning beyond the baseline: MGN, TransReID, parts of the data, held-out people, other test sets, several processes."""
+import json, os, random, signal, subprocess, sys, time
+from copy import deepcopy
+from pathlib import Path
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from cion_nb.backbones import create_backbone, load_backbone, save_backbone
+from cion_nb.evaluate import evaluate
+from cion_nb.features import Features, embed, extract
+from cion_nb.finetune import BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_model, part_of, save_finetuned
+from cion_nb.mgn import MGN, PARTS, STRIPES, TRIPLETS, mgn_loss
+from cion_nb.report import paper
+from cion_nb.runs import RELEASED_BATCHES, Run, recipe, released_finetuning
+from cion_nb.samples import read_samples, write_samples
+from cion_nb.transreid import TransReID, jigsaw_groups
+from test_training_stages import asked, people, runs      # noqa: F401  (fixtures)
+
+QUICK = dict(epochs=2, images_per_epoch=32, batch_size=16, warmup_epochs=1, precision="fp32", channels_last=False)
+def quick(people, **changes): return recipe("finetune", "tiny", data=str(people), **QUICK | changes)
+
+
+@pytest.mark.parametrize("changes", [dict(method="mgn"), dict(method="transreid"), dict(method="transreid", jpm=False), dict(method="transreid", sie=False, overlap=False, drop_path=None), dict(drop_path=None)],
+                         ids=["MGN", "TransReID", "SIE alone", "JPM alone", "BNNeck"])
+def test_every_method_trains_is_scored_and_comes_back(people, runs, changes):
+    run = finetune(quick(people, **changes))
+    assert 0 < run.result["mAP"] <= 1 and np.isfinite(run.result["loss"])
+    model, stored = load_finetuned(run.folder), Features.open(run.folder / "test-features")
+    again = embed(model, [people.parent / p for p in stored.samples.path], columns=dict(camid=stored.samples.camid) if getattr(model, "columns", ()) else None)
+    np.testing.assert_allclose(again, stored.x, atol=2e-3)                # stored in half precision
+    q, g = (stored.samples.split == s for s in ("query", "gallery"))
+    assert run.result["mAP"] == pytest.approx(evaluate(stored.x[q], stored.x[g], stored.samples[q], stored.samples[g]).mAP)
+    log = pd.DataFrame(run.read_log()); assert {"cross_entropy", "triplet", "accuracy"} <= set(log)
+
+
+def test_a_backbone_with_overlapping_patches_comes_back(tmp_path):
+    model = create_backbone("vit_tiny", (256, 128), overlap=True)
+    assert tuple(model.patch_embed.grid_size) == (21, 10) and model.pos_embed.shape[1] == 211
+    with torch.no_grad():
+        patches = model.patch_embed(torch.rand(1, 3, 256, 128)); assert patches.shape[1:3] == (21, 10), "the grid is what the convolution makes"
+    save_backbone(model, tmp_path / "b.safetensors"); back = load_backbone(tmp_path / "b.safetensors")
+    x = torch.rand(2, 3, 256, 128)
+    with torch.no_grad(): assert torch.equal(back(x), model.eval()(x))
+    whole = create_backbone("vit_tiny", (256, 128)); save_backbone(whole, tmp_path / "w.safetensors")
+    other = create_backbone("vit_tiny", (256, 128), weights=tmp_path / "w.safetensors", overlap=True)      # position embeddings are resized
+    assert torch.equal(other.blocks[3].attn.qkv.weight, whole.blocks[3].attn.qkv.weight)
+    for name in ("resnet18", "swin_tiny", "standard_vit_tiny"):
+        with pytest.raises(ValueError, match="no convolutional patch stem"): create_backbone(name, overlap=True)
+
+
+def test_jigsaw_keeps_every_patch_once():
+    for n, groups, shuffle in ((128, 4, 2), (210, 4, 2), (36, 3, 3), (9, 4, 2)):
+        got = torch.cat(jigsaw_groups(torch.arange(n)[None, :, None].float(), groups, 5, shuffle), 1).flatten().int().tolist()
+        kept = set(got); missing = set(range(n)) - kept
+        assert len(missing) < groups + shuffle and len(got) == len(jigsaw_groups(torch.zeros(1, n, 1), groups, 5, shuffle)[0][0]) * groups
+        assert len(got) - len(kept) <= shuffle, "only repeats of the last patch occur twice"
+
+
+def test_mgn_parameters_a_branch_and_what_the_warm_up_holds():
+    "A branch is the rest of layer3, layer4 and one BatchNorm; the stem is the rest; nothing is shared between branches."
+    backbone = create_backbone("resnet50_ibn", (384, 128)); count = lambda m: sum(p.numel() for p in m.parameters())
+    stem = sum(count(m) for m in (backbone.conv1, backbone.bn1, backbone.layer1, backbone.layer2, backbone.layer3[0]))
+    branch = count(backbone) - stem + 2 * 2048
+    model = MGN(backbone, n_ids=751)
+    assert count(model.stem) == stem and [count(b) for b in model.branches.values()] == [branch] * 3
+    assert {n: count(p) for n, p in model.parts.items()} == {n: 1 + 2048 * 256 + 2 * 256 + 751 * 256 for n in PARTS} and len(PARTS) == 8
+    ids = [id(p) for b in model.branches.values() for p in b.parameters()]; assert len(ids) == len(set(ids))
+    frozen = {id(p) for m in model.frozen_part() for p in m.parameters()}
+    moving = [n for n, p in model.named_parameters() if id(p) not in frozen]
+    assert all(n.startswith("parts.") or n.split(".")[0] == "branches" and n.split(".")[2] == "2" for n in moving) and len(moving) == 3 * 2 + 8 * 5
+
+
+def test_mgn_warm_up_moves_nothing_below_the_parts(people, runs):
+    task = FineTuning(quick(people, method="mgn", freeze_epochs=2)); task.build(torch.device("cpu")); model = task.modules["model"].train()
+    before = deepcopy(model.state_dict())
+    class Plain: num_processes = 1
+    rows = next(iter(task.sampler(None, 0, 0, 0, 1)))
+    for share, moves in ((0., False), (.99, False)):
+        task.schedule(share); loss, _ = task.loss(model, task.load(rows, 16), Plain); loss.backward(); task.before_step(share); task.optimizer.step(); task.optimizer.zero_grad()
+    same = {n: torch.equal(before[n], v) for n, v in model.state_dict().items() if v.is_floating_point()}
+    held = [n for n in same if n.startswith("stem.") or n.startswith("branches.") and n.split(".")[2] in "01"]
+    assert held and all(same[n] for n in held), "parameters and running statistics"
+    assert not any(same[f"parts.{p}.reduction.weight"] for p in PARTS) and not same["branches.b1.2.weight"]
+    task.recipe["freeze_epochs"] = 1; task.schedule(.6); loss, _ = task.loss(model, task.load(rows, 16), Plain); loss.backward(); task.before_step(.6); task.optimizer.step()
+    assert not torch.equal(before["stem.0.weight"], model.stem[0].weight) and model.stem[1].training
+
+
+def test_mgn_loss_is_its_sums():
+    torch.manual_seed(0)
+    out = {n: (torch.randn(6, 4, requires_grad=True), torch.rand(6, 5) * 2 - 1) for n in PARTS}; pid = torch.tensor([0, 0, 1, 1, 2, 2])
+    loss, told = mgn_loss(out, pid, lambda f, y: batch_hard_triplet(f, y), smoothing=0., scale=3., margin=.2, triplet_weight=2.)
+    ce = []
+    for _, s in out.values():
+        z = torch.stack([torch.stack([3 * max(1.2 - float(v), 0) * (v - .8) if j == y else 3 * max(float(v) + .2, 0) * (v - .2) for j, v in enumerate(row)]) for row, y in zip(s, pid)])
+        ce.append(nn.functional.cross_entropy(z, pid))
+    f = lambda *names: torch.cat([out[n][0] for n in names], 1)
+    triplets = [batch_hard_triplet(x, pid) for x in (f("b1"), f("b2"), f("b3"), f("b21", "b22"), f("b31", "b32", "b33"))]
+    assert loss.item() == pytest.approx((sum(ce) / 8 + 2 * sum(triplets) / 5).item(), rel=1e-5)
+
+
+def test_the_released_configurations_are_ours():
+    "All 64 of them, from the table of the paper's facts."
+    for row in paper("transreid_configs").itertuples():
+        r = recipe("finetune", "paper", backbone=row.arch, data=dict(market="market1501").get(row.dataset, row.dataset))
+        assert (r["batch_size"], r["warmup_epochs"], r["epochs"], r["k"]) == (row.ims_per_batch, row.warmup_epochs, row.max_epochs, row.num_instance), row.config
+        assert r["lr"] * r["batch_size"] / r["lr_per"] == pytest.approx(row.base_lr), row.config
+    assert recipe("finetune", "paper", backbone="vit_base", batch_size=64)["batch_size"] == 64, "what is asked for counts"
+    assert released_finetuning("vit_base", "mydata.parquet") == {} and recipe("finetune", "tiny")["batch_size"] == 32
+
+
+def test_parts_lie_in_one_another_and_are_whole_people():
+    rng = np.random.default_rng(0); t = pd.DataFrame(dict(pid=rng.integers(0, 60, 900), path=[f"{i}.jpg" for i in range(900)]))
+    for seed in range(3):
+        last = set()
+        for share in (.1, .3, .7, 1.):
+            now = part_of(t, few_ids=share, seed=seed); assert set(now.pid) >= last and now.index.is_monotonic_increasing; last = set(now.pid)
+            assert (now.groupby("pid").size() == t[t.pid.isin(last)].groupby("pid").size()).all() and len(last) == max(2, round(share * 60))
+        last = set()
+        for share in (.1, .5, .9, 1.):
+            now = part_of(t, few_images=share, seed=seed); assert set(now.path) >= last; last = set(now.path)
+            assert (now.groupby("pid").size() == np.ceil(share * t.groupby("pid").size() - 1e-9)).all()
+    assert part_of(t).equals(t) and not part_of(t, few_ids=.3, seed=0).equals(part_of(t, few_ids=.3, seed=1))
+
+
+def test_a_list_of_ones_own(people, runs, tmp_path):
+    t = read_samples(people); t = t[t.split == "train"]
+    (tmp_path / "pids.txt").write_text("3\n5\n\n"); (tmp_path / "paths.txt").write_text("\n".join(t.path[:10])); (tmp_path / "bad.txt").write_text("1_1_0.png\nnobody.png\n"); (tmp_path / "empty.txt").write_text("\n")
+    assert set(part_of(t, keep_list=tmp_path / "pids.txt").pid) == {3, 5} and part_of(t, keep_list=tmp_path / "paths.txt").path.tolist() == t.path[:10].tolist()
+    with pytest.raises(ValueError, match="1 of 2 lines.*nobody.png"): part_of(t, keep_list=tmp_path / "bad.txt")
+    with pytest.raises(ValueError, match="is empty"): part_of(t, keep_list=tmp_path / "empty.txt")
+    r = quick(people, keep_list=str(tmp_path / "pids.txt"), epochs=1, batch_size=8, images_per_epoch=8)
+    run = finetune(r); assert run.result["train_ids"] == 2 and run.result["train_images"] == 16
+    time.sleep(.02); (tmp_path / "pids.txt").write_text("3\n5\n7\n"); import cion_nb.runs as room; room._seen_inputs.clear()
+    assert Run(r).name != run.name, "the list is an input: its content is in the name"
+
+
+def test_direct_transfer_names_another_test_set(people, runs, tmp_path):
+    import shutil
+    root = shutil.copytree(people.parent, tmp_path / "target"); t = read_samples(people); write_samples(t[t.pid.isin([9, 10]) | (t.split == "train")], root / "samples.parquet")
+    run = finetune(quick(people, test_data=str(root / "samples.parquet"), flip_test=True, protocol="no_camera"))
+    f = Features.open(run.folder / "test-features")
+    assert set(f.samples.pid) == {9, 10} and run.result["train_ids"] == 8 and (run.result["flip_test"], run.result["protocol"]) == (True, "no_camera")
+
+
+# Chosen by held-out people
+
+def test_held_out_people_choose_and_are_not_trained_on(people, runs):
+    r = quick(people, held_out=.25, epochs=10)
+    task = FineTuning(r)
+    out = set(task.samples.pid.iloc[task.held_out]); assert len(out) == 2 and task.n_ids == 6
+    used = {int(i) for rows in task.sampler(None, 0, 0, 0, 1) for i in rows}; assert not used & set(task.held_out.tolist()) and not (task.labels[task.held_out] >= 0).any()
+    run = finetune(r)
+    assert 0 < run.result["held_out_mAP"] <= 1 and 1 <= run.result["chosen_epoch"] <= 10 and run.result["held_out_images"] == 16 and run.result["train_images"] == 48
+    model = load_finetuned(run.folder); t = task.samples.iloc[task.held_out]
+    x = embed(model, [people.parent / p for p in t.path])
+    assert held_out_score(x, t) == pytest.approx(run.result["held_out_mAP"], abs=.02), "the saved model is the chosen one"
+
+
+def test_held_out_score_by_hand():
+    x = np.array([[1, 0], [1, .1], [0, 1], [.1, 1]], np.float32); t = pd.DataFrame(dict(pid=[1, 1, 2, 2], camid=[1, 2, 1, 2], path=list("abcd")))
+    assert held_out_score(x, t) == 1. and held_out_score(x, t.assign(camid=-1)) == 1.
+    assert held_out_score(x, t.assign(pid=[1, 2, 1, 2], camid=-1)) == pytest.approx(np.mean([1 / 3, 1 / 2, 1 / 3, 1 / 2]))      # of a: b, d, then c
+    with pytest.raises(ValueError): held_out_score(x, t.assign(pid=[1, 2, 3, 4]))
+
+
+def test_best_so_far_keeps_the_best():
+    model = nn.Linear(2, 2); best = BestSoFar(model)
+    for score, epoch in ((.3, 1.), (.2, 2.), (.5, 3.), (.5, 4.)):
+        with torch.no_grad(): model.weight.fill_(epoch)
+        best.offer(model, score, epoch)
+    assert (float(best.score), float(best.epoch), float(best.model.weight[0, 0])) == (.5, 3., 3.), "the first of equals"
+
+
+def test_killed_fine_tuning_with_held_out_people_resumes_to_the_same_bits(people, runs, tmp_path):
+    r = quick(people, held_out=.25, epochs=10, checkpoint_minutes=0.)
+    file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
+    env = os.environ | dict(CION_NB_RUNS=str(tmp_path / "other"), OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb.finetune", "--recipe", str(file)]
+    p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    folder, deadline = tmp_path / "other" / Run(r).name, time.time() + 120
+    while len(list((folder / "checkpoints").glob("seen-*"))) < 2 and p.poll() is None and time.time() < deadline: time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert not (folder / "result.json").exists()
+    for where in (tmp_path / "other", tmp_path / "third"):
+        done = subprocess.run(command, env=env | dict(CION_NB_RUNS=str(where)), capture_output=True, text=True, timeout=240); assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (json.loads((tmp_path / w / Run(r).name / "result.json").read_text()) for w in ("other", "third"))
+    assert a["resumed"] == 1 and b["resumed"] == 0 and all(a[k] == b[k] for k in ("held_out_mAP", "chosen_epoch", "mAP", "loss"))
+    assert (folder / "backbone.safetensors").read_bytes() == (tmp_path / "third" / Run(r).name / "backbone.safetensors").read_bytes()
+
+
+# Several processes
+
+GATHER = """
+import json, sys, torch, numpy as np
+from accelerate import Accelerator
+from cion_nb.finetune import batch_hard_triplet, of_all_ranks
+a = Accelerator(cpu=True); torch.manual_seed(0)
+net = a.prepare(torch.nn.Linear(5, 3)); x, pid = torch.randn(16, 5), torch.arange(16) // 4
+mine = slice(a.process_index * 8, a.process_index * 8 + 8) if a.num_processes == 2 else slice(None)
+loss = batch_hard_triplet(of_all_ranks(net(x[mine]), a), of_all_ranks(pid[mine], a)); a.backward(loss)
+if a.is_main_process: print(json.dumps([loss.item(), *a.unwrap_model(net).weight.grad.flatten().tolist()]))
+"""
+
+def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
+    file = tmp_path / "gather.py"; file.write_text(GATHER); env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"); found = []
+    for launch in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000))]):
+        p = subprocess.run([*launch, str(file)], env=env, capture_output=True, text=True, timeout=240); assert p.returncode == 0, p.stderr[-2000:]
+        found.append(json.loads([l for l in p.stdout.splitlines() if l.startswith("[")][-1]))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_fine_tune(people, runs, tmp_path):
+    r = quick(people, gather_triplets=True); file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.finetune", "--recipe", str(file)],
+                       env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert Run(r).result["processes"] == 2 and 0 < Run(r).result["mAP"] <= 1
+
+
+# Bad input
+
+@pytest.mark.parametrize("changes,word", [(dict(method="mgnn"), "did you mean 'mgn'"), (dict(jpm=True), "belong to method='transreid'"), (dict(few_ids=1.5), "at most 1"), (dict(held_out=1.), "below 1"),
+                                          (dict(erasing_fill="white"), "choose pixel"), (dict(method="mgn", image_size=[64, 32]), "multiple of 96"), (dict(method="mgn", backbone="vit_tiny"), "ResNet"),
+                                          (dict(method="transreid", backbone="resnet18", overlap=False, drop_path=None), "class token"), (dict(overlap=True), "no convolutional patch stem"), (dict(drop_path=.1, backbone="ghostnet_0_5"), "no drop path"), (dict(protocol="markt"), "is none of"),
+                                          (dict(keep_list="/nowhere.txt"), "nowhere.txt")])
+def test_what_cannot_work_is_named(people, runs, changes, word):
+    with pytest.raises((ValueError, FileNotFoundError), match=word): finetune(quick(people, **changes))
+
+
+def test_cameras_unknown_to_sie_are_named(people, runs, tmp_path):
+    import shutil
+    root = shutil.copytree(people.parent, tmp_path / "nowhere"); t = read_samples(people); t.loc[3, "camid"] = -1; write_samples(t, root / "samples.parquet")
+    with pytest.raises(ValueError, match=f"1 have camid -1, the first: {t.path[3]}"): finetune(quick(root / "samples.parquet", method="transreid"))
+    model = TransReID(create_backbone("vit_tiny", (64, 32)), 5, n_cameras=2).eval()
+    with pytest.raises(ValueError, match="also takes camid"): embed(model, [people.parent / t.path[0]])
