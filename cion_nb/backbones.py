@@ -434,6 +434,10 @@ def _read_checkpoint(
 ) -> Mapping:
     "The file's content; never runs code from it."
     if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
+    with open(path, "rb") as f: head = f.read(64)
+    if not head: raise ValueError(f"{path} is empty: fetch it again")
+    for start, what in ((b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run `git lfs pull`"), (b"<", "a web page, not a checkpoint: a download that asked for a login, perhaps")):
+        if head.lstrip().startswith(start): raise ValueError(f"{path} is {what}")
     try:
         if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(list(allow)): return torch.load(path, map_location="cpu", weights_only=True)
@@ -592,6 +596,9 @@ def _refuse_bad(model, report, found, min_matched):
                          f"(min_matched= lowers the bar)\n{report}")
     bad = [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad: raise ValueError(f"{report.path}: {len(bad)} entries hold NaN or infinity, nothing was loaded: {', '.join(bad[:6])}")
+    own = model.state_dict()
+    whole = [name for name, value in found.items() if own[name].is_floating_point() and not value.is_floating_point()]
+    if whole: raise ValueError(f"{report.path}: {len(whole)} entries are {found[whole[0]].dtype}, not floating-point numbers, nothing was loaded: {', '.join(whole[:6])}")
     if report.missing or report.mismatched: warnings.warn(f"loaded, but not completely\n{report}", stacklevel=3)
 
 # %% ../nbs/04_backbones.ipynb #74a1694b

@@ -9,7 +9,7 @@ __all__ = ['warmup_cosine', 'budget', 'precision', 'has_fast_bf16', 'Task', 'Pos
            'to_channels_last', 'make_accelerator', 'fit']
 
 # %% ../nbs/11_engine.ipynb #1a4a174f
-import os, random, shutil, signal, socket, sys, threading, time, warnings, zipfile
+import os, pickle, random, shutil, signal, socket, sys, threading, time, warnings, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -186,6 +186,8 @@ def not_finite(modules: dict[str, nn.Module]) -> str | None:
     return next((f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters() if not p.isfinite().all()), None)
 
 # %% ../nbs/11_engine.ipynb #5d1f0a37
+_NAMED = "seen-" + 12 * "[0-9]"        # nobody's copy beside them is taken for one
+
 def save_checkpoint(
     task: Task,
     run: Run,
@@ -210,7 +212,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         tmp.rename(folder); _sync(folder.parent)
-        for old in sorted(folder.parent.glob("seen-*"))[:-keep]: shutil.rmtree(old)
+        for old in sorted(folder.parent.glob(_NAMED))[:-keep]: shutil.rmtree(old)
     return folder
 
 def _save(obj, path):
@@ -222,7 +224,7 @@ def _sync(folder):
 
 def last_checkpoint(run: Run) -> Path | None:
     "The newest checkpoint of a run."
-    return max((run.folder / "checkpoints").glob("seen-*"), default=None)
+    return max((run.folder / "checkpoints").glob(_NAMED), default=None)
 
 def damage(folder: Path) -> str | None:
     "What is wrong with a checkpoint's files, by the checksums inside them; None where they are whole."
@@ -258,6 +260,11 @@ def load_checkpoint(
 ) -> tuple[Position, dict]:      # where the run stands, and what was `carried`, with a line in its `notes` if bits may differ from here on
     "Put everything back."
     strict = is_strict() if strict is None else strict
+    try: return _load_checkpoint(task, folder, accelerator, strict)
+    except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{folder} is no checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'empty'}); move it away to go on from the one before it, or from the start") from e
+
+def _load_checkpoint(task, folder, accelerator, strict):
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     if strict and accelerator.device.type == "cpu" and state["setting"]["threads"]: torch.set_num_threads(state["setting"]["threads"])
     here = _setting(accelerator)
@@ -269,12 +276,15 @@ def load_checkpoint(
     for name, module in task.modules.items(): module.load_state_dict(state["modules"][name])
     task.optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler and state["scaler"]: accelerator.scaler.load_state_dict(state["scaler"])
-    _load_own(task, folder / f"rank-{accelerator.process_index}.pt")
+    _load_own(task, folder / f"rank-{accelerator.process_index}.pt", accelerator.process_index < state["setting"]["processes"])
     at = state["at"]
+    total = budget(task.recipe, task.n_images)
+    if not 0 < at["seen"] <= total: raise ValueError(f"{folder} says that {at['seen']:,} images were seen, and the run has {total:,}: move it away to go on from the one before it")
     return Position(at["seen"], at["n_pass"], at["advance"], tuple(at["phase"]) if isinstance(at["phase"], list) else at["phase"]), state["carried"]
 
-def _load_own(task, path):
+def _load_own(task, path, was_there):
     "This rank's buffers and random numbers; a rank that did not exist before starts from the main one's and its own seed."
+    if not path.exists() and was_there: raise ValueError(f"{path} is missing: move the checkpoint away to go on from the one before it")
     if not path.exists(): return
     own = torch.load(path, map_location="cpu", weights_only=True)
     for name, module in task.modules.items():
@@ -429,6 +439,7 @@ def fit(
     r = task.recipe
     total, accumulate = budget(r, task.n_images), r.get("accumulate", 1)
     keep = keep or r.get("keep_checkpoints", 2)
+    if keep < 1: raise ValueError(f"keep={keep}: at least one checkpoint must stay")
     accelerator, model, at, carried = _set_up(task, run, strict)
     cuda = accelerator.device.type == "cuda"
     stream = iter(loader(task, batches(task, total, at, accelerator.process_index, accelerator.num_processes), r["workers"], cuda))
@@ -531,7 +542,6 @@ def _of_all_ranks(found, accelerator):
 
 def _trim_log(run, at):
     "Rows written after the checkpoint that we go on from would otherwise stand twice."
-    rows = run.read_log()
+    rows = [row for row in run.read_log() if isinstance(row, dict) and row.get("seen", 0) <= at.seen]
     (run.folder / "log.jsonl").unlink(missing_ok=True)
-    for row in rows:
-        if row.get("seen", 0) <= at.seen: run.log(**row)
+    for row in rows: run.log(**row)

@@ -61,9 +61,10 @@ class Pretraining(Task):
     "Images, views and identity batches of a pre-training recipe; subclasses add networks and loss."
     def __init__(self, r: dict):
         self.recipe = r
-        for name in ("ema", "moco_momentum", "centre_momentum"):
-            if not all(0 <= m <= 1 for m in np.atleast_1d(r[name])): raise ValueError(f"{name}={r[name]}: a momentum is between 0 and 1")
         id_curriculum(0, r["epochs"], r["n_id"], r["n_id_epochs"])
+        late = [n for n, e in zip(r["n_id"], r["n_id_epochs"]) if e >= r["epochs"]]
+        if late: raise ValueError(f"n_id_epochs={r['n_id_epochs']}: the run has {r['epochs']} epochs, so n_id {', '.join(map(str, late))} would never come; give them epochs below {r['epochs']}, or leave them out of n_id")
+        if r["warmup_epochs"] > r["epochs"]: raise ValueError(f"warmup_epochs={r['warmup_epochs']}: the run has {r['epochs']} epochs, so the learning rate would never reach lr")
         samples, root = read_data(r, "tracklets")
         labels = keep_share(identity_labels(samples, r["identities"]), r["data_share"], r["seed"])
         kept = labels >= 0

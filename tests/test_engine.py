@@ -157,6 +157,26 @@ def test_where_every_checkpoint_is_damaged_the_run_starts_anew(tmp_path, through
     assert report["resumed"] == 0 and len(report["notes"]) == 2
 
 
+@pytest.mark.parametrize("how,word", [("empty", "KeyError"), ("tensor", "no checkpoint of this run"), ("code", "UnpicklingError"), ("key", "Missing key"), ("far", "1,000,000,000 images were seen, and the run has 960"), ("rank", "rank-0.pt is missing")])
+def test_a_foreign_checkpoint_is_named(tmp_path, how, word):
+    "Whole files, but not ours: said, and nothing is changed."
+    assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
+    folder = last_checkpoint(RUN(tmp_path)); state = torch.load(folder / "state.pt", weights_only=True)
+    if how == "key": del state["modules"]["model"]["0.weight"]
+    if how == "far": state["at"]["seen"] = 10**9
+    torch.save(dict(empty={}, tensor=torch.zeros(3), code=JOB).get(how, state), folder / "state.pt")
+    if how == "rank": (folder / "rank-0.pt").unlink()
+    with pytest.raises(ValueError, match=word) as said: fit(Job(), RUN(tmp_path))
+    assert folder.name in str(said.value) and "move " in str(said.value)
+
+
+def test_a_copy_beside_the_checkpoints_is_left_alone(tmp_path, through):
+    assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
+    copy = tmp_path / "checkpoints" / "seen-my-copy"; shutil.copytree(last_checkpoint(RUN(tmp_path)), copy)
+    job(tmp_path); assert_same(ends(tmp_path), through); assert (copy / "state.pt").exists()
+    with pytest.raises(ValueError, match="at least one checkpoint"): fit(Job(), RUN(tmp_path / "x"), keep=-1)
+
+
 def test_checkpoints_hold_no_code(through_folder):
     for f in last_checkpoint(RUN(through_folder)).iterdir(): torch.load(f, weights_only=True)
     assert len(list((through_folder / "checkpoints").iterdir())) == 2

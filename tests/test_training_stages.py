@@ -205,11 +205,37 @@ def test_the_exported_backbone_is_the_last_teacher(people, runs):
 def test_a_batch_that_a_later_phase_would_cut_is_refused_at_the_start(people, runs):
     with pytest.raises(ValueError, match="not a multiple of n_id=5"): pretrain(asked(people, n_id=[2, 5]))
     with pytest.raises(ValueError, match="choose 'step'"): pretrain(asked(people, teacher="steps"))
-    for changes in (dict(ema=[1.5, 2.]), dict(moco_momentum=-.1), dict(centre_momentum=9.)):
-        with pytest.raises(ValueError, match="a momentum is between 0 and 1"): pretrain(asked(people, **changes))
+    with pytest.raises(ValueError, match="n_id 4 would never come"): pretrain(asked(people, n_id_epochs=[0, 2]))
+    with pytest.raises(ValueError, match="would never reach lr"): pretrain(asked(people, warmup_epochs=3))
     for at in ([0, 0], [1, 2], [0], [0, -1]):
         with pytest.raises(ValueError, match="one rising epoch a value"): pretrain(asked(people, n_id_epochs=at))
     with pytest.raises(ValueError, match="batch_size=144 is more than the 96 presentations"): pretrain(asked(people, batch_size=144))
+
+
+@pytest.mark.parametrize("changes,word", [(dict(ema=[1.5, 2.]), "at most 1"), (dict(moco_momentum=-.1), "not be negative"), (dict(centre_momentum=9.), "at most 1"), (dict(ema=[.9]), "two numbers"), (dict(ema=["a", 1]), "'a' is not a number"),
+    (dict(keep_checkpoints=-1), "be positive"), (dict(keep_checkpoints=0), "be positive"), (dict(lr_per=-1), "be positive"), (dict(clip=-1), "be positive"), (dict(weight_decay=[-1, -1]), "not be negative"), (dict(weight_decay=[.1]), "two numbers"),
+    (dict(warmup_teacher_temp=0), "be positive"), (dict(head_bottleneck=0), "be positive"), (dict(out_dim=1), "at least 2"), (dict(moco_dim=0), "be positive"), (dict(warmup_epochs=-1), "not be negative"), (dict(freeze_last_layer_epochs=-1), "not be negative"),
+    (dict(checkpoint_minutes=float("nan")), "finite"), (dict(seed=1.5), "whole"), (dict(seed=-1), "not be negative"), (dict(n_local=2.5), "whole"), (dict(n_id=[2.5], n_id_epochs=[0]), "whole"), (dict(n_id=["2"], n_id_epochs=[0]), "not a number"),
+    (dict(workers=-1), "not be negative"), (dict(accumulate=1.5), "whole"), (dict(epochs=None), "a value is needed"), (dict(batch_size=None), "a value is needed"), (dict(image_size=["a", "b"]), "not a number"), (dict(batch_size=48.5), "whole"), (dict(queue=0), "be positive")])
+def test_settings_out_of_range_are_named(changes, word):
+    with pytest.raises(ValueError, match=f"pretrain setting {next(iter(changes))}=.*{word}"): recipe("pretrain", "tiny", **changes)
+
+
+def test_what_some_profile_leaves_out_may_be_left_out():
+    for name in ("images_per_epoch", "clip", "aspect", "global_scale", "data_root", "annotation"): assert recipe("pretrain", "tiny", **{name: None})[name] is None
+    for name in ("weights", "margin", "keep_list", "drop_path"): assert recipe("finetune", "tiny", **{name: None})[name] is None
+
+
+def test_images_beside_their_table_are_part_of_a_runs_name(people, runs, tmp_path):
+    from cion_nb import runs as room
+    root = shutil.copytree(people.parent, tmp_path / "own"); r = asked(root / "samples.parquet"); first = Run(r).name
+    (root / "3_1_2.png").write_bytes(b"other"); room._seen_inputs.clear(); second = Run(r).name
+    (root / "notes.txt").write_text("nothing to do with it"); room._seen_inputs.clear()
+    assert first != second == Run(r).name
+
+
+def test_a_wrong_root_is_one_error(people, runs):
+    with pytest.raises(FileNotFoundError, match="none of the first 96 images can be read under .*nowhere.*Is that the root"): pretrain(asked(people, data_root="/nowhere"))
 
 
 def test_equal_budget_is_asserted(people, runs):
