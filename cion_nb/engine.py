@@ -262,7 +262,7 @@ def load_checkpoint(
     strict = is_strict() if strict is None else strict
     try: return _load_checkpoint(task, folder, accelerator, strict)
     except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{folder} is no checkpoint of this run ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'empty'}); move it away to go on from the one before it, or from the start") from e
+        raise ValueError(f"{folder} is no checkpoint of this run ({type(e).__name__}: {' '.join(str(e).split())[:200]}); move it away to go on from the one before it, or from the start") from e
 
 def _load_checkpoint(task, folder, accelerator, strict):
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
