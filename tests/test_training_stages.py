@@ -207,7 +207,7 @@ def test_a_batch_that_a_later_phase_would_cut_is_refused_at_the_start(people, ru
     with pytest.raises(ValueError, match="choose 'step'"): pretrain(asked(people, teacher="steps"))
     with pytest.raises(ValueError, match="n_id 4 would never come"): pretrain(asked(people, n_id_epochs=[0, 2]))
     with pytest.raises(ValueError, match="would never reach lr"): pretrain(asked(people, warmup_epochs=3))
-    for at in ([0, 0], [1, 2], [0], [0, -1]):
+    for at in ([0, 0], [1, 2], [0]):
         with pytest.raises(ValueError, match="one rising epoch a value"): pretrain(asked(people, n_id_epochs=at))
     with pytest.raises(ValueError, match="batch_size=144 is more than the 96 presentations"): pretrain(asked(people, batch_size=144))
 
