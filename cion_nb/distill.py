@@ -161,7 +161,9 @@ class IdentityGuidedLoss(nn.Module):
         if variant not in VARIANTS: raise ValueError(f"variant {variant!r}: use one of {VARIANTS}")
         if centre not in ("ema", "batch"): raise ValueError(f"centre {centre!r}: use 'ema' or 'batch'")
         if not 1 <= n_global <= n_views or n_views < 2: raise ValueError(f"n_views={n_views}, n_global={n_global}: at least 2 views, of which 1 to all are global")
-        if min(student_temp, teacher_temp) <= 0: raise ValueError(f"temperatures must be positive, got {student_temp} and {teacher_temp}")
+        if n_views != int(n_views) or n_global != int(n_global): raise ValueError(f"n_views={n_views}, n_global={n_global}: whole numbers are needed")
+        if not 0 <= centre_momentum <= 1: raise ValueError(f"centre_momentum={centre_momentum}: between 0 and 1")
+        if not (student_temp > 0 and teacher_temp > 0): raise ValueError(f"temperatures must be positive, got {student_temp} and {teacher_temp}")
         self.out_dim, self.n_views, self.n_global, self.variant, self.centring = out_dim, n_views, n_global, variant, centre
         self.student_temp, self.teacher_temp, self.centre_momentum, self.fused = student_temp, teacher_temp, centre_momentum, fused
         self.register_buffer("centre", torch.zeros(out_dim))
