@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
                         CION_NB_RUNS=os.environ.get("CION_NB_RUNS", str(ROOT / "runs" / "test")))
 NOTEBOOK_SECONDS, PYTEST_SECONDS = 300, 1800
-LATE = ("test_backbones", "test_engine", "test_slurm", "test_features")   # the files of the second pytest run, which follows the notebooks
+LATE = (("test_backbones", "test_features"), ("test_engine", "test_slurm"))   # the files of two more pytest runs, which follow the notebooks side by side
 
 
 def call(args, seconds, **env):
@@ -62,14 +62,14 @@ def main():
     books = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     files = sorted(ROOT.glob("tests/test_*.py"))
     with ThreadPoolExecutor(2) as pool:
-        def pytest(late): return pool.submit(timed, call, ["-m", "pytest", "-rs", "--durations=8", "-p", "no:cacheprovider", *(str(f) for f in files if (f.stem in LATE) == late)], PYTEST_SECONDS)
-        halves = [pytest(False)]
+        def pytest(chosen): return pool.submit(timed, call, ["-m", "pytest", "-rs", "--durations=8", "-p", "no:cacheprovider", *map(str, chosen)], PYTEST_SECONDS)
+        parts = [pytest(f for f in files if not any(f.stem in names for names in LATE))]
         runs = {pool.submit(timed, notebook, b): str(b.relative_to(ROOT)) for b in books}
-        halves.append(pytest(True))
+        parts += [pytest(f for f in files if f.stem in names) for names in LATE]
         for f, name in runs.items(): done(name, *f.result())
-        halves = [f.result() for f in halves]
+        parts = [f.result() for f in parts]
     done("papermill nbs/reproduce/figure4.ipynb", *timed(papermill))
-    for code, out, seconds in halves:
+    for code, out, seconds in parts:
         print(out[-8000:])
         counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", out.strip().splitlines()[-1] if out.strip() else "")}
         passed += counts.get("passed", 0); skipped += counts.get("skipped", 0)

@@ -597,7 +597,7 @@ def _refuse_bad(model, report, found, min_matched):
     bad = [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad: raise ValueError(f"{report.path}: {len(bad)} entries hold NaN or infinity, nothing was loaded: {', '.join(bad[:6])}")
     own = model.state_dict()
-    whole = [name for name, value in found.items() if own[name].is_floating_point() and not value.is_floating_point()]
+    whole = [name for name, value in found.items() if name in own and own[name].is_floating_point() and not value.is_floating_point()]
     if whole: raise ValueError(f"{report.path}: {len(whole)} entries are {found[whole[0]].dtype}, not floating-point numbers, nothing was loaded: {', '.join(whole[:6])}")
     if report.missing or report.mismatched: warnings.warn(f"loaded, but not completely\n{report}", stacklevel=3)
 

@@ -333,6 +333,9 @@ def finetune(
             model = (best.model if best else task.modules["model"]).eval()
             save_finetuned(model, run.folder, recipe=recipe, run=run.name)
             score = test_model(model, recipe, run.folder / "test-features")
+            both = set(task.samples.pid) & set(score.per_query.pid) if recipe["test_data"] is None else set()
+            if both: warnings.warn(f"{run.name}: {len(both)} people are in the train split and among the queries ({', '.join(map(str, sorted(both)[:5]))}{', …' if len(both) > 5 else ''}): this score does not tell how the model does on new people")
+            report |= dict(people_in_both=len(both))
             if best: report |= dict(held_out_mAP=float(best.score), chosen_epoch=float(best.epoch), held_out_images=len(task.held_out))
             report |= dict(mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, flip_test=recipe["flip_test"], train_images=task.n_images, train_ids=task.n_ids,
                            matched=None if task.load_report is None else len(task.load_report.matched))

@@ -13,7 +13,7 @@ from cion_nb.features import Features, embed, extract
 from cion_nb.finetune import BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_model, part_of, save_finetuned
 from cion_nb.mgn import MGN, PARTS, STRIPES, TRIPLETS, mgn_loss
 from cion_nb.report import paper
-from cion_nb.runs import RELEASED_BATCHES, Run, recipe, released_finetuning
+from cion_nb.runs import Run, recipe, released_finetuning
 from cion_nb.samples import read_samples, write_samples
 from cion_nb.transreid import TransReID, jigsaw_groups
 from test_training_stages import asked, people, runs      # noqa: F401  (fixtures)
@@ -226,6 +226,47 @@ def test_two_processes_fine_tune(people, runs, tmp_path):
                                           (dict(keep_list="/nowhere.txt"), "nowhere.txt")])
 def test_what_cannot_work_is_named(people, runs, changes, word):
     with pytest.raises((ValueError, FileNotFoundError), match=word): finetune(quick(people, **changes))
+
+
+def changed(people, tmp_path, change):
+    "A copy of the data set with its table changed."
+    import shutil
+    root = shutil.copytree(people.parent, tmp_path / "changed"); write_samples(change(read_samples(people), root), root / "samples.parquet"); return root / "samples.parquet"
+
+
+def test_one_image_a_person_is_repeated(people, runs, tmp_path):
+    "K = 4 of one image: the same image under other crops; a documented result, not an error."
+    data = changed(people, tmp_path, lambda t, root: t[(t.split != "train") | ((t.frame == 0) & (t.camid == 1))].reset_index(drop=True))
+    run = finetune(quick(data)); assert run.result["train_images"] == run.result["train_ids"] == 8 and 0 < run.result["mAP"] <= 1
+
+
+def test_cameras_unknown_everywhere_remove_nothing(people, runs, tmp_path):
+    data = changed(people, tmp_path, lambda t, root: t.assign(camid=-1))
+    run = finetune(quick(data)); f = Features.open(run.folder / "test-features"); q = (f.samples.split == "query").to_numpy()
+    assert run.result["mAP"] == pytest.approx(evaluate(f.x[q], f.x[~q], f.samples[q], f.samples[~q], protocol="no_camera").mAP)
+
+
+def test_people_in_train_and_test_are_told(people, runs, tmp_path):
+    data = changed(people, tmp_path, lambda t, root: t.assign(pid=t.pid.where(t.pid < 11, t.pid - 10)))      # 11 and 12 become 1 and 2
+    with pytest.warns(UserWarning, match="2 people are in the train split and among the queries .1, 2."): run = finetune(quick(data))
+    assert run.result["people_in_both"] == 2 and finetune(quick(people)).result["people_in_both"] == 0
+
+
+def test_images_of_every_mode_and_a_truncated_one(people, runs, tmp_path):
+    from PIL import Image
+    def change(t, root):
+        for name, mode in (("1_1_0.png", "L"), ("1_1_2.png", "RGBA"), ("1_2_0.png", "1")): Image.open(root / name).convert(mode).save(root / name)
+        Image.fromarray(np.asarray(Image.open(root / "1_1_1.png").convert("L")).astype(np.uint16) * 257).save(root / "1_1_1.png")
+        Image.open(root / "1_2_1.png").convert("CMYK").save(root / "cmyk.jpg"); t.loc[t.path == "1_2_1.png", "path"] = "cmyk.jpg"
+        broken = root / "2_1_0.png"; broken.write_bytes(broken.read_bytes()[:60]); return t
+    data = changed(people, tmp_path, change)
+    with pytest.warns(UserWarning, match="2_1_0.png"): run = finetune(quick(data))
+    assert run.result["unreadable"] == 1 and "2_1_0.png" in json.loads((run.folder / "unreadable.json").read_text())
+
+
+def test_weights_of_another_network_are_refused(people, runs, tmp_path):
+    save_backbone(create_backbone("resnet18", (64, 32)), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not hold a resnet10_tiny_ibn"): finetune(quick(people, weights=str(tmp_path / "other.safetensors")))
 
 
 def test_cameras_unknown_to_sie_are_named(people, runs, tmp_path):
