@@ -21,8 +21,7 @@ from .engine import Task, budget, fit, to_channels_last
 from .evaluate import evaluate
 from .features import extract, read_data
 from .mgn import MGN, mgn_loss
-from .runs import TUNINGS, Run, atomic, is_main_process, read_json, recipe, run_from_arguments, resolve, write_json
-from .samples import read_samples
+from .runs import Run, atomic, is_main_process, read_json, recipe, run_from_arguments, resolve, write_json
 from .transreid import TransReID, transreid_loss
 from .views import ImageStore, PKSampler, TrainTransform, erase_, normalise, resize
 

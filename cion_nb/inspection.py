@@ -7,14 +7,13 @@ __all__ = ['hardest', 'by_person', 'by_query_camera', 'PairDistances', 'pair_dis
            'compare_images', 'activation_map']
 
 # %% ../nbs/09b_inspection.ipynb #7d0c058f
-from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .evaluate import Answers, RetrievalScore, _answers, _blocks, _check_sizes, _few, _matrix
+from .evaluate import RetrievalScore, _answers, _blocks, _check_sizes, _matrix
 from .features import embed, normalise, to_pixels
 
 # %% ../nbs/09b_inspection.ipynb #8813b96d

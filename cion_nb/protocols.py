@@ -9,7 +9,7 @@ __all__ = ['SingleShotScore', 'draw_keys', 'evaluate_single_shot', 'by_camera']
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
-from .evaluate import Answers, RetrievalScore, _answers, _blocks, _check_sizes, _matrix, evaluate
+from .evaluate import Answers, _answers, _blocks, _check_sizes, _matrix, _names, evaluate
 
 # %% ../nbs/09a_protocols.ipynb #ac8da63c
 @dataclass
@@ -83,8 +83,7 @@ def evaluate_single_shot(
     r = ranks[:, has]
     cmc = np.stack([(r <= k).mean(1) for k in range(1, min(max_rank, len(person)) + 1)], 1)
     per_repeat = pd.DataFrame(dict(mAP=(1 / r).mean(1)) | {f"rank{k}": (r <= k).mean(1) for k in (1, 5, 10)})
-    names = [query["path"].iloc[i] if "path" in query else f"row {i}" for i in np.flatnonzero(answers.counts == 0)]
-    return SingleShotScore(float(per_repeat.mAP.mean()), cmc.mean(0), per_repeat, names, protocol, len(has), len(person))
+    return SingleShotScore(float(per_repeat.mAP.mean()), cmc.mean(0), per_repeat, _names(query, np.flatnonzero(answers.counts == 0)), protocol, len(has), len(person))
 
 # %% ../nbs/09a_protocols.ipynb #5df311a7
 def by_camera(

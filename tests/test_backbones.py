@@ -547,7 +547,7 @@ def test_export(zoo, arch, tmp_path):
     onnx = export_onnx(model, tmp_path / "m.onnx", tolerance=allowed)
     script = export_torchscript(model, tmp_path / "m.pt", normalise=False, tolerance=allowed)
     print(f"| {arch} | {onnx.relative:.1e} | {script.relative:.1e} | {onnx.megabytes:.1f} | {script.megabytes:.1f} | {onnx.spread:.2g} |")
-    assert max(onnx.relative, script.relative) < allowed < 0.2 and onnx.spread > 1e-2      # GhostNet 1.3 rounds by 6e-3 of the distance between images by itself
+    assert max(onnx.relative, script.relative) < min(allowed, 0.05) and onnx.spread > 1e-2      # GhostNet 1.3 rounds by 6e-3 of the distance between images by itself
     assert model.training == mode and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())), "exporting changes nothing"
     assert json.loads((tmp_path / "m.onnx.json").read_text())["input"]["std"] == [1, 1, 1] and script.input == model.input
     convolutions = lambda m: sum(isinstance(x, nn.Conv2d) for x in m.modules())
