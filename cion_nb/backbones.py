@@ -660,11 +660,12 @@ class _Deployed(nn.Module):
         self.model = timm.utils.reparameterize_model(copy.deepcopy(model).cpu().double().eval(), inplace=True).float() # fused in double: rounded once
         spec = model.input
         self.input = replace(spec, scale=1., mean=(0, 0, 0), std=(1, 1, 1)) if normalise else spec
+        self.columns = getattr(model, "columns", ())         # what it takes beside images, such as camera numbers
         self.scale, shape = spec.scale if normalise else None, (1, 3, 1, 1) if spec.layout == "NCHW" else (1, 1, 1, 3)
         for name in ("mean", "std"): self.register_buffer(f"input_{name}", torch.tensor(getattr(spec, name)).view(shape), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x if self.scale is None else (x * self.scale - self.input_mean) / self.input_std)
+    def forward(self, x: Tensor, *columns: Tensor) -> Tensor:
+        return self.model(x if self.scale is None else (x * self.scale - self.input_mean) / self.input_std, *columns)
 
 # %% ../nbs/04_backbones.ipynb #d8d74ff5
 @dataclass
@@ -690,7 +691,7 @@ class ExportReport:
 def _checked(
     model: nn.Module,
     deployed: _Deployed,
-    run: Callable,      # the file's (n, ...) float32 tensor -> (n, D)
+    run: Callable,      # the file's (n, ...) float32 tensor, and one of numbers a column -> (n, D)
     tolerance: float,   # largest error, in distances between images
     path: Path,         # the final name, for the report
     written: Path,      # where it is now
@@ -701,18 +702,22 @@ def _checked(
     shape = (1, 3, 1, 1) if spec.layout == "NCHW" else (1, 1, 1, 3)
     mean, std = (torch.tensor(v).view(shape) for v in (spec.mean, spec.std))
     x, was, like = (pixels * spec.scale - mean) / std, [(m, m.training) for m in model.modules()], next(model.parameters())
+    columns = [torch.arange(5) % n for n in _column_sizes(model).values()]
     with torch.inference_mode():
-        want = model.eval()(x.to(like)).float().cpu()
+        want = model.eval()(x.to(like), *(c.to(like.device) for c in columns)).float().cpu()
         for m, mode in was: m.training = mode
         given = x if deployed.scale is None else pixels
-        have = run(given), torch.cat([run(image) for image in given.split(1)])
+        have = run(given, *columns), torch.cat([run(*image) for image in zip(given.split(1), *(c.split(1) for c in columns))])
     error = max(float((y - want).norm(dim=1).max()) if y.shape == want.shape else math.inf for y in have)
     report = ExportReport(str(path), deployed.input, want.shape[1], error, float(torch.pdist(want).mean()), written.stat().st_size / 1e6)
     if not report.relative <= tolerance: raise ValueError(f"the exported file does not compute what the model computes, so it was not kept (tolerance {tolerance:g})\n{report}")
     return report
 
 def _card(model: nn.Module, deployed: _Deployed) -> dict: # what travels with an exported file
-    return dict(name=getattr(model, "name", type(model).__name__), embed_dim=model.embed_dim, input=asdict(deployed.input))
+    return dict(name=getattr(model, "name", type(model).__name__), embed_dim=model.embed_dim, input=asdict(deployed.input), columns=_column_sizes(model))
+
+def _column_sizes(model) -> dict: # what a model takes beside images -> how many values there are, from 0
+    return {name: model.column_sizes[name] for name in getattr(model, "columns", ())}
 
 # %% ../nbs/04_backbones.ipynb #74c88dc9
 def export_onnx(
@@ -730,15 +735,16 @@ def export_onnx(
     deployed = _Deployed(model, normalise).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # the exporter's notes on its own dependencies
-        program = torch.onnx.export(deployed, (torch.zeros(2, *deployed.input.shape),), dynamo=True, verbose=False, optimize=optimize,
-                                    input_names=["images"], output_names=["features"], dynamic_shapes=({0: torch.export.Dim("batch")},))
+        batch, columns = torch.export.Dim("batch"), deployed.columns
+        program = torch.onnx.export(deployed, (torch.zeros(2, *deployed.input.shape), *(torch.zeros(2, dtype=torch.int64) for _ in columns)), dynamo=True, verbose=False, optimize=optimize,
+                                    input_names=["images", *columns], output_names=["features"], dynamic_shapes=({0: batch}, tuple({0: batch} for _ in columns)))
     program.model.metadata_props["cion_nb"] = json.dumps(_card(model, deployed))
     with atomic(path) as tmp:
         program.save(tmp, external_data=False)           # one file that can be moved
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         session = onnxruntime.InferenceSession(tmp, options, providers=["CPUExecutionProvider"])
-        run = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        run = lambda x, *more: torch.from_numpy(session.run(None, dict(images=x.numpy()) | {name: c.numpy() for name, c in zip(columns, more)})[0])
         report = _checked(model, deployed, run, tolerance, path, tmp)
     write_json(path.with_name(path.name + ".json"), _card(model, deployed))
     return report
@@ -755,7 +761,7 @@ def export_torchscript(
     deployed = _Deployed(model, normalise).eval()
     with atomic(path) as tmp, warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # that shapes become constants is what the check is for
-        with torch.no_grad(): traced = torch.jit.trace(deployed, torch.zeros(2, *deployed.input.shape), check_trace=False)
+        with torch.no_grad(): traced = torch.jit.trace(deployed, (torch.zeros(2, *deployed.input.shape), *(torch.zeros(2, dtype=torch.int64) for _ in deployed.columns)), check_trace=False)
         torch.jit.save(traced, str(tmp), _extra_files={"cion_nb.json": json.dumps(_card(model, deployed))})
         report = _checked(model, deployed, torch.jit.load(str(tmp)), tolerance, path, tmp)
     write_json(path.with_name(path.name + ".json"), _card(model, deployed))

@@ -81,6 +81,11 @@ class Task:
         raise TypeError(f"{type(self).__name__} must say how to build its modules")
     def phase(self, seen: int) -> Hashable:
         "What kind of batch follows after `seen` images (the curriculum); a change starts a fresh pass."
+    def horizon(self, seen: int) -> float:
+        "Up to which image batches may be drawn ahead of training, after `seen` images: where new labels come from the model, not beyond them."
+        return float("inf")
+    def prepare(self, at: "Position", run: Run, accelerator) -> None:
+        "Called before batches up to the next horizon are drawn, also after a resume: cluster, say."
     def sampler(self, phase, n_pass: int, advance: int, rank: int, world_size: int) -> Iterable[np.ndarray]:
         "Row indices of this rank's batches of pass `n_pass`, from batch `advance` on."
         raise TypeError(f"{type(self).__name__} must say how to sample its batches")
@@ -442,7 +447,6 @@ def fit(
     if keep < 1: raise ValueError(f"keep={keep}: at least one checkpoint must stay")
     accelerator, model, at, carried = _set_up(task, run, strict)
     cuda = accelerator.device.type == "cuda"
-    stream = iter(loader(task, batches(task, total, at, accelerator.process_index, accelerator.num_processes), r["workers"], cuda))
     bar = progress(total=total, initial=at.seen, desc=run.name, unit="img", show=accelerator.is_main_process)
     if accelerator.is_main_process: _trim_log(run, at)
     step, rows, seconds_before = at.seen // r["batch_size"], [], carried["seconds"]
@@ -453,7 +457,11 @@ def fit(
         save_checkpoint(task, run, at, accelerator, keep, carried)
     try:
         with _watching() as stop:
+            end = at.seen
             while at.seen < total:
+                if at.seen >= end:
+                    end = min(task.horizon(at.seen), total); task.prepare(at, run, accelerator)
+                    stream = iter(loader(task, batches(task, end, at, accelerator.process_index, accelerator.num_processes), r["workers"], cuda))
                 values, rows_before, share = task.schedule(at.seen / total), rows, at.seen / total
                 carried["loss"], stats, at, rows, fresh = _gradients(task, model, accelerator, stream, accumulate)
                 carried["unreadable"] |= fresh

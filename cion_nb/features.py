@@ -7,7 +7,7 @@ __all__ = ['SUBSETS', 'to_pixels', 'normalise', 'OnnxModel', 'embed', 'Features'
            'read_data']
 
 # %% ../nbs/05_features.ipynb #9bf9a723
-import hashlib, os
+import hashlib, json, os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -58,17 +58,17 @@ def normalise(
 
 # %% ../nbs/05_features.ipynb #d137b726
 class OnnxModel:
-    "An ONNX file as a model: (n, *spec.shape) float32 -> (n, D) float32."
+    "An ONNX file as a model: (n, *spec.shape) float32, and (n,) numbers for each of `columns` -> (n, D) float32."
     def __init__(
         self,
         path: str | Path,          # .onnx file
-        spec: InputSpec,           # the input it was trained with
+        spec: InputSpec | None = None, # the input it was trained with; None: as `export_onnx` wrote it into the file
         output: str | None = None, # name of the feature output; needed where the file has several
         device: str = "cpu",       # "cuda" uses onnxruntime's CUDA provider, and says so when that is missing
     ):
         try: import onnxruntime
         except ImportError as e: raise ImportError('ONNX models need onnxruntime: pip install "cion_nb[onnx]"') from e
-        self.path, self.input = resolve(path), spec
+        self.path = resolve(path)
         if not self.path.is_file(): raise FileNotFoundError(f"no ONNX file at {self.path}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -76,12 +76,17 @@ class OnnxModel:
         providers = ["CUDAExecutionProvider"] * device.startswith("cuda") + ["CPUExecutionProvider"]
         if missing := set(providers) - set(onnxruntime.get_available_providers()):
             raise RuntimeError(f"this onnxruntime has no {', '.join(missing)}: install onnxruntime-gpu, or use device='cpu'")
-        self.session = onnxruntime.InferenceSession(self.path, options, providers=providers)
+        try: self.session = onnxruntime.InferenceSession(self.path, options, providers=providers)
+        except Exception as e: raise ValueError(f"{self.path} is not an ONNX file that onnxruntime can read: {e}") from e
+        card = json.loads(self.session.get_modelmeta().custom_metadata_map.get("cion_nb", "{}"))
+        if spec is None and "input" not in card: raise ValueError(f"{self.path} does not say what its input is: pass spec=InputSpec(height, width, …)")
+        self.input, self.column_sizes = spec or InputSpec(**card["input"]), card.get("columns", {})
+        self.columns = tuple(self.column_sizes)
         self._check(output)
 
     def _check(self, output):
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        if len(inputs) != 1: raise ValueError(f"{self.path}: a feature extractor has one input, this file has {[i.name for i in inputs]}")
+        if len(inputs) != 1 + len(self.columns): raise ValueError(f"{self.path}: a feature extractor has one input, this file has {[i.name for i in inputs]}")
         names = [o.name for o in outputs]
         if output is None and len(names) > 1: raise ValueError(f"{self.path} has the outputs {names}; name the feature with output=")
         if output is not None and output not in names: raise ValueError(f"{self.path} has no output {output!r}; it has {names}")
@@ -91,18 +96,21 @@ class OnnxModel:
                              f"{('n', *self.input.shape)}: check layout, height and width of the InputSpec")
         self.input_name, self.output_name = inputs[0].name, output or names[0]
         self.batch = shape[0] if isinstance(shape[0], int) else None # None: any
-        self.embed_dim = self._run(np.zeros((self.batch or 1, *self.input.shape), np.float32)).shape[1]
+        self.embed_dim = self._run(np.zeros((self.batch or 1, *self.input.shape), np.float32), *(np.zeros(self.batch or 1, np.int64) for _ in self.columns)).shape[1]
 
-    def _run(self, x):
-        y = self.session.run([self.output_name], {self.input_name: x})[0]
+    def _run(self, x, *columns):
+        y = self.session.run([self.output_name], {self.input_name: x} | dict(zip(self.columns, columns)))[0]
         return y.reshape(len(x), -1)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *columns: Tensor) -> Tensor:
         x, n, size = np.ascontiguousarray(x.detach().cpu().numpy(), np.float32), len(x), self.batch or len(x)
+        columns = [c.detach().cpu().numpy() for c in columns]
+        for (name, known), c in zip(self.column_sizes.items(), columns, strict=True):
+            if ((c < 0) | (c >= known)).any(): raise ValueError(f"{self.path.name} knows {name} 0 to {known - 1}, not {int(c[(c < 0) | (c >= known)][0])}")
         if x.shape[1:] != self.input.shape: raise ValueError(f"{self.path.name} takes (n, {', '.join(map(str, self.input.shape))}), got {x.shape}")
         if not n: return torch.zeros(0, self.embed_dim)
-        if n % size: x = np.concatenate([x, np.zeros((size - n % size, *x.shape[1:]), np.float32)])
-        return torch.from_numpy(np.concatenate([self._run(x[i:i + size]) for i in range(0, len(x), size)])[:n])
+        if n % size: x, *columns = (np.concatenate([a, np.zeros((size - n % size, *a.shape[1:]), a.dtype)]) for a in (x, *columns))
+        return torch.from_numpy(np.concatenate([self._run(x[i:i + size], *(c[i:i + size] for c in columns)) for i in range(0, len(x), size)])[:n])
 
 # %% ../nbs/05_features.ipynb #667e5b08
 @contextmanager
@@ -219,7 +227,7 @@ def model_hash(
 ) -> str:
     "A short hash of all weights, buffers and entry names; of the file for ONNX."
     if isinstance(model, OnnxModel): return hashlib.sha256(model.path.read_bytes()).hexdigest()[:16]
-    h = hashlib.sha256(type(model).__name__.encode())
+    h = hashlib.sha256(f"{type(model).__name__}{getattr(model, 'feature', '')}".encode())           # a BNNeck gives one of two features
     for name, value in sorted(model.state_dict().items()):
         h.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

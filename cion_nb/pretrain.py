@@ -19,7 +19,7 @@ from .distill import (ALARMS, CollapseWatch, ContrastHead, IdentityGuidedLoss, I
                              feature_rank, freeze_last_layer, param_groups, update_teacher)
 from .engine import Task, adamw, budget, fit, to_channels_last, warmup_cosine
 from .features import read_data
-from .runs import Run, is_main_process, recipe, run_from_arguments
+from .runs import Run, is_main_process, licence, recipe, run_from_arguments
 from .views import IdentitySampler, ImageStore, MultiCrop, id_curriculum, normalise
 
 # %% ../nbs/13_pretrain.ipynb #8180a853
@@ -213,7 +213,7 @@ def pretrain(
         report = fit(task, run)
         if is_main_process():
             kept = task.modules["teacher" if recipe["loss"] == "identity" else "model"]
-            save_backbone(kept.backbone.cpu(), run.folder / "backbone.safetensors", recipe=recipe, run=run.name)
+            save_backbone(kept.backbone.cpu(), run.folder / "backbone.safetensors", recipe=recipe, run=run.name, licence=licence(recipe))
         run.finish(report | dict(train_images=task.n_images, identities=int(len(np.unique(task.labels[task.labels >= 0]))), views=task.views.n_views, alarms=run.watch.rang))
     return run
 

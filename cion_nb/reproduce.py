@@ -13,15 +13,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .backbones import load_backbone
+from .cluster_contrast import uda, usl
 from .denoise import denoise
 from .evaluate import RetrievalScore, evaluate
 from .features import Features, extract, read_data
-from .finetune import finetune, load_finetuned
+from .finetune import finetune
 from .pedestrians import make_world, render
 from .pretrain import pretrain
 from .report import report_folder, write_index
 from .runs import PROFILES, BusyRun, Run, atomic, dependencies, processors, progress, project_root, read_json, recipe, resolve, write_json
 from .samples import write_samples
+from .score import load_model
 
 # %% ../nbs/17_reproduce.ipynb #3b6671ed
 def world(recipe: dict) -> Run:
@@ -48,8 +50,7 @@ def extract_features(recipe: dict) -> Run:
 def _model(named):
     "A run's model (a fine-tuned one with its neck), or a saved backbone by path."
     if not isinstance(named, dict): return load_backbone(resolve(named))
-    folder = Run(named).require().folder
-    return load_finetuned(folder) if named["stage"] == "finetune" else load_backbone(folder / "backbone.safetensors")
+    return load_model(Run(named).require().folder)
 
 DENOISING = ("sigma_cst", "sigma_drm", "half_width", "levels", "link", "k1", "k2", "eps", "min_samples", "centre", "cannot_link")  # settings of `denoise` in its recipe
 
@@ -67,7 +68,7 @@ def denoise_features(recipe: dict) -> Run:
     return run
 
 # %% ../nbs/17_reproduce.ipynb #fb8e3619
-STAGES = dict(world=world, extract=extract_features, denoise=denoise_features, pretrain=pretrain, finetune=finetune)
+STAGES = dict(world=world, extract=extract_features, denoise=denoise_features, pretrain=pretrain, finetune=finetune, usl=usl, uda=uda)
 
 def make_run(
     recipe: dict,
@@ -124,7 +125,7 @@ def at_once(
     if not str(said).isdigit() or int(said) < 1: raise ValueError(f"jobs (CION_NB_JOBS) is {said!r}: a whole number of at least 1 is needed")
     return int(said)
 
-def _apart(r): return r["stage"] in ("pretrain", "finetune") and (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
+def _apart(r): return r["stage"] in ("pretrain", "finetune", "usl", "uda") and (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
 
 # %% ../nbs/17_reproduce.ipynb #489fdc0d
 class _Worker:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPES', 'METHODS', 'TUNINGS', 'RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'WHOLE', 'PAIRS', 'LIMITS',
            'PACKAGES', 'INPUTS', 'UNHASHED', 'project_root', 'resolve', 'runs_dir', 'atomic', 'write_json', 'read_json',
-           'progress', 'fingerprint', 'released_finetuning', 'recipe', 'table5', 'processors', 'environment',
-           'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies', 'run_hash', 'Run',
-           'recipe_from_arguments', 'run_from_arguments', 'check_parameters']
+           'progress', 'fingerprint', 'released_clustering', 'released_finetuning', 'recipe', 'table5', 'processors',
+           'environment', 'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies', 'made_from',
+           'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'recipe_from_arguments', 'run_from_arguments',
+           'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
 import ast, copy, difflib, hashlib, json, math, os, platform, subprocess, sys, time
@@ -207,6 +208,30 @@ RECIPES["finetune"] = dict(
               epochs=10, images_per_epoch=640, batch_size=32, warmup_epochs=1, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=3, erasing=0.0, precision="auto", workers=0, checkpoint_minutes=2))
 RECIPES["finetune"]["smoke"] = RECIPES["finetune"]["tiny"] | dict(epochs=2, images_per_epoch=128, warmup_epochs=1)
 
+# Cluster contrast as released: 200 steps of 256 images an epoch. `pooling="auto"` is GeM for ResNets. UDA starts from `weights` that were fine-tuned on the source.
+RECIPES["usl"] = dict(
+    paper=dict(
+        data="market1501", data_root=None, test_data=None, test_root=None, protocol="market", flip_test=False,
+        backbone="resnet50_ibn", image_size=[256, 128], weights=None, drop_path=None, overlap=False, pooling="auto",
+        mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
+        k1=30, k2=6, eps=0.6, min_samples=4, memory_update="hard", memory_momentum=0.2, temperature=0.05,
+        epochs=50, images_per_epoch=51200, batch_size=256, k=8, optimizer="sgd", momentum=0.9, lr=3.5e-4, lr_step=20, lr_factor=0.1, weight_decay=5e-4,
+        flip=0.5, pad=10, erasing=0.5, erasing_fill=[0.485, 0.456, 0.406], ghost_bn=64, sync_bn=False, test_every=10,
+        precision="fp32", channels_last=True, compile=False, grad_checkpointing=False, workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=1),
+    small=dict(data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64], k1=20, k2=4, epochs=30, images_per_epoch=6400, batch_size=64, lr=0.02, lr_step=15, ghost_bn=None,
+               weights=dict(stage="pretrain"), pad=5, precision="auto", workers=0, checkpoint_minutes=5),
+    tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], k1=12, k2=3, epochs=10, images_per_epoch=640, batch_size=64, k=4, lr=0.05, lr_step=6, ghost_bn=None,
+              weights=dict(stage="pretrain"), pad=3, erasing=0.0, test_every=2, precision="auto", workers=0, checkpoint_minutes=2, seed=0))
+RECIPES["usl"]["smoke"] = RECIPES["usl"]["tiny"] | dict(epochs=2, images_per_epoch=64, batch_size=16, min_samples=2, test_every=0)
+RECIPES["uda"] = {profile: values | (dict(weights=None) if profile == "paper" else dict(weights=dict(stage="finetune", data=dict(stage="world", bank="B"), weights=dict(stage="pretrain")))) for profile, values in RECIPES["usl"].items()}
+
+def released_clustering(
+    backbone: str,
+    data: str = "market1501",  # or "msmt17"
+) -> dict:
+    "In what the released scripts of cluster contrast differ by data set, and the drop path of its ViTs (its script's default; no script runs them)."
+    return ({"msmt17": dict(eps=0.7, ghost_bn=128, test_every=50)}.get(data, {}) if isinstance(data, str) else {}) | (dict(drop_path=0.3) if backbone.startswith("vit") else {})
+
 # What a method of fine-tuning changes: of the paper's values, then of the profile's.
 TUNINGS = dict(
     bnneck=dict(),
@@ -256,6 +281,7 @@ def recipe(
         mine = copy.deepcopy(TUNINGS[method])
         values = {**RECIPES[stage]["paper"], **mine.get("paper", {}), **copy.deepcopy(RECIPES[stage].get(profile, {})), **mine.get(profile, {})}
         if profile == "paper" and method == "bnneck": values |= released_finetuning(changes.get("backbone", values["backbone"]), changes.get("data", values["data"]))
+    if stage in ("usl", "uda") and profile == "paper": values |= released_clustering(changes.get("backbone", values["backbone"]), changes.get("data", values["data"]))
     values.update(copy.deepcopy(changes))
     return dict(stage=stage, profile=profile) | {k: _complete(v, profile) for k, v in values.items()}
 
@@ -276,16 +302,16 @@ def _of_kind(what, name, value, default):
             return
 
 # What a number must be beyond that: whole, and within limits (lowest, highest); `None` is for those that some profile or method leaves out.
-WHOLE = frozenset("images_per_epoch batch_size accumulate n_local n_id out_dim head_hidden head_bottleneck queue moco_dim workers keep_checkpoints seed k pad part_dim image_size local_size".split())
+WHOLE = frozenset("images_per_epoch batch_size accumulate n_local n_id out_dim head_hidden head_bottleneck queue moco_dim workers keep_checkpoints seed k pad part_dim image_size local_size k1 k2 min_samples lr_step ghost_bn test_every".split())
 PAIRS = frozenset("image_size local_size global_scale local_scale aspect ema".split())
-_ABOVE_0 = frozenset("epochs lr_per clip student_temp teacher_temp warmup_teacher_temp moco_temp data_share few_ids few_images circle_scale".split())
-LIMITS = dict(out_dim=(2, math.inf)) | {n: (1, math.inf) for n in "images_per_epoch batch_size accumulate n_id head_hidden head_bottleneck queue moco_dim keep_checkpoints k part_dim image_size local_size".split()} | {
-    n: (0, 1) for n in "ema centre_momentum moco_momentum momentum data_share few_ids few_images held_out flip erasing label_smoothing".split()} | {
-    n: (0, math.inf) for n in "epochs n_local workers seed pad checkpoint_minutes lr lr_per lr_end warmup_epochs warmup_teacher_temp_epochs freeze_last_layer_epochs freeze_epochs constant_until weight_decay clip student_temp teacher_temp warmup_teacher_temp moco_temp bias_lr triplet_weight circle_scale n_id_epochs".split()}
+_ABOVE_0 = frozenset("temperature eps epochs lr_per clip student_temp teacher_temp warmup_teacher_temp moco_temp data_share few_ids few_images circle_scale".split())
+LIMITS = dict(out_dim=(2, math.inf)) | {n: (1, math.inf) for n in "images_per_epoch batch_size accumulate n_id head_hidden head_bottleneck queue moco_dim keep_checkpoints k part_dim image_size local_size k1 k2 min_samples lr_step ghost_bn".split()} | {
+    n: (0, 1) for n in "ema centre_momentum moco_momentum momentum data_share few_ids few_images held_out flip erasing label_smoothing memory_momentum eps lr_factor".split()} | {
+    n: (0, math.inf) for n in "epochs n_local workers seed pad checkpoint_minutes lr lr_per lr_end warmup_epochs warmup_teacher_temp_epochs freeze_last_layer_epochs freeze_epochs constant_until weight_decay clip student_temp teacher_temp warmup_teacher_temp moco_temp bias_lr triplet_weight circle_scale n_id_epochs temperature test_every".split()}
 
 def _in_range(stage, name, value):
     "ValueError for a number, or a list of them, that cannot work in training."
-    if stage not in ("pretrain", "finetune"): return
+    if stage not in ("pretrain", "finetune", "usl", "uda"): return
     what, pair = f"{stage} setting {name}={value!r}", name in PAIRS or stage == "pretrain" and name == "weight_decay"
     if value is None:
         left_out = [r for r in (*RECIPES[stage].values(), *METHODS.values(), *(t for m in TUNINGS.values() for t in m.values())) if name in r and r[name] is None]
@@ -367,6 +393,19 @@ def dependencies(
     "The runs that must exist before this one can start."
     return [v for v in recipe.values() if isinstance(v, dict) and "stage" in v]
 
+def made_from(
+    recipe: dict,
+) -> list[str]:  # names and paths, sorted
+    "Data and weights from outside that went into a run, through all the runs it needs; nothing where everything was generated here."
+    own = [str(v) for k, v in recipe.items() if k in ("data", "annotation", "weights", "model") and isinstance(v, (str, Path))]
+    return sorted({*own, *(name for r in dependencies(recipe) for name in made_from(r))})
+
+def licence(
+    recipe: dict,
+) -> str:
+    "What can be said about the licence of the weights that a run gives: a reminder, not legal advice."
+    return f"bound by the terms of what it was made from: {', '.join(found)}" if (found := made_from(recipe)) else "Apache-2.0 (everything it was made from is generated by cion_nb)"
+
 _seen_inputs: dict = {}
 
 def _input_print(path):
@@ -419,7 +458,9 @@ class Run:
     @property
     def command(self) -> str:
         "The shell command that computes this run; what it needs comes first (at `paper`) or with it."
-        module = f"accelerate launch -m cion_nb.{self.recipe['stage']}" if self.recipe["profile"] == "paper" and self.recipe["stage"] in ("pretrain", "finetune") else "python -m cion_nb.reproduce"
+        stage = self.recipe["stage"]
+        launched = dict(pretrain="pretrain", finetune="finetune", usl="cluster_contrast usl", uda="cluster_contrast uda")
+        module = f"accelerate launch -m cion_nb.{launched[stage]}" if self.recipe["profile"] == "paper" and stage in launched else "python -m cion_nb.reproduce"
         return f"{module} --recipe {self.folder / 'recipe.json'}"
 
     def require(self) -> "Run":
@@ -474,17 +515,43 @@ class Run:
     def __repr__(self): return f"Run({self.name}, {'done' if self.is_done else 'not computed'})"
 
 # %% ../nbs/01_runs.ipynb #e235b26b
+def over_seeds(
+    recipe: dict,
+    function,          # recipe -> Run, such as `finetune`
+    seeds: int = 3,    # how many, counted from the recipe's own seed
+) -> "pd.DataFrame":   # one row a seed: seed, every number of its `result.json`, run
+    "One recipe with several seeds. What it starts from keeps its own seed, so that the spread is this stage's."
+    import pandas as pd
+    if isinstance(seeds, bool) or not isinstance(seeds, (int, np.integer)) or seeds < 1: raise ValueError(f"seeds={seeds!r}: a whole number of at least 1 is needed")
+    runs = [function(recipe | dict(seed=recipe["seed"] + i)) for i in range(seeds)]
+    return pd.DataFrame([dict(seed=run.recipe["seed"]) | {k: v for k, v in run.result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)} | dict(run=run.name) for run in runs if run.is_done])
+
+def show_mean(
+    values,              # one a seed; None and NaN are left out
+    scale: float = 100,
+    digits: int = 1,
+) -> str:
+    "`mean ± sd` in per cent; a single value stands alone, no value is an empty string."
+    x = scale * np.asarray([v for v in values if v is not None and np.isfinite(v)], float)
+    return f"{x.mean():.{digits}f}" + (f" ± {x.std(ddof=1):.{digits}f}" if len(x) > 1 else "") if len(x) else ""
+
 def recipe_from_arguments(
     stage: str,
     argv: list[str] | None = None,  # None: this process's arguments
 ) -> dict:
     "The recipe that a command line asks for; values after `--set` are JSON, anything else is text."
+    return _asked(stage, argv)[0]
+
+def _asked(stage, argv=None):
+    "The recipe, and how many seeds."
     import argparse
     parser = argparse.ArgumentParser(prog=f"python -m cion_nb.{stage}", description=f"Run the stage `{stage}` (resumes or reuses a run of the same recipe).")
     parser.add_argument("--recipe", help="a recipe.json; the other arguments then change it")
     parser.add_argument("--profile", default="tiny", help=f"one of {', '.join(PROFILES)}")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings to change")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run it with N seeds, from the recipe's own on, and tell mean and standard deviation of its scores")
     args = parser.parse_args(argv)
+    if args.seeds < 1: parser.error(f"--seeds {args.seeds}: at least 1")
     changes = {}
     for item in args.set:
         name, sign, value = item.partition("=")
@@ -492,23 +559,26 @@ def recipe_from_arguments(
         try: changes[name] = json.loads(value)
         except json.JSONDecodeError: changes[name] = value
     try:
-        if not args.recipe: return recipe(stage, args.profile, **changes)
+        if not args.recipe: return recipe(stage, args.profile, **changes), args.seeds
         base = read_json(args.recipe)
         if base.get("stage") != stage: parser.error(f"{args.recipe} is a recipe of stage {base.get('stage')!r}, not {stage!r}")
-        return recipe(**base | changes)
+        return recipe(**base | changes), args.seeds
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e: parser.error(f"{args.recipe or 'the settings'}: {e}")
 
 def run_from_arguments(
     stage: str,
     function,            # recipe -> Run
+    scores: tuple = (),  # names in `result.json` whose mean and spread over seeds are worth telling
 ) -> None:
-    "A stage as a command: prints the run's folder; what is wrong goes to stderr in one line, with exit code 2."
-    asked = recipe_from_arguments(stage)
-    try: run = function(asked)
+    "A stage as a command: prints each run's folder; what is wrong goes to stderr in one line, with exit code 2."
+    asked, seeds = _asked(stage)
+    try: found = over_seeds(asked, function, seeds)
     except MissingRun as e: sys.exit(print(f"error: {e}; or everything at once with `python -m cion_nb.reproduce --recipe {Run(asked).request().folder / 'recipe.json'}`", file=sys.stderr) or 2)
     except (ValueError, LookupError, OSError, BusyRun) as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
     except FloatingPointError as e: sys.exit(print(f"error: {e}", file=sys.stderr) or 1)
-    if is_main_process(): print(run.folder)
+    if not is_main_process(): return
+    for name in found.run: print(runs_dir() / name)
+    if seeds > 1 and scores: print(f"seeds {', '.join(map(str, found.seed))} (mean ± sd, %): " + ", ".join(f"{s} {show_mean(found[s])}" for s in scores))
 
 # %% ../nbs/01_runs.ipynb #fb146537
 def check_parameters(

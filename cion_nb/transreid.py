@@ -47,7 +47,8 @@ class TransReID(nn.Module):
         self.classifiers = nn.ModuleList(nn.Linear(D, n_ids, bias=False) for _ in self.necks)
         for neck, classifier in zip(self.necks, self.classifiers): neck.bias.requires_grad_(False); nn.init.normal_(classifier.weight, std=.001)
         self.name, self.embed_dim, self.input, self.n_ids = b.name, D * (1 + self.n_groups), b.input, n_ids
-        self.columns = ("camid",) if n_cameras else ()
+        self.column_sizes = dict(camid=n_cameras) if n_cameras else {}
+        self.columns = tuple(self.column_sizes)                                    # what forward takes beside images
 
     def tokens(self, x: Tensor, camid: Tensor | None) -> Tensor:
         "(n, 1 + N, D) before the last block."
@@ -55,7 +56,7 @@ class TransReID(nn.Module):
         x = v._pos_embed(v.patch_embed(x))
         if self.camera is not None:
             if camid is None: raise ValueError("this model knows cameras (SIE): pass the images' camera numbers as a second argument")
-            if bool(((camid < 0) | (camid >= len(self.camera))).any()): raise ValueError(f"camera {int(camid[(camid < 0) | (camid >= len(self.camera))][0])} has no embedding: the model was trained with cameras 0 to {len(self.camera) - 1}; set sie=false for unknown cameras")
+            if not torch.compiler.is_compiling() and bool(((camid < 0) | (camid >= len(self.camera))).any()): raise ValueError(f"camera {int(camid[(camid < 0) | (camid >= len(self.camera))][0])} has no embedding: the model was trained with cameras 0 to {len(self.camera) - 1}; set sie=false for unknown cameras")
             x = x + self.camera_weight * self.camera[camid]
         x = v.norm_pre(v.patch_drop(x))
         if not (v.grad_checkpointing and self.training): return v.blocks(x)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['VIEW_RECIPES', 'ORDERS', 'TOLD', 'sample_draws', 'crop_boxes', 'ViewParameters', 'brighten_', 'contrast_',
            'saturate_', 'grey_', 'grey_sum', 'turn_hue_', 'blur', 'resize', 'MultiCrop', 'erase_boxes', 'normalise',
-           'TrainTransform', 'erase_', 'ImageStore', 'spread_groups', 'IdentitySampler', 'PKSampler', 'id_curriculum']
+           'TrainTransform', 'erase_', 'ImageStore', 'embed_rows', 'spread_groups', 'IdentitySampler', 'PKSampler',
+           'id_curriculum']
 
 # %% ../nbs/10_views.ipynb #9707ecf1
 import itertools, math, os, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 import numpy as np
@@ -415,13 +417,14 @@ def erase_(
     x: Tensor,           # (B, 3, h, w) float, normalised; changed in place
     boxes: Tensor,       # (B, 4) top, left, height, width; height 0 for none
     seeds: Tensor,       # (B,) of the noise
-    mode: str = "pixel", # "pixel": N(0, 1) noise; "const": 0, the mean colour
+    mode: str = "pixel", # "pixel": N(0, 1) noise; "const": `fill`
+    fill: tuple = (0., 0., 0.), # a value a channel; 0 is the mean colour
 ) -> Tensor:
     "Fill the boxes."
     if mode not in ("pixel", "const"): raise ValueError(f"erasing mode {mode!r}: use 'pixel' or 'const'")
     for image, (top, left, h, w), seed in zip(x, boxes.tolist(), seeds.tolist()):
         box = image[:, top:top + h, left:left + w]
-        if h and mode == "const": box.zero_()
+        if h and mode == "const": box.copy_(torch.tensor(fill, dtype=x.dtype, device=x.device)[:, None, None].expand_as(box))
         if h and mode == "pixel": box.copy_(torch.randn(box.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device))
     return x
 
@@ -504,6 +507,29 @@ class ImageStore:
         if self._pool[0] != os.getpid(): self._pool = os.getpid(), ThreadPoolExecutor(self.threads)
         return self._pool[1].map(f, rows)
     def __getstate__(self): return self.__dict__ | dict(_pool=(None, None))
+
+# %% ../nbs/10_views.ipynb #0a9bd3f2
+def embed_rows(
+    model,              # a module with `input`: (n, 3, h, w) -> (n, D) in eval mode
+    images: ImageStore,
+    rows: np.ndarray,   # row numbers
+    size: tuple,        # (height, width) that the model takes
+    batch_size: int = 256,
+    autocast=None,      # a function that gives a context, such as an Accelerator's; None: float32
+    **columns,          # (N,) numbers by name, for a model that takes more than images
+) -> np.ndarray:        # (len(rows), D) float32, as the model gives them
+    "Features of rows of a store by a model in training."
+    modes, device, found = [(m, m.training) for m in model.modules()], next(model.parameters()).device, []
+    model.eval()
+    try:
+        with torch.inference_mode(), (autocast or nullcontext)():
+            for i in range(0, len(rows), batch_size):
+                part = rows[i:i + batch_size]
+                more = [torch.from_numpy(columns[name][part]).to(device) for name in getattr(model, "columns", ())]
+                found.append(model(normalise(resize(images[part], size), model.input, device), *more).float().cpu())
+    finally:
+        for m, mode in modes: m.training = mode
+    return torch.cat(found).numpy() if found else np.zeros((0, model.embed_dim), np.float32)
 
 # %% ../nbs/10_views.ipynb #91a94727
 @_jit

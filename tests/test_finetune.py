@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from cion_nb.backbones import create_backbone, load_backbone, save_backbone
+from cion_nb.backbones import create_backbone, export_onnx, export_torchscript, load_backbone, save_backbone
 from cion_nb.evaluate import evaluate
 from cion_nb.features import Features, embed, extract
 from cion_nb.finetune import BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_model, part_of, save_finetuned
 from cion_nb.mgn import MGN, PARTS, STRIPES, TRIPLETS, mgn_loss
 from cion_nb.report import paper
-from cion_nb.runs import Run, recipe, released_finetuning
+from cion_nb.runs import Run, licence, made_from, recipe, released_finetuning
 from cion_nb.samples import read_samples, write_samples
+from cion_nb.score import load_model, score
 from cion_nb.transreid import TransReID, jigsaw_groups
 from test_training_stages import asked, people, runs      # noqa: F401  (fixtures)
 
@@ -33,6 +34,42 @@ def test_every_method_trains_is_scored_and_comes_back(people, runs, changes):
     q, g = (stored.samples.split == s for s in ("query", "gallery"))
     assert run.result["mAP"] == pytest.approx(evaluate(stored.x[q], stored.x[g], stored.samples[q], stored.samples[g]).mAP)
     log = pd.DataFrame(run.read_log()); assert {"cross_entropy", "triplet", "accuracy"} <= set(log)
+
+
+@pytest.mark.parametrize("changes", [dict(method="mgn"), dict(method="transreid"), dict(method="transreid", sie=False), dict(feature="after_neck")], ids=["MGN", "TransReID", "no SIE", "BNNeck"])
+def test_every_method_leaves_as_one_file_that_scores_the_same(people, runs, tmp_path, changes):
+    run = finetune(quick(people, **changes))
+    model = load_finetuned(run.folder)
+    report = export_onnx(model, tmp_path / "m.onnx")
+    assert report.relative < 1e-3
+    mine, theirs = score(load_model(run.folder), str(people)), score(load_model(tmp_path / "m.onnx"), str(people))
+    assert theirs.mAP == pytest.approx(mine.mAP, abs=2e-3) and mine.mAP == pytest.approx(run.result["mAP"], abs=2e-3)
+    if changes == dict(method="transreid"):                               # knows cameras 0, 1 and 2: what else comes in is named
+        with pytest.raises(ValueError, match="knows camid 0 to 2, not 3"): embed(load_model(tmp_path / "m.onnx"), [people.parent / "1_1_0.png"], columns=dict(camid=[3]))
+        with pytest.raises(ValueError, match="also takes camid"): embed(load_model(tmp_path / "m.onnx"), [people.parent / "1_1_0.png"])
+        export_torchscript(model, tmp_path / "m.pt")
+
+
+def test_the_card_says_what_a_model_is_and_where_it_comes_from(people, runs):
+    run = finetune(quick(people)); card = json.loads((run.folder / "backbone.json").read_text())
+    assert card["licence"] == f"bound by the terms of what it was made from: {people}" and card["recipe"] == run.recipe and card["run"] == run.name
+    assert card["scores"]["mAP"] == run.result["mAP"] and card["scores"]["protocol"] == "market" and card["data"] == dict(train_images=64, train_ids=8)
+    assert card["name"] == "resnet10_tiny_ibn" and card["input"]["height"] == 64
+    whole = finetune(quick(people, method="mgn")); card = json.loads((whole.folder / "model.json").read_text())
+    assert card["scores"]["mAP"] == whole.result["mAP"] and card["licence"].startswith("bound by")
+    embedded = recipe("finetune", "tiny", weights=recipe("pretrain", "tiny"))
+    assert licence(embedded).startswith("Apache-2.0") and made_from(recipe("finetune", "tiny", weights="imagenet")) == ["imagenet"]
+    assert made_from(recipe("finetune", "paper", data_root="/d", weights=recipe("pretrain", "paper", data_root="/c", annotation="/c/a.json"))) == ["/c/a.json", "cion_al", "market1501"]
+
+
+def test_seeds_on_a_command_line(people, runs):
+    settings = [f"{k}={json.dumps(v)}" for k, v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
+    done = subprocess.run([sys.executable, "-m", "cion_nb.finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *folders, said = done.stdout.strip().splitlines()
+    scores = [json.loads(Path(f, "result.json").read_text())["mAP"] for f in folders]
+    assert len(set(scores)) == 2 and said.startswith("seeds 0, 1") and f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
+    assert subprocess.run([sys.executable, "-m", "cion_nb.finetune", "--seeds", "0"], capture_output=True, text=True).returncode == 2
 
 
 def test_a_backbone_with_overlapping_patches_comes_back(tmp_path):
