@@ -9,13 +9,15 @@ __all__ = ['PROTOCOLS', 'VERDICTS', 'FRAMES', 'Protocol', 'Answers', 'hit_ranks'
 # %% ../nbs/09_evaluate.ipynb #34dc89c4
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numba import njit
 
-from .runs import progress as progress_bar
+from .runs import processors, progress as progress_bar
 from .samples import UnreadableImage, open_image
 
 # %% ../nbs/09_evaluate.ipynb #1d145741
@@ -62,8 +64,8 @@ class Answers:
         out = PROTOCOLS[protocol].removes({c: v[q] for c, v in query.items()}, {c: v[g] for c, v in gallery.items()})
         self.counts = np.bincount(q[~out], minlength=len(query["pid"]))  # (Q,) hits a query
         self.junk = np.flatnonzero(gallery["pid"] < 0)
-        self._hits, self._hit_ends = g[~out], np.r_[0, np.cumsum(self.counts)].tolist()
-        self._removed, self._removed_ends = g[out], np.r_[0, np.cumsum(np.bincount(q[out], minlength=len(query["pid"])))].tolist()
+        self._hits, self._hit_ends = g[~out], np.r_[0, np.cumsum(self.counts)]
+        self._removed, self._removed_ends = g[out], np.r_[0, np.cumsum(np.bincount(q[out], minlength=len(query["pid"])))]
     def hits(self, i: int) -> np.ndarray: return self._hits[self._hit_ends[i]:self._hit_ends[i + 1]]
     def removed(self, i: int) -> np.ndarray: return self._removed[self._removed_ends[i]:self._removed_ends[i + 1]]
     def own_images(self, query: pd.DataFrame, gallery: pd.DataFrame) -> np.ndarray:
@@ -74,25 +76,40 @@ class Answers:
         return np.unique(q[same])
 
 # %% ../nbs/09_evaluate.ipynb #76d45839
-def _counts(values: np.ndarray, at: np.ndarray, columns: np.ndarray|None, hits: np.ndarray) -> np.ndarray:
-    "For each hit at distance `at`: how many of `values` come before it or are it. `columns` are the values' gallery rows (None: all)."
-    level = at[:, None]
-    counts = np.array([np.count_nonzero(row) for row in values <= level])
-    if np.count_nonzero(values < level) == counts.sum() - len(at): return counts  # no ties
-    if columns is None: columns = np.arange(len(values))
-    return counts - ((values == level) & (columns > hits[:, None])).sum(1)
+@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+def _at_most(values, n, at):
+    "How many of the first n values lie below `at`, and how many not above it."
+    below, up_to = 0, 0
+    for g in range(n):
+        below += values[g] < at
+        up_to += values[g] <= at
+    return below, up_to
+
+@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+def _count(row, hits, ranks, near):
+    "Ranks of `hits` in `row`, increasing; `near` is scratch of the row's length."
+    last, n = row[hits[0]], 0
+    for h in hits: last = max(last, row[h])
+    if 4 * _at_most(row, len(row), last)[1] < len(row):
+        for g in range(len(row)):
+            if row[g] <= last: near[n] = row[g]; n += 1
+    else: near, n = row, len(row)
+    for j in range(len(hits)):
+        at = row[hits[j]]
+        before, up_to = _at_most(near, n, at)
+        ranks[j] = before + 1
+        if up_to > before + 1:                                           # others at this very distance: those of earlier rows
+            for g in range(hits[j]): ranks[j] += row[g] == at
+    ranks.sort()
 
 def hit_ranks(
     row: np.ndarray,  # (G,) distances of one query, +inf where the protocol removes an image
     hits: np.ndarray, # (n,) gallery rows of the right answers, increasing, n >= 1
 ) -> np.ndarray:      # (n,) their ranks, 1 is best, increasing
     "Ranks of the right answers; equal distances rank by gallery row."
-    at = row[hits]
-    near = row <= at.max()
-    columns = np.flatnonzero(near) if np.count_nonzero(near) * 4 < len(row) else None
-    values = row if columns is None else row[columns]
-    step = max(1, (1 << 22) // len(values))  # at most 4 MB of comparisons at a time
-    return np.sort(np.concatenate([_counts(values, at[i:i + step], columns, hits[i:i + step]) for i in range(0, len(hits), step)]))
+    ranks = np.empty(len(hits), np.int64)
+    _count(row, hits, ranks, np.empty_like(row))
+    return ranks
 
 # %% ../nbs/09_evaluate.ipynb #8262e17c
 def _matrix(features, name: str) -> np.ndarray:
@@ -205,11 +222,10 @@ def _answers(query: pd.DataFrame, gallery: pd.DataFrame, protocol: str) -> Answe
     return answers
 
 # %% ../nbs/09_evaluate.ipynb #ce681c62
-def _score(ranks: list, answers: Answers, query: pd.DataFrame, gallery: pd.DataFrame, protocol: str, max_rank: int) -> RetrievalScore:
-    "Means over the queries that have a match. `ranks` holds the sorted ranks of their hits, one array a query."
+def _score(r: np.ndarray, answers: Answers, query: pd.DataFrame, gallery: pd.DataFrame, protocol: str, max_rank: int) -> RetrievalScore:
+    "Means over the queries that have a match. `r` holds the sorted ranks of their hits, by query."
     n = answers.counts[answers.counts > 0]
     starts = np.cumsum(n) - n
-    r = np.concatenate(ranks)                                     # all hits, by query
     j = np.arange(1, len(r) + 1) - np.repeat(starts, n)           # 1..n within a query
     AP, first, INP = np.add.reduceat(j / r, starts) / n, r[starts], n / r[starts + n - 1]
     per_query = query[[c for c in ("path", "pid", "camid") if c in query]].reset_index(drop=True).assign(matches=answers.counts)
@@ -222,15 +238,24 @@ def _score(ranks: list, answers: Answers, query: pd.DataFrame, gallery: pd.DataF
     return RetrievalScore(float(AP.mean()), float(INP.mean()), cmc, per_query.astype({"first": "Int64"}), _names(query, np.flatnonzero(~has)), protocol, kept)
 
 # %% ../nbs/09_evaluate.ipynb #4a5cd39f
-def _block_ranks(block: np.ndarray, scale, start: int, answers: Answers) -> list[np.ndarray]:
-    "Sorted ranks of the hits of each query that has any; `block * scale` orders the gallery for queries `start`, `start` + 1, …"
-    ranks, row = [], np.empty(block.shape[1], block.dtype)
-    for i, products in enumerate(block, start):
-        if not answers.counts[i]: continue
-        np.multiply(products, scale, out=row)  # a copy that stays in cache: removed images go to infinity in it
-        row[answers.removed(i)] = np.inf; row[answers.junk] = np.inf
-        ranks.append(hit_ranks(row, answers.hits(i)))
-    return ranks
+@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+def _rank_rows(block, scale, first, end, start, hits, hit_ends, removed, removed_ends, junk, ranks):
+    "Ranks of the hits of rows first … end - 1 of a block, whose first row is query `start`."
+    row, near = np.empty(block.shape[1], block.dtype), np.empty(block.shape[1], block.dtype)
+    for i in range(first, end):
+        a, b = hit_ends[start + i], hit_ends[start + i + 1]
+        if a == b: continue
+        row[:] = block[i] * scale                                        # a copy that stays in cache: removed images go to infinity in it
+        for e in range(removed_ends[start + i], removed_ends[start + i + 1]): row[removed[e]] = np.inf
+        for g in junk: row[g] = np.inf
+        _count(row, hits[a:b], ranks[a:b], near)
+
+def _block_ranks(block: np.ndarray, scale, start: int, answers: Answers, ranks: np.ndarray) -> None:
+    "Write the sorted ranks of the hits of queries `start`, `start` + 1, … into `ranks`, which holds those of all queries, one after the other; `block * scale` orders the gallery."
+    scale, threads = np.broadcast_to(np.asarray(scale, block.dtype), block.shape[1:]), min(processors(), 16)
+    step = -(-len(block) // (4 * threads))
+    def work(i): _rank_rows(block, scale, i, min(i + step, len(block)), start, answers._hits, answers._hit_ends, answers._removed, answers._removed_ends, answers.junk, ranks)
+    with ThreadPoolExecutor(threads) as pool: list(pool.map(work, range(0, len(block), step)))
 
 # %% ../nbs/09_evaluate.ipynb #23ababd2
 def evaluate(
@@ -246,10 +271,11 @@ def evaluate(
     "CMC, mAP and mINP by cosine distance. ValueError for sizes that differ, NaN, zero rows, and when no query has a match."
     query_features, gallery_features = _matrix(query_features, "query"), _matrix(gallery_features, "gallery")
     _check_sizes(len(query_features), len(gallery_features), query, gallery)
-    answers, ranks = _answers(query, gallery, protocol), []
+    answers = _answers(query, gallery, protocol)
+    ranks = np.empty(len(answers._hits), np.int64)
     with progress_bar(total=len(query), desc="evaluate", unit="query", show=progress) as bar:
         for start, block, scale, _ in _blocks(query_features, gallery_features, memory):
-            ranks += _block_ranks(block, scale, start, answers)
+            _block_ranks(block, scale, start, answers, ranks)
             bar.update(len(block))
     return _score(ranks, answers, query, gallery, protocol, max_rank)
 
@@ -273,7 +299,8 @@ def evaluate_distances(
     bad = np.flatnonzero(~np.isfinite(distances).all(1))
     if len(bad): raise ValueError(f"distances, row {bad[0]}: not finite in columns {_few(np.flatnonzero(~np.isfinite(distances[bad[0]])))}")
     answers = _answers(query, gallery, protocol)
-    ranks = _block_ranks(distances.astype(np.promote_types(distances.dtype, np.float32), copy=False), 1, 0, answers)
+    ranks = np.empty(len(answers._hits), np.int64)
+    _block_ranks(distances.astype(np.promote_types(distances.dtype, np.float32), copy=False), 1, 0, answers, ranks)
     return _score(ranks, answers, query, gallery, protocol, max_rank)
 
 # %% ../nbs/09_evaluate.ipynb #0592a805

@@ -88,24 +88,25 @@ def test_repeated_rows_tie_exactly(seed, memory, dtype):
 
 
 def test_every_branch_at_size(monkeypatch):
-    "Several blocks with a short last one, tiles, compressed and whole rows, more hits than one comparison holds, queries without hits."
+    "Several blocks with a short last one, tiles, rows cut to what is near and whole ones, thousands of hits, queries without hits."
     rng = np.random.default_rng(1)
     people = np.r_[np.full(2500, 1), np.arange(2, 302).repeat(4)]
     gallery = make_samples([f"g{i}" for i in range(3700)], rng.permutation(people), rng.integers(0, 5, 3700))
     query = make_samples([f"q{i}" for i in range(130)], np.r_[np.full(4, 1), np.arange(2, 126), 900, 901], rng.integers(0, 5, 130))
     centres = rng.normal(size=(1000, 24))
     q, g = (centres[t.pid] + s * rng.normal(size=(len(t), 24)) for t, s in ((query, .3), (gallery, .5)))
-    seen = dict(compressed=0, whole=0, parts=0, blocks=0, tiles=0)
-    counts, blocks = E._counts, E._blocks
-    def spy(values, at, columns, hits):
-        seen["whole" if columns is None else "compressed"] += 1; seen["parts"] += len(at) == (1 << 22) // len(values)
-        return counts(values, at, columns, hits)
+    seen = dict(blocks=0)
+    blocks = E._blocks
     def spy_blocks(*args):
         for b in blocks(*args): seen["blocks"] += 1; seen["sizes"] = seen.get("sizes", set()) | {len(b[1])}; yield b
-    monkeypatch.setattr(E, "_counts", spy); monkeypatch.setattr(E, "_blocks", spy_blocks)
+    monkeypatch.setattr(E, "_blocks", spy_blocks)
     for dtype in (np.float32, np.float16):
         compare(q.astype(dtype), g.astype(dtype), query, gallery, memory=400_000)   # float16: 355 kB do not fit in 3/4 of it, so 14 tiles
-    assert seen["compressed"] and seen["whole"] and seen["parts"] and seen["blocks"] > 4 and len(seen["sizes"]) == 2
+    distances = 1 - (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (g / np.linalg.norm(g, axis=1, keepdims=True)).T
+    same = query.pid.to_numpy()[:, None] == gallery.pid.to_numpy()
+    near = np.array([(d <= d[s].max()).mean() for d, s in zip(distances, same) if s.any()])
+    assert (near < .2).any() and (near > .3).any(), "rows whose near part is cut out, and rows that are taken whole"
+    assert seen["blocks"] > 4 and len(seen["sizes"]) == 2
 
 
 @pytest.mark.parametrize("step", [1, 2, 7])
