@@ -737,7 +737,7 @@ def export_onnx(
         warnings.simplefilter("ignore")                  # the exporter's notes on its own dependencies
         batch, columns = torch.export.Dim("batch"), deployed.columns
         program = torch.onnx.export(deployed, (torch.zeros(2, *deployed.input.shape), *(torch.zeros(2, dtype=torch.int64) for _ in columns)), dynamo=True, verbose=False, optimize=optimize,
-                                    input_names=["images", *columns], output_names=["features"], dynamic_shapes=({0: batch}, tuple({0: batch} for _ in columns)))
+                                    input_names=["images", *columns], output_names=["features"], dynamic_shapes=({0: batch}, *([tuple({0: batch} for _ in columns)] if columns else [])))
     program.model.metadata_props["cion_nb"] = json.dumps(_card(model, deployed))
     with atomic(path) as tmp:
         program.save(tmp, external_data=False)           # one file that can be moved

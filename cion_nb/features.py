@@ -157,7 +157,7 @@ def _unit_rows(
     for is_bad, what in ((~np.isfinite(length[:, 0]), "NaN or infinity"), (length[:, 0] == 0, "all zeros")):
         if is_bad.any():
             raise ValueError(f"the model's feature is {what} for {is_bad.sum()} of {len(y)} images, first: {names[int(is_bad.argmax())]}. "
-                             "Check its weights and input; on a GPU also try compute='float32'")
+                             "Check its weights (a training with too high an lr ends like this) and input; on a GPU also try compute='float32'")
     return (y / length).astype(np.float32)
 
 # %% ../nbs/05_features.ipynb #cc4cf7e1

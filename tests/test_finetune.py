@@ -67,8 +67,8 @@ def test_seeds_on_a_command_line(people, runs):
     done = subprocess.run([sys.executable, "-m", "cion_nb.finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *folders, said = done.stdout.strip().splitlines()
-    scores = [json.loads(Path(f, "result.json").read_text())["mAP"] for f in folders]
-    assert len(set(scores)) == 2 and said.startswith("seeds 0, 1") and f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
+    results = [json.loads(Path(f, "result.json").read_text()) for f in folders]; scores = [r["mAP"] for r in results]
+    assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1") and f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
     assert subprocess.run([sys.executable, "-m", "cion_nb.finetune", "--seeds", "0"], capture_output=True, text=True).returncode == 2
 
 
