@@ -8,11 +8,12 @@ __all__ = ['DENOISING', 'STAGES', 'WORTH_A_PROCESS', 'TITLES', 'EMBEDDED', 'worl
            'check_names', 'run_notebook', 'reproduce', 'main']
 
 # %% ../nbs/17_reproduce.ipynb #80ac2253
-import argparse, json, os, queue, signal, subprocess, sys, threading, time
+import argparse, json, os, queue, signal, subprocess, sys, threading, time, warnings
+from contextlib import contextmanager
 from pathlib import Path
 import pandas as pd
 import torch
-from .backbones import load_backbone
+from .backbones import architecture, load_backbone
 from .cluster_contrast import uda, usl
 from .denoise import denoise
 from .evaluate import RetrievalScore, evaluate
@@ -104,17 +105,20 @@ def make_runs(
     recipes: list[dict],
     desc: str = "runs",
     jobs: int | None = None,   # trainings at once; None: as `at_once` says
-) -> list[Run]:       # done; at the `paper` profile only those that exist, and the commands of the others are printed
+    on_error: str = "raise",   # at the first run that fails; "go on": do what does not need it, and warn
+) -> list[Run]:       # done, but for failed ones; at the `paper` profile only those that exist, and the commands of the others are printed
     "Compute what is missing, trainings beside one another where that pays; big ones are left to the cluster."
+    if on_error not in ("raise", "go on"): raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'go on'")
     missing = [r for r in recipes if not Run(r).is_done]
     big = [r for r in missing if r["profile"] == "paper"]
     _print_commands(big)
     todo = [run for run in _in_order([r for r in missing if r not in big]) if not run.is_done]
-    with progress(total=len(todo), desc=desc, unit="run") as bar: _compute(todo, at_once(jobs), bar)
+    with progress(total=len(todo), desc=desc, unit="run") as bar: failed = _compute(todo, at_once(jobs), bar, on_error == "go on")
+    for said in failed: warnings.warn(said, stacklevel=2)
     return [Run(r) for r in recipes]
 
 # %% ../nbs/17_reproduce.ipynb #9c0faf53
-WORTH_A_PROCESS = 4000   # image presentations; starting a process (imports, decoding the images) costs as much as some 1,000 at tiny
+WORTH_A_PROCESS = 4000   # image presentations to the tiny network; starting a process (imports, decoding the images) costs as much as some 1,000
 
 def at_once(
     jobs: int | None = None,   # None: $CION_NB_JOBS, else one a core (8 at most), or 1 where there is a GPU
@@ -125,7 +129,10 @@ def at_once(
     if not str(said).isdigit() or int(said) < 1: raise ValueError(f"jobs (CION_NB_JOBS) is {said!r}: a whole number of at least 1 is needed")
     return int(said)
 
-def _apart(r): return r["stage"] in ("pretrain", "finetune", "usl", "uda") and (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
+def _apart(r):
+    if r["stage"] not in ("pretrain", "finetune", "usl", "uda"): return False
+    heavier = max(1, architecture(r["backbone"]).gflops / architecture("resnet10_tiny_ibn").gflops)
+    return heavier * (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
 
 # %% ../nbs/17_reproduce.ipynb #489fdc0d
 class _Worker:
@@ -177,10 +184,21 @@ def _compute(
     todo: list[Run],   # dependencies first; emptied
     jobs: int,
     bar,               # of progress, one step a run
-):
+    go_on: bool,       # after a run that failed, with those that do not need it
+) -> list[str]:        # what failed
     "Trainings beside one another, the rest here; after an error or an interruption no process is left."
     needs = {run.name: [Run(r) for r in dependencies(run.recipe)] for run in todo}      # once: naming a run reads what it depends on
-    jobs, workers = min(jobs, sum(_apart(run.recipe) for run in todo)), []
+    jobs, workers, said = min(jobs, sum(_apart(run.recipe) for run in todo)), [], []
+    @contextmanager
+    def trying(run):
+        "What fails in here takes with it what needs it."
+        try: yield
+        except Exception as e:
+            if not go_on: raise
+            lost = {run.name}
+            for later in todo: lost |= {later.name} if lost & {n.name for n in needs[later.name]} else set()
+            said.append(f"{run.name} failed, and {len(lost) - 1} runs that need it are left out: {e}")
+            todo[:] = [later for later in todo if later.name not in lost]
     def ready(apart): return [run for run in todo if (_apart(run.recipe) and jobs > 1) == apart and all(n.is_done for n in needs[run.name])]
     try:
         while todo or any(w.run for w in workers):
@@ -190,12 +208,18 @@ def _compute(
                 else: workers.append(_Worker(run, max(1, processors() // jobs)))
             busy = [w for w in workers if w.run]
             if here := ready(False):
-                todo.remove(here[0]); bar.set_postfix_str(_kind(here[0])); make_run(here[0].recipe); bar.update(1)
+                todo.remove(here[0]); bar.set_postfix_str(_kind(here[0]))
+                with trying(here[0]): make_run(here[0].recipe)
+                bar.update(1)
             elif busy: bar.set_postfix_str(", ".join(w.said() for w in busy)); time.sleep(.2)
             for worker in busy:
-                if worker.ended(): worker.run = None; bar.update(1)
+                with trying(worker.run):
+                    try:
+                        if worker.ended(): worker.run = None; bar.update(1)
+                    except RuntimeError: workers.remove(worker); raise
     finally:
         for worker in workers: worker.stop()
+    return said
 
 # %% ../nbs/17_reproduce.ipynb #ba4ee743
 def _print_commands(recipes):
@@ -250,6 +274,8 @@ TITLES = dict(road="The whole road once: from a video to identities", denoising=
               figure7="Figure 7: time against data",
               table5="Table 5: batch sizes, local views and hours of the 32 architectures",
               table3="Table 3: 32 backbones, with CION's pre-training and without",
+              table6="Table 6: new cameras without labels, from different starts",
+              table2="Table 2: without labels, beside the state of the art",
               table1="Table 1: the state of the art, and our rows")
 
 EMBEDDED = ("road", "denoising", "order")   # need the embedded world's truth: there is nothing to do for them at the `paper` profile
