@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import pandas as pd
 import torch
-from .backbones import architecture, load_backbone
+from .backbones import load_backbone
 from .cluster_contrast import uda, usl
 from .denoise import denoise
 from .evaluate import RetrievalScore, evaluate
@@ -118,7 +118,7 @@ def make_runs(
     return [Run(r) for r in recipes]
 
 # %% ../nbs/17_reproduce.ipynb #9c0faf53
-WORTH_A_PROCESS = 4000   # image presentations to the tiny network; starting a process (imports, decoding the images) costs as much as some 1,000
+WORTH_A_PROCESS = 4000   # image presentations to the tiny network (all others are worth one); starting a process (imports, decoding the images) costs as much as some 1,000
 
 def at_once(
     jobs: int | None = None,   # None: $CION_NB_JOBS, else one a core (8 at most), or 1 where there is a GPU
@@ -131,8 +131,7 @@ def at_once(
 
 def _apart(r):
     if r["stage"] not in ("pretrain", "finetune", "usl", "uda"): return False
-    heavier = max(1, architecture(r["backbone"]).gflops / architecture("resnet10_tiny_ibn").gflops)
-    return heavier * (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
+    return r["backbone"] != "resnet10_tiny_ibn" or (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
 
 # %% ../nbs/17_reproduce.ipynb #489fdc0d
 class _Worker:
