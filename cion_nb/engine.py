@@ -212,13 +212,19 @@ def save_checkpoint(
     _save(own, tmp / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         _save(dict(at=asdict(at), setting=_setting(accelerator), recipe=run.recipe, carried=carried or {},
-                   modules={k: m.state_dict() for k, m in task.modules.items()}, optimizer=task.optimizer.state_dict(),
+                   modules={k: m.state_dict() for k, m in task.modules.items()}, optimizer=_plain(task.optimizer.state_dict()),
                    scaler=accelerator.scaler.state_dict() if accelerator.scaler else None), tmp / "state.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         tmp.rename(folder); _sync(folder.parent)
         for old in sorted(folder.parent.glob(_NAMED))[:-keep]: shutil.rmtree(old)
     return folder
+
+def _plain(x):
+    "NumPy's scalars as Python's: a learning rate that NumPy computed would make the file one that is not safe to load."
+    if isinstance(x, np.generic): return x.item()
+    if isinstance(x, dict): return {k: _plain(v) for k, v in x.items()}
+    return type(x)(_plain(v) for v in x) if isinstance(x, (list, tuple)) else x
 
 def _save(obj, path):
     with open(path, "wb") as f: torch.save(obj, f); f.flush(); os.fsync(f.fileno())

@@ -10,7 +10,7 @@ __all__ = ['BNNeck', 'batch_hard_triplet', 'epoch_lr', 'part_of', 'of_all_ranks'
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
-import warnings
+import math, warnings
 import numpy as np
 import pandas as pd
 import torch
@@ -81,7 +81,7 @@ def epoch_lr(
     "Learning rate of an epoch in the released fine-tuning code (TransReID's solver/cosine_lr.py; FastReID's CosineAnnealingLR with a delay)."
     if epoch < warmup_epochs: return lr * (start + (1 - start) * epoch / warmup_epochs)
     if epoch < constant_until: return lr
-    return lr * (end + (1 - end) * 0.5 * (1 + np.cos(np.pi * (epoch - constant_until) / (epochs - constant_until))))
+    return lr * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (epoch - constant_until) / (epochs - constant_until))))
 
 # %% ../nbs/14_finetune.ipynb #d9f34650
 def part_of(

@@ -210,3 +210,22 @@ def test_rank_lists_follow_the_order_of_the_score(tmp_path):
     assert full.distance.between(0, 2).all()
     figure = plot_ranked(top, query, gallery, tmp_path, rows=[0, 3])     # no image is there: the figure says so
     assert len(figure.axes) == 2 * 5 and "no such file" in figure.axes[0].texts[0].get_text()
+
+
+def test_equal_to_torchreids_evaluator():
+    "Its file alone: the package's own import wants more than an evaluator needs."
+    import importlib.util
+    from pathlib import Path
+    package = importlib.util.find_spec("torchreid")
+    file = next(iter(Path(package.submodule_search_locations[0]).rglob("metrics/rank.py")), None) if package else None
+    if file is None: pytest.skip("torchreid is not there: pip install --no-deps torchreid")
+    spec = importlib.util.spec_from_file_location("torchreid_rank", file); theirs = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); spec.loader.exec_module(theirs)
+    for seed in range(20):
+        rng = np.random.default_rng(seed); n_query, n_gallery = rng.integers(20, 200), rng.integers(100, 900)
+        (qp, qc), (gp, gc) = ((rng.integers(1, people, n), rng.integers(0, 6, n)) for people, n in ((40, n_query), (60, n_gallery)))
+        d = rng.random((n_query, n_gallery)).astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore"); ours = evaluate_distances(d, *(make_samples([f"{k}{i}" for i in range(len(p))], p, c) for k, p, c in (("q", qp, qc), ("g", gp, gc))))
+        cmc, mAP = theirs.evaluate_rank(d, qp, gp, qc, gc, max_rank=50, use_cython=False)
+        assert ours.mAP == pytest.approx(mAP, abs=1e-6); np.testing.assert_allclose(ours.cmc[:50], cmc[:50], atol=1e-6)
