@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .backbones import architecture, load_backbone, save_backbone
 from .engine import Task, budget, fit, to_channels_last
 from .features import read_data
-from .finetune import make_backbone, test_model
+from .finetune import make_backbone, test_model, test_set
 from .neighbours import cluster
 from .noise import identity_scores
 from .runs import Run, atomic, is_main_process, licence, run_from_arguments
@@ -274,6 +274,7 @@ def _run(recipe: dict) -> Run:
     run = Run(recipe)
     with run.computing() as todo:
         if not todo: return run
+        test_set(recipe)
         task = ClusterContrast(recipe)
         report = fit(task, run)
         if is_main_process():

@@ -487,6 +487,7 @@ def fit(
     finally:
         bar.close()
         for tracker in getattr(accelerator, "trackers", []): tracker.finish()
+    accelerator.unwrap_model(task.modules["model"], keep_fp32_wrapper=False)        # from here on it computes in the precision that its user asks for
     return _report(task, run, total, carried, accelerator)
 
 # %% ../nbs/11_engine.ipynb #df96bf70

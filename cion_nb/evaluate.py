@@ -10,7 +10,7 @@ __all__ = ['PROTOCOLS', 'VERDICTS', 'FRAMES', 'Protocol', 'Answers', 'hit_ranks'
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,8 @@ def _ids(table: pd.DataFrame, name: str, needs: tuple = ()) -> dict:
     "Columns pid and camid of a table as integer arrays, others as text; ValueError where there are none."
     missing = [c for c in ("pid", "camid", *needs) if c not in table]
     if missing: raise ValueError(f"{name} has no column {', '.join(missing)}")
+    for c in ("pid", "camid"):
+        if not pd.api.types.is_numeric_dtype(table[c]) or table[c].isna().any() or (table[c] % 1 != 0).any(): raise ValueError(f"{name}: {c} must hold whole numbers (-1: unknown), the first that is none: {next((v for v in table[c] if not isinstance(v, (int, float, np.number)) or v != v or v % 1), table[c].iloc[0])!r}")
     return {c: table[c].to_numpy(dtype=np.int64) for c in ("pid", "camid")} | {c: table[c].astype("string").fillna("").to_numpy(str) for c in needs}
 
 def _same_person(query_pid: np.ndarray, gallery_pid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,6 +185,7 @@ class RetrievalScore:
     unmatched: list          # names (paths) of the queries without a match, left out of the means
     protocol: str
     n_gallery: int           # gallery images, junk left out
+    unreadable: list = field(default_factory=list) # names of test images that could not be read, where features came from images: they are in no mean
 
     def rank(self, k: int) -> float:
         "Share of queries with a match among the first `k`."
@@ -195,11 +198,12 @@ class RetrievalScore:
     def asdict(self) -> dict:
         "Plain values, for a result file."
         return dict(mAP=self.mAP, mINP=self.mINP, **{f"rank{k}": self.rank(k) for k in (1, 5, 10)}, protocol=self.protocol,
-                    n_query=len(self.per_query) - len(self.unmatched), n_unmatched=len(self.unmatched), n_gallery=self.n_gallery)
+                    n_query=len(self.per_query) - len(self.unmatched), n_unmatched=len(self.unmatched), n_gallery=self.n_gallery, n_unreadable=len(self.unreadable))
     def __str__(self) -> str:
         d = self.asdict()
         scores = ", ".join(f"{name} {100 * d[name.replace('-', '')]:.1f}" for name in ("mAP", "rank-1", "rank-5", "rank-10", "mINP"))
         lost = f", {d['n_unmatched']:,} queries without a match left out" if d["n_unmatched"] else ""
+        lost += f", {d['n_unreadable']:,} images could not be read" if d["n_unreadable"] else ""
         return f"{scores} % ({d['n_query']:,} queries, {d['n_gallery']:,} gallery images, {self.protocol} protocol{lost})"
     __repr__ = __str__
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .backbones import InputSpec
 from .runs import Run, atomic, progress, read_json, resolve, write_json
 from .datasets import READERS
-from .samples import UnreadableImage, as_samples, open_image, read_cion_al, read_samples, write_samples
+from .samples import UnreadableImage, as_samples, open_image, to_rgb, read_cion_al, read_samples, write_samples
 
 # %% ../nbs/05_features.ipynb #8f020415
 def to_pixels(
@@ -40,9 +40,10 @@ def to_pixels(
             raise ValueError(f"an image array is (h, w, 3) uint8 RGB, not {image.shape} {image.dtype}")
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image): raise TypeError(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
+    image = to_rgb(image)
     if image.size != (spec.width, spec.height):
-        image = image.convert("RGB").resize((spec.width, spec.height), getattr(Image.Resampling, spec.interpolation.upper()))
-    return np.asarray(image.convert("RGB"))
+        image = image.resize((spec.width, spec.height), getattr(Image.Resampling, spec.interpolation.upper()))
+    return np.asarray(image)
 
 # %% ../nbs/05_features.ipynb #eb9bd0e8
 def normalise(
@@ -171,6 +172,7 @@ def embed(
     columns: dict | None = None, # what else the model takes, by name: dict(camid=[...]) for TransReID with camera embeddings
 ) -> np.ndarray:                 # (n, D) float32, rows L2-normalised
     "Features of a few images, in memory."
+    if isinstance(images, (str, os.PathLike, Image.Image)): raise TypeError(f"images is a list of images, not one {type(images).__name__}: embed(model, [image])")
     device, wanted = _device(device), getattr(model, "columns", ())
     if missing := [c for c in wanted if c not in (columns or {})]: raise ValueError(f"{type(model).__name__} also takes {', '.join(missing)}: pass columns=dict({missing[0]}=[one number an image])")
     more = [np.asarray(columns[c], np.int64) for c in wanted]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BNNeck', 'batch_hard_triplet', 'epoch_lr', 'part_of', 'of_all_ranks', 'held_out_score', 'BestSoFar', 'make_backbone',
-           'make_model', 'FineTuning', 'save_finetuned', 'load_finetuned', 'test_model', 'finetune']
+           'make_model', 'FineTuning', 'save_finetuned', 'load_finetuned', 'test_set', 'test_model', 'finetune']
 
 # %% ../nbs/14_finetune.ipynb #3bcf6ca4
 from copy import deepcopy
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbones import InputSpec, architecture, create_backbone, load_backbone, load_backbone_weights, save_backbone
 from .engine import Task, budget, fit, to_channels_last
-from .evaluate import evaluate
+from .evaluate import Answers, evaluate
 from .features import extract, read_data
 from .mgn import MGN, mgn_loss
 from .runs import Run, atomic, is_main_process, licence, read_json, recipe, run_from_arguments, resolve, write_json
@@ -178,6 +178,9 @@ class FineTuning(Task):
         if r["erasing_fill"] not in ("pixel", "const", "black"): raise ValueError(f"erasing_fill {r['erasing_fill']!r}: choose pixel (noise), const (the mean colour) or black")
         self.recipe = r
         samples, root = read_data(r, "train")
+        if unknown := int((samples.pid < 0).sum()):
+            warnings.warn(f"{unknown} of {len(samples)} training images have no person (pid -1) and sit out")
+            samples = samples[samples.pid >= 0]
         samples = part_of(samples, r["few_ids"], r["few_images"], r["keep_list"], r["seed"]).reset_index(drop=True)
         names, labels = np.unique(samples.pid.to_numpy(), return_inverse=True)
         outside = _hold_out(labels, len(names), r["held_out"], r["seed"])
@@ -189,6 +192,8 @@ class FineTuning(Task):
         if r["sie"] and (self.camid < 0).any(): raise ValueError(f"sie=true needs a camera for every image, and {int((self.camid < 0).sum())} have camid -1, the first: {samples.path[int((self.camid < 0).argmax())]}")
         self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1       # a person without a readable image sits out
         self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"])
+        try: self.sampler(None, 0, 0, 0, 1)
+        except ValueError as e: raise ValueError(f"{e} (few_ids={r['few_ids']}, few_images={r['few_images']} and held_out={r['held_out']} leave {self.n_images} images of {self.n_ids} people)") from None
 
     def build(self, device):
         r = self.recipe
@@ -303,17 +308,28 @@ def _load_whole(folder):
     return model.eval()
 
 # %% ../nbs/14_finetune.ipynb #d2cdc988
+def test_set(
+    r: dict,              # a recipe: `data` or `test_data`, `protocol`
+) -> tuple[pd.DataFrame, Path]: # table and root of its images
+    "What a run will be tested on. ValueError where it cannot be: so that it is known before the training, not after it."
+    samples, root = read_data(r if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"]), "test")
+    if missing := {"query", "gallery"} - set(samples.split): raise ValueError(f"a test needs images of split query and of split gallery; {r['test_data'] or r['data']} has none of split {' and '.join(sorted(missing))}")
+    query, gallery = (samples[samples.split == name] for name in ("query", "gallery"))
+    if not Answers(query, gallery, r["protocol"]).counts.any(): raise ValueError(f"none of the {len(query)} queries has a match in the gallery under the {r['protocol']} protocol: look at pid and camid, or choose another protocol")
+    return samples, root
+
 def test_model(
     model: nn.Module,     # eval mode returns (n, D) features
     r: dict,              # a fine-tuning recipe: `data` or `test_data`, `protocol`, `flip_test`
     out: str | Path,      # folder for the features
 ):                        # a RetrievalScore
     "Features of query and gallery of the recipe's data, or of its `test_data` (direct transfer), then mAP, CMC and mINP."
-    samples, root = read_data(r if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"]), "test")
+    samples, root = test_set(r)
     found = extract(samples, root, model, out, batch_size=256, flip=r["flip_test"])
     split = found.samples.split.to_numpy()
     query, gallery = np.flatnonzero(split == "query"), np.flatnonzero(split == "gallery")
-    return evaluate(found.x[query], found.x[gallery], found.samples.iloc[query], found.samples.iloc[gallery], protocol=r["protocol"])
+    score = evaluate(found.x[query], found.x[gallery], found.samples.iloc[query], found.samples.iloc[gallery], protocol=r["protocol"])
+    return replace(score, unreadable=found.unreadable.path.tolist())
 
 def finetune(
     recipe: dict,   # as `recipe("finetune", ...)` wrote it; the run in `weights` must be done
@@ -323,6 +339,7 @@ def finetune(
     run = Run(recipe)
     with run.computing() as todo:
         if not todo: return run
+        test_set(recipe)
         task = FineTuning(recipe)
         report = fit(task, run)
         if is_main_process():
@@ -335,7 +352,7 @@ def finetune(
             if both: warnings.warn(f"{run.name}: {len(both)} people are in the train split and among the queries ({', '.join(map(str, sorted(both)[:5]))}{', …' if len(both) > 5 else ''}): this score does not tell how the model does on new people")
             report |= dict(people_in_both=len(both))
             if best: report |= dict(held_out_mAP=float(best.score), chosen_epoch=float(best.epoch), held_out_images=len(task.held_out))
-            report |= dict(mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, flip_test=recipe["flip_test"], train_images=task.n_images, train_ids=task.n_ids,
+            report |= dict(test_unreadable=len(score.unreadable), mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, flip_test=recipe["flip_test"], train_images=task.n_images, train_ids=task.n_ids,
                            matched=None if task.load_report is None else len(task.load_report.matched))
         run.finish(report)
     return run

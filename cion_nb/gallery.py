@@ -16,12 +16,20 @@ from .runs import atomic, read_json, resolve, write_json
 # %% ../nbs/09c_gallery.ipynb #832675a7
 def _unit(x, dim=None) -> np.ndarray:
     "Rows of length 1, float32; ValueError naming rows that have no direction."
-    x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, np.float32)
+    x = np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, np.float32)
     if x.ndim != 2 or dim is not None and x.shape[1] != dim: raise ValueError(f"features of shape {x.shape}: (n, {dim or 'D'}) is needed")
     length = np.linalg.norm(x, axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(length[:, 0]) & (length[:, 0] > 0)))
     if len(bad): raise ValueError(f"{len(bad)} features are zero, NaN or infinite, the first in row {bad[0]}")
     return x / length
+
+def _names(ids) -> np.ndarray:
+    "Ids as an array of whole numbers or of text, also from a table's column."
+    ids = np.asarray(ids)
+    if not len(ids): raise ValueError("a gallery needs at least one feature")
+    if ids.dtype.kind not in "iuU" and all(isinstance(i, str) for i in ids): ids = ids.astype(str)
+    if ids.dtype.kind not in "iuU": raise ValueError(f"ids of type {ids.dtype}: whole numbers or text are needed")
+    return ids
 
 class Gallery:
     "Features with ids, searched exactly by cosine distance."
@@ -30,15 +38,14 @@ class Gallery:
                  ids: Sequence,           # (n,) names or numbers, repeated where several images are one person
                  model: str | None = None, # whose features these are; `search` refuses another's
                 ):
-        self.x, self.ids, self.model = _unit(features), np.asarray(ids), model
+        self.x, self.ids, self.model = _unit(features), _names(ids), model
         if len(self.x) != len(self.ids): raise ValueError(f"{len(self.x)} features for {len(self.ids)} ids")
-        if self.ids.dtype.kind not in "iuU": raise ValueError(f"ids of type {self.ids.dtype}: whole numbers or text are needed")
 
     def __len__(self) -> int: return len(self.x)
 
     def add(self, features, ids: Sequence) -> "Gallery":
         "A gallery with these too."
-        ids = np.asarray(ids)
+        ids = _names(ids)
         if (ids.dtype.kind == "U") != (self.ids.dtype.kind == "U"): raise ValueError(f"these ids are {ids.dtype}, the gallery's {self.ids.dtype}: they do not mix")
         _unit(features, self.x.shape[1]); more = Gallery(features, ids, self.model)
         more.x, more.ids = np.concatenate([self.x, more.x]), np.concatenate([self.ids, more.ids])
@@ -62,7 +69,12 @@ class Gallery:
         rows, near = (np.take_along_axis(a, order, 1) for a in (rows, near))
         return self.ids[rows], np.clip(near, 0, 2).astype(np.float32)
 
-    def _torch(self, x, k): return (torch.from_numpy(x) @ torch.from_numpy(self.x).T).topk(k, 1).indices.numpy()
+    def _torch(self, x, k):
+        near = torch.from_numpy(x) @ torch.from_numpy(self.x).T
+        last, rows = near.topk(k, 1)
+        tied = ((near >= last[:, -1:]).sum(1) > k).nonzero()[:, 0]                 # more than k are as near as the last: the gallery's order decides
+        rows[tied] = near[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return rows.numpy()
 
     def _faiss(self, x, k):
         try: import faiss

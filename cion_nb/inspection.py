@@ -130,11 +130,12 @@ def activation_map(
 ) -> np.ndarray:       # (height, width) float32 in [0, 1], of the model's input size
     "Where the network reacts: strength of its last feature map; for a ViT, attention rollout of the class token."
     model = getattr(model, "backbone", model)
+    if not hasattr(model, "forward_features"): raise ValueError(f"activation_map looks into a backbone of the zoo, or into a model that has one as .backbone; {type(model).__name__} has none")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
-            x = normalise(torch.from_numpy(to_pixels(image, model.input))[None], model.input).to(next(model.parameters()).device)
+            x = normalise(torch.tensor(to_pixels(image, model.input))[None], model.input).to(next(model.parameters()).device)
             heat = _rollout(model, x) if hasattr(model, "cls_token") and hasattr(model, "blocks") else _strength(model, x)
     finally:
         for m, mode in modes: m.training = mode

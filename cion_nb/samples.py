@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'DEFAULTS', 'SPLITS', 'IMAGE_SUFFIXES', 'DATASETS', 'as_samples', 'make_samples', 'write_samples',
-           'read_samples', 'UnreadableImage', 'open_image', 'DatasetFacts', 'read_market1501', 'read_msmt17',
+           'read_samples', 'UnreadableImage', 'open_image', 'to_rgb', 'DatasetFacts', 'read_market1501', 'read_msmt17',
            'read_cion_al', 'read_tracklets', 'read_folder', 'read_csv', 'DataReport', 'check']
 
 # %% ../nbs/00_samples.ipynb #7dc775b9
@@ -176,12 +176,12 @@ def _decode(data: bytes, path) -> Image.Image:
     try:
         with Image.open(BytesIO(data)) as image:
             image.load()  # Image.open reads the header alone
-            return _to_rgb(image)
+            return to_rgb(image)
     except MemoryError: raise
     except Image.UnidentifiedImageError: raise UnreadableImage(path, "not an image, or a damaged header") from None
     except Exception as e: raise UnreadableImage(path, f"{type(e).__name__}: {e}") from e  # decoders raise nearly anything
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     "8-bit RGB of any mode; PIL alone would clip 16-bit grey at 255."
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.int64)
@@ -410,7 +410,7 @@ def _numbered(rows: pd.DataFrame) -> pd.DataFrame:
     for c in ("pid", "camid", "tracklet"):
         if c in rows and not rows[c].str.fullmatch(r"-?[0-9]+").all():
             names = sorted(rows[c].unique(), key=_natural)
-            rows[f"{c}_name"], rows[c] = rows[c], rows[c].map({n: i for i, n in enumerate(names)})
+            rows[f"{c}_name"], rows[c] = rows[c], rows[c].map({n: i for i, n in enumerate(names, start=c == "pid")})      # person 0 would be a distractor
     if "tracklet" in rows and "video" in rows:
         pairs = rows[["video", "tracklet"]].drop_duplicates()
         if pairs["tracklet"].duplicated().any(): rows["tracklet"] = rows.groupby(["video", "tracklet"], sort=False).ngroup()

@@ -313,3 +313,53 @@ def test_cameras_unknown_to_sie_are_named(people, runs, tmp_path):
     with pytest.raises(ValueError, match=f"1 have camid -1, the first: {t.path[3]}"): finetune(quick(root / "samples.parquet", method="transreid"))
     model = TransReID(create_backbone("vit_tiny", (64, 32)), 5, n_cameras=2).eval()
     with pytest.raises(ValueError, match="also takes camid"): embed(model, [people.parent / t.path[0]])
+
+
+def test_what_cannot_be_tested_is_known_before_training(people, runs, tmp_path):
+    for change, word in ((dict(protocol="clothes_changing"), "no column clothes"), (dict(test_data="market1501"), "needs data_root")):
+        with pytest.raises(ValueError, match=word): finetune(quick(people, **change))
+    for name, keep, word in (("q", lambda t: t[t.split != "query"], "none of split query"), ("m", lambda t: t[(t.split != "gallery") | (t.pid == 11)][lambda t: (t.split != "query") | (t.pid == 12)], "none of the 2 queries has a match")):
+        (tmp_path / name).mkdir(); data = changed(people, tmp_path / name, lambda t, root: keep(t).reset_index(drop=True))
+        with pytest.raises(ValueError, match=word): finetune(quick(data))
+    assert not list(runs.glob("*/checkpoints/seen-*"))
+
+
+def test_images_of_nobody_are_not_a_person(people, runs, tmp_path):
+    data = changed(people, tmp_path, lambda t, root: t.assign(pid=t.pid.where(t.pid > 3, -1)))
+    with pytest.warns(UserWarning, match="24 of 64 training images have no person"): run = finetune(quick(data))
+    assert run.result["train_ids"] == 5 and run.result["train_images"] == 40
+
+
+def test_too_few_people_left_says_what_left_them(people, runs):
+    with pytest.raises(ValueError, match="few_ids=0.1, .* leave 2 images of 2 people"): finetune(quick(people, few_ids=.1, few_images=.1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_score_is_the_saved_models(people, runs, precision):
+    "Trained in bf16, tested as anybody who loads it will."
+    run = finetune(quick(people, precision=precision)); stored = Features.open(run.folder / "test-features")
+    np.testing.assert_allclose(embed(load_finetuned(run.folder), [people.parent / p for p in stored.samples.path]), stored.x, atol=3e-4)      # stored in half precision
+
+
+def test_a_test_image_that_cannot_be_read_is_counted(people, runs, tmp_path):
+    def change(t, root): (root / "9_1_0.png").write_bytes(b"no image"); return t
+    run = finetune(quick(changed(people, tmp_path, change))); assert run.result["test_unreadable"] == 1
+    found = score(load_model(run.folder), str(tmp_path / "changed/samples.parquet")); assert found.unreadable == ["9_1_0.png"] and "1 images could not be read" in str(found)
+
+
+def test_scoring_changed_images_extracts_them_again(people, runs, tmp_path):
+    import shutil
+    root = shutil.copytree(people.parent, tmp_path / "copy"); save_backbone(create_backbone("resnet10_tiny_ibn", (64, 32)), tmp_path / "b.safetensors"); model = load_model(tmp_path / "b.safetensors")
+    before = score(model, str(root / "samples.parquet")); again = score(model, str(root / "samples.parquet")); assert before.mAP == again.mAP and len(list(runs.glob("score-*"))) == 1
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for p in root.glob("*.png"): Image.fromarray(rng.integers(0, 255, (64, 32, 3), dtype=np.uint8)).save(p)
+    assert score(model, str(root / "samples.parquet")).mAP < before.mAP and len(list(runs.glob("score-*"))) == 2
+
+
+def test_whole_tracklets_are_scored(people, runs, tmp_path):
+    t = read_samples(people); save_backbone(create_backbone("resnet10_tiny_ibn", (64, 32)), tmp_path / "b.safetensors")
+    import shutil
+    root = shutil.copytree(people.parent, tmp_path / "copy"); t["split"] = t.split.where(t.split == "train", np.where(t.camid == 1, "query", "gallery")); write_samples(t, root / "samples.parquet")
+    one, whole = (score(load_model(tmp_path / "b.safetensors"), str(root / "samples.parquet"), tracklets=k) for k in (False, True))
+    assert (len(one.per_query), one.n_gallery) == (16, 16) and (len(whole.per_query), whole.n_gallery) == (4, 4)

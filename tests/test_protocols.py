@@ -168,3 +168,26 @@ def test_names_of_data_sets_open_their_readers(tmp_path):
     for name, reader in READERS.items():
         if name in ("cion_al",): continue
         with pytest.raises(FileNotFoundError, match="looked in"): reader(tmp_path)
+
+
+def test_galleries_take_ids_of_tables_and_keep_ties_in_order():
+    x = np.ones((40, 3), np.float32)
+    for backend in ("torch", "auto"): assert Gallery(x, np.arange(40)).search(x[:2], 5, backend=backend)[0].tolist() == [[0, 1, 2, 3, 4]] * 2
+    mixed = np.concatenate([x[:3], -x[:1], x[:30]]); assert Gallery(mixed, np.arange(34)).search(x[:1], 6)[0].tolist() == [[0, 1, 2, 4, 5, 6]]
+    for ids in (pd.Series(["a", "b"]), pd.Series(["a", "b"], dtype="string"), np.array(["a", "b"], object)): assert Gallery(x[:2], ids).search(x[:1], 1)[0].tolist() == [["a"]]
+    assert len(Gallery(torch.ones(2, 3, dtype=torch.bfloat16), [1, 2])) == 2
+    with pytest.raises(ValueError, match="at least one feature"): Gallery(np.zeros((0, 3)), [])
+    with pytest.raises(ValueError, match="whole numbers or text"): Gallery(x[:2], np.array(["a", 1], object))
+
+
+def test_no_map_of_what_has_no_map():
+    from cion_nb.backbones import create_backbone
+    from cion_nb.mgn import MGN
+    with pytest.raises(ValueError, match="MGN has none"): activation_map(MGN(create_backbone("resnet18", (96, 32)), 4), np.zeros((96, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize("pid,word", [([1.4, 2], "1.4"), ([1, np.nan], "nan"), (["a", "b"], "'a'")])
+def test_people_are_whole_numbers(pid, word):
+    from cion_nb.samples import make_samples
+    t = make_samples(["a.jpg", "b.jpg"], 1, [1, 2]); bad = pd.DataFrame(t).assign(pid=pid)
+    with pytest.raises(ValueError, match=f"pid must hold whole numbers.*{word}"): evaluate(np.eye(2), np.eye(2), bad, t)
