@@ -1313,7 +1313,8 @@ def _sample_reid(world: World) -> pd.DataFrame:
         if video.role == "test": split.update({int(rng.choice(r)): "query" for r in rows})
         pick = t.loc[sorted(split)].assign(split=[split[i] for i in sorted(split)], mistake="")
         pick["pid"] = pick.true_pid
-        if video.role == "test": pick = pd.concat([pick, _distractors(rng, t, cam, v["distractors"] // v["cameras"] + (video.camid <= v["distractors"] % v["cameras"]))])
+        here = v["distractors"] // v["cameras"] + (video.camid <= v["distractors"] % v["cameras"])
+        if video.role == "test" and here: pick = pd.concat([pick, _distractors(rng, t, cam, here)])
         tables.append(_observe(rng, pick.reset_index(drop=True), cam, .02).assign(video=video.name, camid=video.camid, tracklet=-1))
     return pd.concat(tables, ignore_index=True) if tables else _NOBODY
 
