@@ -328,3 +328,13 @@ def test_channels_last_damages_no_memory():
             "print(sum(float(p.grad.abs().sum()) for p in m.parameters() if p.grad is not None) > 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr[-500:]
+
+
+def test_denormals_are_zero_in_training_and_only_there():
+    from cion_nb.engine import _without_denormals
+    tiny = torch.tensor(1e-40)
+    assert float(tiny * 1) != 0
+    with pytest.raises(KeyError):
+        with _without_denormals(torch.device("cpu")): assert float(tiny * 1) == 0; raise KeyError
+    assert float(tiny * 1) != 0
+    with _without_denormals(torch.device("cuda")): assert float(tiny * 1) != 0
