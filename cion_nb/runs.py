@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'RECIPES', 'METHODS', 'TUNINGS', 'RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'WHOLE', 'PAIRS', 'LIMITS',
-           'PACKAGES', 'INPUTS', 'UNHASHED', 'project_root', 'resolve', 'runs_dir', 'atomic', 'write_json', 'read_json',
-           'progress', 'fingerprint', 'released_clustering', 'released_finetuning', 'recipe', 'table5', 'processors',
-           'environment', 'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies', 'made_from',
-           'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'recipe_from_arguments', 'run_from_arguments',
-           'check_parameters']
+           'PACKAGES', 'INPUTS', 'COMMANDS', 'UNHASHED', 'project_root', 'resolve', 'runs_dir', 'atomic', 'write_json',
+           'read_json', 'progress', 'fingerprint', 'released_clustering', 'released_finetuning', 'recipe', 'table5',
+           'processors', 'environment', 'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies',
+           'made_from', 'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'recipe_from_arguments',
+           'run_from_arguments', 'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
 import ast, copy, difflib, hashlib, json, math, os, platform, subprocess, sys, time
@@ -380,6 +380,7 @@ def is_main_process() -> bool:
 
 # %% ../nbs/01_runs.ipynb #fd099fcf
 INPUTS = ("data_root", "annotation", "weights", "model", "test_root", "keep_list")      # recipe values that may name files
+COMMANDS = dict(pretrain="pretrain", finetune="finetune", usl="cluster_contrast usl", uda="cluster_contrast uda")    # stages that are trainings, as python -m cion_nb.… knows them
 UNHASHED = ("workers", "checkpoint_minutes", "keep_checkpoints", "trackers")   # how a run is watched and kept; its result does not depend on them
 
 class MissingRun(LookupError):
@@ -460,8 +461,7 @@ class Run:
     def command(self) -> str:
         "The shell command that computes this run; what it needs comes first (at `paper`) or with it."
         stage = self.recipe["stage"]
-        launched = dict(pretrain="pretrain", finetune="finetune", usl="cluster_contrast usl", uda="cluster_contrast uda")
-        module = f"accelerate launch -m cion_nb.{launched[stage]}" if self.recipe["profile"] == "paper" and stage in launched else "python -m cion_nb.reproduce"
+        module = f"accelerate launch -m cion_nb.{COMMANDS[stage]}" if self.recipe["profile"] == "paper" and stage in COMMANDS else "python -m cion_nb.reproduce"
         return f"{module} --recipe {self.folder / 'recipe.json'}"
 
     def require(self) -> "Run":
@@ -546,7 +546,7 @@ def recipe_from_arguments(
 def _asked(stage, argv=None):
     "The recipe, and how many seeds."
     import argparse
-    parser = argparse.ArgumentParser(prog=f"python -m cion_nb.{stage}", description=f"Run the stage `{stage}` (resumes or reuses a run of the same recipe).")
+    parser = argparse.ArgumentParser(prog=f"python -m cion_nb.{COMMANDS.get(stage, stage)}", description=f"Run the stage `{stage}` (resumes or reuses a run of the same recipe).")
     parser.add_argument("--recipe", help="a recipe.json; the other arguments then change it")
     parser.add_argument("--profile", default="tiny", help=f"one of {', '.join(PROFILES)}")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings to change")

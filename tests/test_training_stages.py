@@ -492,6 +492,16 @@ def test_a_training_that_fails_beside_others_is_named(people, runs, monkeypatch)
     time.sleep(.5); assert not subprocess.run(["pgrep", "-f", str(runs)], capture_output=True, text=True).stdout, "a child was left behind"
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_sweep_goes_on_without_what_failed(people, runs, monkeypatch, jobs):
+    monkeypatch.setattr(reproduce_room, "WORTH_A_PROCESS", 1)
+    wrong = asked(people, batch_size=20, n_id=[3], n_id_epochs=[0], seed=5)
+    needs_it = recipe("finetune", "tiny", data=str(people), epochs=1, images_per_epoch=32, batch_size=16, weights=wrong)
+    with pytest.warns(UserWarning, match=f"{Run(wrong).name} failed, and 1 runs that need it are left out"): found = make_runs([needs_it, *beside(people)], jobs=jobs, on_error="go on")
+    assert [r.is_done for r in found] == [False, True, True, True]
+    with pytest.raises(ValueError, match="choose 'raise' or 'go on'"): make_runs([], on_error="ignore")
+
+
 def test_children_leave_with_their_parent(people, runs, tmp_path):
     "The parent is killed, the children checkpoint and go, and the next call goes on from there."
     long = beside(people, images_per_epoch=4800)[:2]
