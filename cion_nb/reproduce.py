@@ -22,7 +22,7 @@ from .finetune import finetune
 from .pedestrians import make_world, render
 from .pretrain import pretrain
 from .report import report_folder, write_index
-from .runs import PROFILES, BusyRun, Run, atomic, dependencies, processors, progress, project_root, read_json, recipe, resolve, write_json
+from .runs import COMMANDS, PROFILES, BusyRun, Run, atomic, dependencies, processors, progress, project_root, read_json, recipe, resolve, write_json
 from .samples import write_samples
 from .score import load_model
 
@@ -130,7 +130,7 @@ def at_once(
     return int(said)
 
 def _apart(r):
-    if r["stage"] not in ("pretrain", "finetune", "usl", "uda"): return False
+    if r["stage"] not in COMMANDS: return False
     return r["backbone"] != "resnet10_tiny_ibn" or (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
 
 # %% ../nbs/17_reproduce.ipynb #489fdc0d

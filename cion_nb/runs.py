@@ -312,7 +312,7 @@ LIMITS = dict(out_dim=(2, math.inf)) | {n: (1, math.inf) for n in "images_per_ep
 
 def _in_range(stage, name, value):
     "ValueError for a number, or a list of them, that cannot work in training."
-    if stage not in ("pretrain", "finetune", "usl", "uda"): return
+    if stage not in COMMANDS: return
     what, pair = f"{stage} setting {name}={value!r}", name in PAIRS or stage == "pretrain" and name == "weight_decay"
     if value is None:
         left_out = [r for r in (*RECIPES[stage].values(), *METHODS.values(), *(t for m in TUNINGS.values() for t in m.values())) if name in r and r[name] is None]
