@@ -17,7 +17,7 @@ from .backbones import architecture, load_backbone, save_backbone
 from .engine import Task, budget, fit, to_channels_last
 from .features import read_data
 from .finetune import make_backbone, test_model, test_set
-from .neighbours import cluster
+from .neighbours import cluster, knn_approximate
 from .noise import identity_scores
 from .runs import Run, atomic, is_main_process, licence, run_from_arguments
 from .views import ImageStore, TrainTransform, embed_rows, erase_, normalise
@@ -222,7 +222,8 @@ class ClusterContrast(Task):
         "Clusters by DBSCAN on Jaccard distances, -1 for none and for what could not be read."
         r, rows = self.recipe, np.flatnonzero(self.images.readable)
         labels = np.full(self.n_images, -1)
-        labels[rows] = cluster(features[rows], r["k1"], r["k2"], r["eps"], r["min_samples"], device=str(device) if device.type == "cuda" else None)
+        near = knn_approximate(features[rows], r["k1"], r["probes"]) if r["probes"] is not None else None
+        labels[rows] = cluster(features[rows], r["k1"], r["k2"], r["eps"], r["min_samples"], near, device=str(device) if device.type == "cuda" else None)
         return labels
 
     def quality(self, labels) -> dict:

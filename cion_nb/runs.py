@@ -215,7 +215,7 @@ RECIPES["usl"] = dict(
         data="market1501", data_root=None, test_data=None, test_root=None, protocol="market", flip_test=False,
         backbone="resnet50_ibn", image_size=[256, 128], weights=None, drop_path=None, overlap=False, pooling="auto",
         mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
-        k1=30, k2=6, eps=0.6, min_samples=4, memory_update="hard", memory_momentum=0.2, temperature=0.05,
+        k1=30, k2=6, eps=0.6, min_samples=4, probes=None, memory_update="hard", memory_momentum=0.2, temperature=0.05,
         epochs=50, images_per_epoch=51200, batch_size=256, k=8, optimizer="sgd", momentum=0.9, lr=3.5e-4, lr_step=20, lr_factor=0.1, weight_decay=5e-4,
         flip=0.5, pad=10, erasing=0.5, erasing_fill=[0.485, 0.456, 0.406], ghost_bn=64, sync_bn=False, test_every=10,
         precision="fp32", channels_last=True, compile=False, grad_checkpointing=False, workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=1),
@@ -303,10 +303,10 @@ def _of_kind(what, name, value, default):
             return
 
 # What a number must be beyond that: whole, and within limits (lowest, highest); `None` is for those that some profile or method leaves out.
-WHOLE = frozenset("images_per_epoch batch_size accumulate n_local n_id out_dim head_hidden head_bottleneck queue moco_dim workers keep_checkpoints seed k pad part_dim image_size local_size k1 k2 min_samples lr_step ghost_bn test_every".split())
+WHOLE = frozenset("images_per_epoch batch_size accumulate n_local n_id out_dim head_hidden head_bottleneck queue moco_dim workers keep_checkpoints seed k pad part_dim image_size local_size k1 k2 min_samples lr_step ghost_bn test_every probes".split())
 PAIRS = frozenset("image_size local_size global_scale local_scale aspect ema".split())
 _ABOVE_0 = frozenset("temperature eps epochs lr_per clip student_temp teacher_temp warmup_teacher_temp moco_temp data_share few_ids few_images circle_scale".split())
-LIMITS = dict(out_dim=(2, math.inf)) | {n: (1, math.inf) for n in "images_per_epoch batch_size accumulate n_id head_hidden head_bottleneck queue moco_dim keep_checkpoints k part_dim image_size local_size k1 k2 min_samples lr_step ghost_bn".split()} | {
+LIMITS = dict(out_dim=(2, math.inf)) | {n: (1, math.inf) for n in "images_per_epoch batch_size accumulate n_id head_hidden head_bottleneck queue moco_dim keep_checkpoints k part_dim image_size local_size k1 k2 min_samples lr_step ghost_bn probes".split()} | {
     n: (0, 1) for n in "ema centre_momentum moco_momentum momentum data_share few_ids few_images held_out flip erasing label_smoothing memory_momentum eps lr_factor".split()} | {
     n: (0, math.inf) for n in "epochs n_local workers seed pad checkpoint_minutes lr lr_per lr_end warmup_epochs warmup_teacher_temp_epochs freeze_last_layer_epochs freeze_epochs constant_until weight_decay clip student_temp teacher_temp warmup_teacher_temp moco_temp bias_lr triplet_weight circle_scale n_id_epochs temperature test_every".split()}
 

@@ -133,6 +133,11 @@ def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
     assert (task.labels(features, torch.device("cpu")) == cluster(features, 6, 2, .7, 2)).all()
 
 
+def test_approximate_search_that_looks_everywhere_is_the_exact_one(people, runs):
+    exact, everywhere, little = (usl(quick(people, probes=p)) for p in (None, 1000, 1))
+    assert (exact.folder / "backbone.safetensors").read_bytes() == (everywhere.folder / "backbone.safetensors").read_bytes() and np.isfinite(little.result["loss"])
+
+
 def test_truth_decides_nothing(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "other"); t = read_samples(people); rng = np.random.default_rng(0)

@@ -267,3 +267,21 @@ def test_rows_without_direction_are_named(value, dtype):
     for call in (lambda: knn(x, 3), lambda: cluster(x, 5, 3), lambda: rerank(X[:9], x, 5, 2)):
         with pytest.raises(ValueError, match="rows 7, 31"): call()
 
+
+
+@pytest.mark.parametrize("probes,lists", [(1, 60), (3, 20), (1000, 20)])
+def test_approximate_lists_hold_what_their_cells_hold(probes, lists):
+    "Short lists end in -1; members, distances and order are those of the exact search among what was found; everything is found where all cells are looked into."
+    pytest.importorskip("faiss")
+    from cion_nb.neighbours import cluster, knn_approximate, recall
+    rng = np.random.default_rng(0); x = (rng.normal(size=(25, 12)).repeat(12, 0) + .5 * rng.normal(size=(300, 12))).astype(np.float32); x[7] = x[8]
+    near, exact = knn_approximate(x, 10, probes, lists), knn(x, 10, device="cpu")
+    u = x / np.linalg.norm(x, axis=1, keepdims=True); d = 1 - u @ u.T
+    for i, (index, distance) in enumerate(zip(near.index, near.distance)):
+        n = (index >= 0).sum(); assert index[0] == i and (index[n:] == -1).all() and np.isinf(distance[n:]).all() and len(set(index[:n])) == n
+        np.testing.assert_allclose(distance[1:n], d[i, index[1:n]], atol=1e-5); assert (np.diff(distance[:n]) >= 0).all()
+    share = recall(near, x, sample=300)
+    if probes == 1000: assert share == 1 and (near.index == exact.index).all()
+    else: assert .2 < share < 1
+    labels = cluster(x, 10, 3, neighbours=near); assert labels.shape == (300,) and labels.max() >= 2
+    with pytest.raises(ValueError, match="k must lie in"): knn_approximate(x, 301)
