@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .backbones import architecture, load_backbone, save_backbone
 from .engine import Task, budget, fit, to_channels_last
 from .features import read_data
-from .finetune import make_backbone, test_model, test_set
+from .finetune import make_backbone, of_all_ranks, test_model, test_set
 from .neighbours import cluster, knn_approximate
 from .noise import identity_scores
 from .runs import Run, atomic, is_main_process, licence, run_from_arguments
@@ -34,7 +34,7 @@ class ClusterNet(nn.Module):
     "Backbone, pooling, BatchNorm without shift, L2: (n, 3, h, w) -> (n, D) of unit length."
     def __init__(self,
                  backbone: nn.Module,     # of `create_backbone`
-                 pooling: str = "auto",   # "gem", "backbone" (its own), or "auto": GeM for networks whose last map is (n, D, h, w) with D >= 0 values, that is ResNets; else its own
+                 pooling: str = "auto",   # "gem", "backbone" (its own), or "auto": GeM for ResNets, else its own
                 ):
         super().__init__()
         if pooling not in ("auto", "gem", "backbone"): raise ValueError(f"pooling {pooling!r}: choose auto, gem or backbone")
@@ -258,16 +258,12 @@ class ClusterContrast(Task):
         x = erase_(normalise(batch["pixels"], own.input), batch["boxes"], batch["noise"], "const", tuple(self.recipe["erasing_fill"]))
         y = memory.labels[batch["rows"]]
         features = model(x)
-        memory.waiting.append((features.detach(), y))
+        memory.waiting.append((of_all_ranks(features.detach(), accelerator), of_all_ranks(y, accelerator)))
         return memory(features, y), {}
 
     def after_step(self, share):
         memory = self.modules["memory"]
-        x, y = (torch.cat(parts) for parts in zip(*memory.waiting)); memory.waiting.clear()
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            from torch.distributed.nn.functional import all_gather
-            x, y = torch.cat(all_gather(x)), torch.cat(all_gather(y))
-        memory.follow(x, y)
+        memory.follow(*(torch.cat(parts) for parts in zip(*memory.waiting))); memory.waiting.clear()
 
 # %% ../nbs/15_cluster_contrast.ipynb #309fea52
 def _run(recipe: dict) -> Run:

@@ -70,6 +70,9 @@ class Rows:
         part = self.source[first:end]
         x = torch.from_numpy(part if part.flags.writeable else np.array(part)).to(device).float()   # torch warns of read-only memory
         return x if self.is_unit else x * torch.from_numpy(1 / self.length[first:end]).float().to(device)[:, None]
+    def take(self, index) -> torch.Tensor:
+        "These rows in float32, of length 1."
+        return torch.from_numpy(self.source[index].astype(np.float32) / self.length[index, None].astype(np.float32))
 
 # %% ../nbs/06_neighbours.ipynb #3ee48fac
 def rows_of(
@@ -307,7 +310,7 @@ def knn_approximate(
     ivf = faiss.IndexIVFFlat(coarse, rows.source.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     ivf.cp.min_points_per_centroid, ivf.cp.seed, ivf.nprobe = 1, seed, min(probes, lists)
     some = np.sort(np.random.default_rng(seed).permutation(n)[:64 * lists])
-    ivf.train(np.concatenate([rows.unit(i, i + 1).numpy() for i in some]) if len(some) < n else rows.unit(0, n).numpy())
+    ivf.train(rows.take(some).numpy())
     blocks = range(0, n, max(1, 2**24 // rows.source.shape[1]))
     for i in blocks: ivf.add(rows.unit(i, i + blocks.step).numpy())
     index = np.concatenate([ivf.search(rows.unit(i, i + blocks.step).numpy(), k)[1].astype(np.int32) for i in blocks])
@@ -324,7 +327,7 @@ def recall(
     rows, k = rows_of(x), found.k
     if k < 2: raise ValueError("lists of 1 hold the row itself only")
     asked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:sample])
-    q, best = torch.cat([rows.unit(i, i + 1) for i in asked]), torch.full((len(asked), k), -2.)
+    q, best = rows.take(asked), torch.full((len(asked), k), -2.)
     for i in range(0, len(rows), 2**14): best = torch.cat([best, q @ rows.unit(i, i + 2**14).T], 1).topk(k, 1).values
     within = found.distance[asked] <= 1 - best[:, -1:].numpy() + 1e-5
     return float((within.sum(1) - 1).mean() / (k - 1))
