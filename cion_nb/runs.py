@@ -135,7 +135,7 @@ RECIPES["world"] = dict(paper=dict(size="paper", seed=0, bank="A", values={}), s
 RECIPES["extract"] = dict(
     paper=dict(data="cion_al", data_root=None, annotation=None, subset="tracklets", model=None, flip=False,
                batch_size=256, precision="float16"),
-    small=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck")),
+    small=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck", epochs=20, images_per_epoch=1600, warmup_epochs=2)),
     tiny=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck", epochs=30, warmup_epochs=3)),
     smoke=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck")))
 
@@ -149,6 +149,9 @@ RECIPES["denoise"] = dict(
 
 # %% ../nbs/01_runs.ipynb #9eb4f611
 # Identity-guided self-distillation. Epochs are counted from 0; a schedule's position is the share of images seen.
+_SHORT = dict(global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],        # what a run of some hundred steps on small images needs: smaller crops hold nobody, hard jitter hides the clothes
+              view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
+              head_bn=True, teacher_temp=0.02, lr=1e-2, weight_decay=[0.04, 0.04], warmup_epochs=1, freeze_last_layer_epochs=0, precision="auto", workers=0)
 RECIPES["pretrain"] = dict(
     paper=dict(
         method="cion", data="cion_al", data_root=None, annotation=None, identities="pid", data_share=1.0,
@@ -165,17 +168,13 @@ RECIPES["pretrain"] = dict(
         precision="fp16", channels_last=True, compile=False, sync_bn=True, grad_checkpointing=False,
         workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=0),
     small=dict(
-        data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64], local_size=[64, 32], n_local=4,
-        epochs=100, images_per_epoch=2400, batch_size=96, out_dim=4096, ema=[0.99, 1.0],
-        queue=4096, precision="auto", workers=0, checkpoint_minutes=5),
+        data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64], local_size=[64, 32], n_local=2,
+        **_SHORT, epochs=20, images_per_epoch=1920, batch_size=48, n_id_epochs=[0, 8, 12, 16],     # 800 steps
+        out_dim=2048, head_hidden=512, head_bottleneck=128, ema=[0.98, 1.0], moco_momentum=0.98, queue=4096, checkpoint_minutes=5),
     tiny=dict(
         data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], local_size=[32, 16], n_local=2,
-        global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],                                # at 64x32 smaller crops hold nobody; hard jitter hides the clothes
-        view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
-        epochs=10, images_per_epoch=864, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],
-        out_dim=256, head_hidden=256, head_bottleneck=64, head_bn=True, teacher_temp=0.02,
-        ema=[0.97, 1.0], lr=1e-2, weight_decay=[0.04, 0.04], moco_momentum=0.97, warmup_epochs=1, freeze_last_layer_epochs=0,
-        queue=512, precision="auto", workers=0, checkpoint_minutes=2))
+        **_SHORT, epochs=10, images_per_epoch=864, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],  # 180 steps
+        out_dim=256, head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], moco_momentum=0.97, queue=512, checkpoint_minutes=2))
 RECIPES["pretrain"]["smoke"] = RECIPES["pretrain"]["tiny"] | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1], queue=96)
 
 # What a method changes, before the caller's own changes. All share crops and budget; LUP-style has its own views (two, no colour jitter, erasing).
@@ -204,7 +203,7 @@ RECIPES["finetune"] = dict(
         feature="before_neck", precision="fp16", channels_last=True, compile=False, sync_bn=True, grad_checkpointing=False,
         workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=0),
     small=dict(data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64],
-               epochs=60, warmup_epochs=6, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=5, precision="auto", workers=0, checkpoint_minutes=5),
+               epochs=30, images_per_epoch=3200, warmup_epochs=3, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=5, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32],
               epochs=10, images_per_epoch=640, batch_size=32, warmup_epochs=1, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=3, erasing=0.0, precision="auto", workers=0, checkpoint_minutes=2))
 RECIPES["finetune"]["smoke"] = RECIPES["finetune"]["tiny"] | dict(epochs=2, images_per_epoch=128, warmup_epochs=1)
