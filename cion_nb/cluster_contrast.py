@@ -17,7 +17,7 @@ from .backbones import architecture, load_backbone, save_backbone
 from .engine import Task, budget, fit, to_channels_last
 from .features import read_data
 from .finetune import make_backbone, of_all_ranks, test_model, test_set
-from .neighbours import cluster, knn_approximate
+from .neighbours import CLUSTERERS, Neighbours, cluster, knn_part, merge_neighbours
 from .noise import identity_scores
 from .runs import Run, atomic, is_main_process, licence, run_from_arguments
 from .views import ImageStore, TrainTransform, embed_rows, erase_, normalise
@@ -177,6 +177,7 @@ class ClusterContrast(Task):
         self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"])
         self.per_epoch = r["images_per_epoch"] or self.n_images // r["batch_size"] * r["batch_size"]
         if not self.per_epoch or self.per_epoch % r["batch_size"]: raise ValueError(f"images_per_epoch={self.per_epoch}: a multiple of batch_size={r['batch_size']} is needed, since every epoch clusters anew")
+        if r["clusterer"] not in CLUSTERERS: raise ValueError(f"clusterer {r['clusterer']!r} is none of {', '.join(CLUSTERERS)}")
         if r["k1"] > self.n_images: raise ValueError(f"k1={r['k1']}: the data set has {self.n_images} images; use a smaller k1")
 
     def build(self, device):
@@ -197,9 +198,9 @@ class ClusterContrast(Task):
         memory, epoch = self.modules["memory"], self.epoch(at.seen)
         self.bn_batch = bn_group(self.recipe, accelerator.num_processes, accelerator.device.type == "cuda")
         if int(memory.epoch) == epoch: return                                 # resumed inside it
-        features = self.features(accelerator)
+        features = self.features(accelerator); rows, near = self.neighbours(features, accelerator)
         labels = torch.full((self.n_images,), -1, device=accelerator.device)
-        if accelerator.is_main_process: labels.copy_(torch.from_numpy(self.labels(features, accelerator.device)))
+        if accelerator.is_main_process: labels[rows] = torch.from_numpy(self.labels(features[rows], near)).to(labels.device)
         if accelerator.num_processes > 1: torch.distributed.broadcast(labels, 0)
         found, needed = int(labels.max()) + 1, self.recipe["batch_size"] // self.recipe["k"]
         kept = found < needed
@@ -218,13 +219,19 @@ class ClusterContrast(Task):
         if not np.isfinite(found).all(): raise FloatingPointError(f"the features of {int((~np.isfinite(found)).any(1).sum())} images are not finite: lower lr or use precision='fp32'")
         return found
 
-    def labels(self, features, device) -> np.ndarray:
-        "Clusters by DBSCAN on Jaccard distances, -1 for none and for what could not be read."
-        r, rows = self.recipe, np.flatnonzero(self.images.readable)
-        labels = np.full(self.n_images, -1)
-        near = knn_approximate(features[rows], r["k1"], r["probes"]) if r["probes"] is not None else None
-        labels[rows] = cluster(features[rows], r["k1"], r["k2"], r["eps"], r["min_samples"], near, device=str(device) if device.type == "cuda" else None)
-        return labels
+    def neighbours(self, features, accelerator) -> tuple[np.ndarray, Neighbours]:
+        "Rows that could be read, and their nearest: each rank searches its part, all get all lists."
+        r, cuda = self.recipe, accelerator.device if accelerator.device.type == "cuda" else None
+        readable = torch.from_numpy(self.images.readable).to(accelerator.device)
+        rows = np.flatnonzero(accelerator.gather(readable[None]).all(0).cpu().numpy())
+        near = knn_part(features[rows], min(r["k1"], len(rows)), accelerator.process_index, accelerator.num_processes, cuda, r["probes"])
+        parts = [accelerator.gather(torch.from_numpy(a)[None].to(accelerator.device)).cpu().numpy() for a in (near.index, near.distance)]
+        return rows, merge_neighbours([Neighbours(i, d, near.backend) for i, d in zip(*parts)])
+
+    def labels(self, features, near) -> np.ndarray:
+        "Clusters of rows by their Jaccard distances, -1 for none."
+        r = self.recipe
+        return cluster(features, r["k1"], r["k2"], r["eps"], r["min_samples"], near, clusterer=r["clusterer"])
 
     def quality(self, labels) -> dict:
         "Pairwise scores of the clusters against the truth where it is known; nothing else sees it."

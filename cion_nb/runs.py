@@ -215,7 +215,7 @@ RECIPES["usl"] = dict(
         data="market1501", data_root=None, test_data=None, test_root=None, protocol="market", flip_test=False,
         backbone="resnet50_ibn", image_size=[256, 128], weights=None, drop_path=None, overlap=False, pooling="auto",
         mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
-        k1=30, k2=6, eps=0.6, min_samples=4, probes=None, memory_update="hard", memory_momentum=0.2, temperature=0.05,
+        k1=30, k2=6, clusterer="dbscan", eps=0.6, min_samples=4, probes=None, memory_update="hard", memory_momentum=0.2, temperature=0.05,
         epochs=50, images_per_epoch=51200, batch_size=256, k=8, optimizer="sgd", momentum=0.9, lr=3.5e-4, lr_step=20, lr_factor=0.1, weight_decay=5e-4,
         flip=0.5, pad=10, erasing=0.5, erasing_fill=[0.485, 0.456, 0.406], ghost_bn=64, sync_bn=False, test_every=10,
         precision="fp32", channels_last=True, compile=False, grad_checkpointing=False, workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=1),

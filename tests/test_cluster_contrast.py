@@ -130,7 +130,8 @@ def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
     from cion_nb.engine import make_accelerator
     torch.manual_seed(0); r = quick(people); task = ClusterContrast(r); task.build(torch.device("cpu"))
     features = task.features(make_accelerator(r)); assert features.shape == (64, task.modules["model"].embed_dim)
-    assert (task.labels(features, torch.device("cpu")) == cluster(features, 6, 2, .7, 2)).all()
+    rows, near = task.neighbours(features, make_accelerator(r)); assert (rows == np.arange(64)).all()
+    assert (task.labels(features, near) == cluster(features, 6, 2, .7, 2)).all()
 
 
 def test_approximate_search_that_looks_everywhere_is_the_exact_one(people, runs):
@@ -194,6 +195,37 @@ def test_two_processes_cluster_together(people, runs, tmp_path):
     assert first["clusters"] >= 4
 
 
+SEARCH = """
+import numpy as np, sys, torch
+from types import SimpleNamespace
+from cion_nb.cluster_contrast import ClusterContrast
+from cion_nb.neighbours import knn, knn_approximate
+from accelerate import Accelerator
+a = Accelerator(cpu=True); rng = np.random.default_rng(0)
+x = rng.normal(size=(3000, 24)).astype(np.float32); x[40:80] = x[7]
+for probes in (None, 3):
+    readable = np.ones(3000, bool); readable[[5 + a.process_index, 900 * (1 + a.process_index)]] = False      # each rank met other broken files
+    task = SimpleNamespace(recipe=dict(k1=12, probes=probes), images=SimpleNamespace(readable=readable))
+    rows, near = ClusterContrast.neighbours(task, x, a)
+    assert rows.tolist() == [i for i in range(3000) if i not in (5, 6, 7, 900, 1800, 2700)], len(rows)
+    one = knn(x[rows], 12, device="cpu") if probes is None else knn_approximate(x[rows], 12, probes)
+    assert (near.index == one.index).all() and (near.distance == one.distance).all(), probes
+    assert a.num_processes == 3
+print("agreed")
+"""
+
+def test_three_processes_find_the_neighbours_of_one(tmp_path):
+    (tmp_path / "search.py").write_text(SEARCH)
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port", str(random.randint(20000, 40000)), str(tmp_path / "search.py")],
+                       env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
+    assert p.returncode == 0 and p.stdout.count("agreed") == 3, p.stderr[-3000:]
+
+
+def test_hdbscan_by_name(people, runs):
+    run = usl(quick(people, clusterer="hdbscan", eps=.01)); rows = [row for row in run.read_log() if "clusters" in row]      # at this eps DBSCAN finds nothing
+    assert all(row["clusters"] >= 4 for row in rows) and 0 < run.result["mAP"] <= 1
+
+
 def test_workers_change_nothing(people, runs):
     "Batches are not drawn ahead of the labels that they need."
     a = usl(quick(people)); files = (a.folder / "backbone.safetensors").read_bytes(); import shutil; shutil.rmtree(a.folder)
@@ -211,7 +243,7 @@ def test_recipes_are_the_released_scripts():
 
 @pytest.mark.parametrize("changes,word", [(dict(k1=65), "the data set has 64 images"), (dict(eps=0.), "must be positive"), (dict(memory_update="hardest"), "choose one of"), (dict(pooling="gem", backbone="vit_tiny"), "ResNet"),
                                           (dict(images_per_epoch=40), "multiple of batch_size"), (dict(ghost_bn=6), "cannot be cut"), (dict(ghost_bn=1), "at least 2"), (dict(batch_size=64, images_per_epoch=64), "a batch needs 16 clusters"),
-                                          (dict(eps=.01, min_samples=5), "gave 0 clusters"), (dict(iters=200), "not known")])
+                                          (dict(eps=.01, min_samples=5), "gave 0 clusters"), (dict(clusterer="infomap"), "none of dbscan, hdbscan"), (dict(iters=200), "not known")])
 def test_what_cannot_work_is_named(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): usl(quick(people, **changes))
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse import csr_matrix
-from sklearn.cluster import DBSCAN
+from sklearn.cluster import DBSCAN, HDBSCAN
+from sklearn.metrics import adjusted_rand_score
 
 import cion_nb.neighbours as module
-from cion_nb.neighbours import Neighbours, cluster, dbscan, jaccard, knn, rerank
+from cion_nb.neighbours import Neighbours, cluster, dbscan, hdbscan, jaccard, knn, knn_approximate, knn_part, merge_neighbours, rerank
 
 
 @pytest.fixture(autouse=True)
@@ -285,3 +286,92 @@ def test_approximate_lists_hold_what_their_cells_hold(probes, lists):
     else: assert .2 < share < 1
     labels = cluster(x, 10, 3, neighbours=near); assert labels.shape == (300,) and labels.max() >= 2
     with pytest.raises(ValueError, match="k must lie in"): knn_approximate(x, 301)
+
+
+# ---------------------------------------------------------------- the work in parts
+
+@pytest.mark.parametrize("n, parts", [(40, 1), (300, 4), (5000, 3), (9000, 2)])
+def test_parts_together_are_the_whole_search(n, parts):
+    x = people(n, 16, copies=min(30, n // 3))
+    whole, found = knn(x, 9, device="cpu"), [knn_part(x, 9, p, parts, "cpu") for p in range(parts)]
+    together = merge_neighbours(found)
+    assert (together.index == whole.index).all() and (together.distance == whole.distance).all()
+    for p in found: assert (p.index[:, 0] == np.arange(n)).all() and ((p.index < 0) == np.isinf(p.distance)).all()
+    if n > 4096: assert any((p.index[:, 1:] < 0).any() or not (p.index == whole.index).all() for p in found), "a part is a part"
+
+
+def test_lists_of_parts_that_hold_little_are_merged_like_a_sort():
+    rng = np.random.default_rng(0); n, k, parts = 200, 6, 4
+    for _ in range(20):
+        made = [{j: np.float32(rng.integers(0, 4)) for j in rng.permutation(n)[:rng.integers(0, 9)]} for _ in range(parts)]
+        owner = {}                                                          # a pair belongs to one part
+        made = [{j: d for j, d in part.items() if owner.setdefault(j, p) == p and j != 3} for p, part in enumerate(made)]
+        index, distance = np.full((parts, n, k), -1, np.int32), np.full((parts, n, k), np.inf, np.float32)
+        index[:, :, 0], distance[:, :, 0] = np.arange(n), 0
+        for p, part in enumerate(made):
+            for q, (d, j) in enumerate(sorted((d, j) for j, d in part.items())[:k - 1]): index[p, 3, q + 1], distance[p, 3, q + 1] = j, d
+        best = [(np.float32(0), 3)] + sorted((d, j) for part in made for j, d in part.items())[:k - 1]
+        out = merge_neighbours([Neighbours(i, d, "") for i, d in zip(index, distance)])
+        assert [j for j in out.index[3] if j >= 0] == [j for _, j in best] and [d for d in out.distance[3] if np.isfinite(d)] == [d for d, _ in best]
+
+
+@needs_faiss
+def test_parts_of_the_approximate_search_are_the_whole():
+    x = people(3000, 24); whole = knn_approximate(x, 8, 3)
+    together = merge_neighbours([knn_part(x, 8, p, 7, probes=3) for p in range(7)])
+    assert (together.index == whole.index).all() and (together.distance == whole.distance).all()
+    few = merge_neighbours([knn_part(x[:5], 3, p, 8, probes=3) for p in range(8)])      # more parts than rows
+    assert (few.index == knn_approximate(x[:5], 3, 3).index).all()
+
+
+def test_parts_that_do_not_fit_are_named():
+    x = people(50, 8)
+    with pytest.raises(ValueError, match="part=2 of 2"): knn_part(x, 5, 2, 2)
+    with pytest.raises(ValueError, match="k=51"): knn_part(x, 51, 0, 2)
+    with pytest.raises(ValueError, match="same rows and lengths"): merge_neighbours([knn_part(x, 5, 0, 2), knn_part(x, 6, 1, 2)])
+
+
+# ---------------------------------------------------------------- HDBSCAN
+
+def filled(J):
+    D = np.ones(J.shape); D[np.repeat(np.arange(len(D)), np.diff(J.indptr)), J.indices] = J.data
+    return D
+
+def untied(J, seed=0):
+    "The same distances moved by up to 1e-6, so that no two are equal; symmetric."
+    D = filled(J); E = np.triu(np.random.default_rng(seed).uniform(0, 1e-6, D.shape), 1)
+    D = np.where(D < .999, D + E + E.T, 1); np.fill_diagonal(D, 0)
+    return D
+
+@pytest.mark.parametrize("n, per, scatter, size", [(300, 20, .6, 4), (500, 20, .9, 4), (700, 8, .7, 3), (400, 5, .6, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_hdbscan_is_scikit_learns_on_the_dense_matrix(n, per, scatter, size, seed):
+    """With min_samples=1 reachability is distance, so nothing ties below 1, and the dense tree is unique there. What it joins at
+    exactly 1 depends on the order of rows: points without any near one, which ours leaves out."""
+    D = untied(jaccard(people(n, 24, per, scatter, seed), 12, 3)); sparse = csr_matrix(np.where(D < 1, np.maximum(D, 1e-12), 0))
+    ours = hdbscan(sparse, size, 1)
+    theirs = HDBSCAN(min_cluster_size=size, min_samples=1, metric="precomputed", copy=True).fit(D).labels_
+    joined = ours >= 0
+    assert joined.sum() > n / 2 and adjusted_rand_score(ours[joined], theirs[joined]) == 1
+    for k in set(theirs[~joined]) - {-1}:                                  # what they have more hangs on by distance 1
+        for i in np.flatnonzero(~joined & (theirs == k)): assert D[i, joined & (theirs == k)].min(initial=1) == 1
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hdbscan_finds_clear_people_whatever_the_order(seed):
+    x = people(600, 24, 20, .5, seed); J = jaccard(x, 15, 4); p = np.random.default_rng(seed).permutation(600)
+    theirs = HDBSCAN(min_cluster_size=4, metric="precomputed", copy=True).fit(filled(J)).labels_
+    assert adjusted_rand_score(hdbscan(J), theirs) == 1
+    U = np.where(filled(J) < 1, np.maximum(untied(J), 1e-12), 0)           # ties of reachability are broken by the order of rows, in the dense tree too
+    assert adjusted_rand_score(hdbscan(csr_matrix(U), 4, 1)[p], hdbscan(csr_matrix(U[p][:, p]), 4, 1)) == 1
+    first = [np.flatnonzero(hdbscan(J) == k)[0] for k in range(hdbscan(J).max() + 1)]; assert first == sorted(first)
+
+def test_hdbscan_of_copies_strangers_and_nothing():
+    x = people(400, 24, 20, .5, copies=60, strangers=80); labels = cluster(x, 12, 3, min_samples=4, clusterer="hdbscan")
+    assert len(set(labels[(x == x[0]).all(1)])) == 1 and labels[0] >= 0
+    assert (hdbscan(csr_matrix((30, 30))) == -1).all() and (hdbscan(csr_matrix(np.full((5, 5), .5)), 6) == -1).all()
+    two = filled(csr_matrix((12, 12))); two[:6, :6] = two[6:, 6:] = .3; np.fill_diagonal(two, 0)
+    assert hdbscan(csr_matrix(np.where(two < 1, np.maximum(two, 1e-12), 0))).tolist() == [0] * 6 + [1] * 6
+    for wrong in (dict(min_cluster_size=1), dict(min_samples=-1)):
+        with pytest.raises(ValueError, match="must be at least"): hdbscan(csr_matrix((9, 9)), **wrong)
+    with pytest.raises(ValueError, match="square"): hdbscan(csr_matrix((9, 8)))
+    with pytest.raises(ValueError, match="none of dbscan, hdbscan"): cluster(x, clusterer="infomap")
