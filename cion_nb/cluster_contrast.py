@@ -55,10 +55,11 @@ class _Ghost:
     def forward(self, x):
         if not self.training or len(x) <= self.ghost: return super().forward(x)
         first, *rest = x.split(self.ghost)
+        if len(rest[-1]) == 1: rest[-2:] = [torch.cat(rest[-2:])] if len(rest) > 1 else rest[-1:]          # one image has no variance
         out, momentum, self.momentum = [super().forward(first)], self.momentum, 0.
         try: out += [super(_Ghost, self).forward(part) for part in rest]
         finally: self.momentum = momentum
-        self.num_batches_tracked -= len(rest)
+        if self.num_batches_tracked is not None: self.num_batches_tracked -= len(rest)
         return torch.cat(out)
 
 def ghost_batchnorm(
@@ -68,7 +69,8 @@ def ghost_batchnorm(
     "Let every BatchNorm of a model normalise groups of `size` images by themselves in training."
     if size < 2: raise ValueError(f"ghost_bn={size}: at least 2 images are needed for a variance")
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.__class__, m.ghost = type(f"Ghost{type(m).__name__}", (_Ghost, type(m)), {}), size
+        if isinstance(m, _Ghost): m.ghost = size
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm): m.__class__, m.ghost = type(f"Ghost{type(m).__name__}", (_Ghost, type(m)), {}), size
     return model
 
 def bn_group(
@@ -80,7 +82,7 @@ def bn_group(
     part = r["batch_size"] // processes
     if r["ghost_bn"] is None: return r["batch_size"] if r["sync_bn"] and cuda and processes > 1 else part
     if r["sync_bn"] and processes > 1: raise ValueError("ghost_bn and sync_bn exclude each other: set one of them to null or false")
-    if r["ghost_bn"] > part and processes > 1 or part % min(r["ghost_bn"], part): raise ValueError(f"ghost_bn={r['ghost_bn']}: {processes} processes with {part} images each cannot be cut into such groups; use fewer processes, or ghost_bn=null")
+    if r["ghost_bn"] > part and processes > 1 or part % min(r["ghost_bn"], part): raise ValueError(f"ghost_bn={r['ghost_bn']}: " + (f"{processes} processes with {part} images each cannot be cut into such groups; use fewer processes, or ghost_bn=null" if processes > 1 else f"a batch of {part} images cannot be cut into such groups; use a divisor of it, or ghost_bn=null"))
     return min(r["ghost_bn"], part)
 
 # %% ../nbs/15_cluster_contrast.ipynb #44edea80
@@ -143,7 +145,8 @@ class ClusterSampler:
         rank: int = 0,
         world_size: int = 1,
     ):
-        if batch_size % (k * world_size): raise ValueError(f"batch_size={batch_size} over {world_size} ranks must be a multiple of k={k}")
+        if batch_size < 1 or batch_size % (k * world_size): raise ValueError(f"batch_size={batch_size} over {world_size} ranks must be a multiple of k={k}")
+        labels, camids = np.asarray(labels), np.asarray(camids)
         self.labels, self.camids, self.batch_size, self.k, self.seed, self.rank, self.world_size = labels, camids, batch_size, k, seed, rank, world_size
         rows = np.flatnonzero(labels >= 0)
         order = rows[np.argsort(labels[rows], kind="stable")]
@@ -172,13 +175,18 @@ class ClusterContrast(Task):
     def __init__(self, r: dict):
         self.recipe, (samples, root) = r, read_data(r, "train")
         self.samples, self.n_images, self.camid = samples, len(samples), samples.camid.to_numpy(np.int64)
-        self.truth = samples.pid.to_numpy()
+        self.truth, self.bn_batch = samples.pid.to_numpy(), None
         self.images = ImageStore(samples.assign(pid=-1), root)               # a replacement must not know who is who
         self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"])
         self.per_epoch = r["images_per_epoch"] or self.n_images // r["batch_size"] * r["batch_size"]
         if not self.per_epoch or self.per_epoch % r["batch_size"]: raise ValueError(f"images_per_epoch={self.per_epoch}: a multiple of batch_size={r['batch_size']} is needed, since every epoch clusters anew")
         if r["clusterer"] not in CLUSTERERS: raise ValueError(f"clusterer {r['clusterer']!r} is none of {', '.join(CLUSTERERS)}")
-        if r["k1"] > self.n_images: raise ValueError(f"k1={r['k1']}: the data set has {self.n_images} images; use a smaller k1")
+        if r["optimizer"] not in ("sgd", "adam"): raise ValueError(f"optimizer {r['optimizer']!r}: cluster contrast has sgd and adam")
+        if self.n_images < 4: raise ValueError(f"the data set has {self.n_images} training images: clusters need more")
+        if r["k1"] >= self.n_images: raise ValueError(f"k1={r['k1']}: the data set has {self.n_images} images; use a smaller k1")
+        if r["batch_size"] % r["k"]: raise ValueError(f"batch_size={r['batch_size']} must be a multiple of k={r['k']}, the images of a cluster")
+        if r["clusterer"] == "dbscan" and not 0 < r["eps"] < 1: raise ValueError(f"eps={r['eps']} must lie between 0 and 1: pairs that share no neighbour have distance 1")
+        if len(r["erasing_fill"]) != 3: raise ValueError(f"erasing_fill={r['erasing_fill']}: three numbers are needed, one a colour")
 
     def build(self, device):
         r = self.recipe
@@ -196,9 +204,12 @@ class ClusterContrast(Task):
 
     def prepare(self, at, run, accelerator):
         memory, epoch = self.modules["memory"], self.epoch(at.seen)
+        said = self.bn_batch is None
         self.bn_batch = bn_group(self.recipe, accelerator.num_processes, accelerator.device.type == "cuda")
+        if said and accelerator.is_main_process: print(f"{run.name}: BatchNorm over {self.bn_batch} images, batches of {self.recipe['batch_size']}, {accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}", file=sys.stderr)
         if int(memory.epoch) == epoch: return                                 # resumed inside it
         features = self.features(accelerator); rows, near = self.neighbours(features, accelerator)
+        if len(rows) <= self.recipe["k1"]: raise ValueError(f"{run.name}: {self.n_images - len(rows)} of {self.n_images} images could not be read, and k1={self.recipe['k1']} needs more than {len(rows)}; are the paths right?")
         labels = torch.full((self.n_images,), -1, device=accelerator.device)
         if accelerator.is_main_process: labels[rows] = torch.from_numpy(self.labels(features[rows], near)).to(labels.device)
         if accelerator.num_processes > 1: torch.distributed.broadcast(labels, 0)
@@ -208,11 +219,13 @@ class ClusterContrast(Task):
         if kept: memory.epoch.fill_(epoch)
         else: memory.start(torch.from_numpy(features).to(accelerator.device), labels, epoch)
         if accelerator.is_main_process:
-            run.log(seen=at.seen + 1, epoch=epoch, clusters=found, outliers=int((labels < 0).sum()), **dict(kept_the_clusters_before=True) if kept else {}, **self.quality(labels.cpu().numpy()), **self.test(epoch, run))
+            run.log(seen=at.seen + 1, epoch=epoch, search=near.backend, clusters=found, outliers=int((labels < 0).sum()), **dict(kept_the_clusters_before=True) if kept else {}, **self.quality(labels.cpu().numpy()), **self.test(epoch, run))
 
     def features(self, accelerator) -> np.ndarray:
         "(N, D) features of all images, each rank its share."
         n, ranks = self.n_images, accelerator.num_processes
+        if ranks > 1:                                                         # each has its own running statistics until now: one network describes all images
+            for b in self.modules["model"].buffers(): torch.distributed.broadcast(b, 0)
         share = -(-n // ranks); mine = np.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % n
         found = embed_rows(self.modules["model"], self.images, mine, self.recipe["image_size"], autocast=accelerator.autocast)
         if ranks > 1: found = accelerator.gather(torch.from_numpy(found).to(accelerator.device)).cpu().numpy()[:n]
@@ -226,7 +239,7 @@ class ClusterContrast(Task):
         rows = np.flatnonzero(accelerator.gather(readable[None]).all(0).cpu().numpy())
         near = knn_part(features[rows], min(r["k1"], len(rows)), accelerator.process_index, accelerator.num_processes, cuda, r["probes"])
         parts = [accelerator.gather(torch.from_numpy(a)[None].to(accelerator.device)).cpu().numpy() for a in (near.index, near.distance)]
-        return rows, merge_neighbours([Neighbours(i, d, near.backend) for i, d in zip(*parts)])
+        return rows, merge_neighbours([Neighbours(i, d, near.backend, part=(p, len(parts[0]))) for p, (i, d) in enumerate(zip(*parts))])
 
     def labels(self, features, near) -> np.ndarray:
         "Clusters of rows by their Jaccard distances, -1 for none."
@@ -256,7 +269,7 @@ class ClusterContrast(Task):
 
     def schedule(self, share):
         r = self.recipe
-        lr = r["lr"] * r["lr_factor"] ** (int(share * r["epochs"]) // r["lr_step"])
+        lr = r["lr"] * r["lr_factor"] ** (int(share * r["epochs"] + 1e-9) // r["lr_step"])
         for g in self.optimizer.param_groups: g["lr"] = lr
         return dict(lr=lr)
 
@@ -288,7 +301,7 @@ def _run(recipe: dict) -> Run:
             save_clusternet(model, run.folder, recipe=recipe, run=run.name, licence=licence(recipe), scores=score.asdict())
             tested = {row["epoch"]: row["test_mAP"] for row in clusters if "test_mAP" in row} | {recipe["epochs"]: score.mAP}
             best = max(tested, key=tested.get)
-            report |= dict(mAP=score.mAP, rank1=score.rank1, mINP=score.mINP, protocol=score.protocol, train_images=task.n_images, bn_batch=task.bn_batch, **{k: v for k, v in clusters[-1].items() if k not in ("seen", "epoch", "test_mAP", "test_rank1")},
+            report |= dict(mAP=score.mAP, rank1=score.rank1, mINP=score.mINP, protocol=score.protocol, train_images=task.n_images, bn_batch=task.bn_batch, last_clusters={k: v for k, v in clusters[-1].items() if k not in ("seen", "test_mAP", "test_rank1")},
                            best_on_test_never_used=dict(epoch=best, mAP=tested[best]), matched=None if task.load_report is None else len(task.load_report.matched))
         run.finish(report)
     return run
@@ -318,13 +331,17 @@ def usl(
     recipe: dict,  # as `recipe("usl", ...)` wrote it; the run in `weights` must be done
 ) -> Run:          # holds the network, the log with clusters of every epoch, and `result.json`
     "Cluster contrast on the train images of a data set, without their labels, from a pre-trained backbone."
+    if recipe["stage"] != "usl": raise ValueError(f"usl takes a recipe of usl, not of {recipe['stage']}")
     return _run(recipe)
 
 def uda(
     recipe: dict,  # as `recipe("uda", ...)` wrote it: `weights` was fine-tuned on the source domain
 ) -> Run:
     "The same from a backbone that was fine-tuned on another, labelled data set (`weights`)."
-    if recipe["weights"] is None: raise ValueError("uda starts from a network fine-tuned on the source: weights=dict(stage='finetune', …), or a file")
+    weights = recipe["weights"]
+    if recipe["stage"] != "uda": raise ValueError(f"uda takes a recipe of uda, not of {recipe['stage']}")
+    if weights is None or isinstance(weights, dict) and weights["stage"] != "finetune": raise ValueError("uda starts from a network fine-tuned on the source: weights=dict(stage='finetune', …), or a file")
+    if isinstance(weights, dict) and (weights["data"], weights["data_root"]) == (recipe["data"], recipe["data_root"]): raise ValueError("uda: weights were fine-tuned on the target's own labels; name another data set, the source, in weights")
     return _run(recipe)
 
 if __name__ == "__main__" and "__file__" in globals():                            # python -m cion_nb.cluster_contrast usl --set …

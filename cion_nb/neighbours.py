@@ -9,12 +9,12 @@ __all__ = ['HALF', 'U32', 'BACKENDS', 'FAR', 'CLUSTERERS', 'Rows', 'rows_of', 'c
 
 # %% ../nbs/06_neighbours.ipynb #51997a6d
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import overload
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 from scipy.sparse.csgraph import connected_components
 from .runs import progress
 
@@ -260,6 +260,7 @@ class Neighbours:
     distance: np.ndarray          # (n, k) float32 cosine distance, inf there
     backend: str                  # who searched, such as "torch cpu"
     half_width: int | None = None # rows i - half_width … i + half_width were looked at; None for all
+    part: tuple | None = None     # (part, parts) of `knn_part`: these are not all neighbours yet
 
     def __len__(self): return len(self.index)
     @property
@@ -269,7 +270,7 @@ class Neighbours:
 # %% ../nbs/06_neighbours.ipynb #9325c1f9
 def _neighbours(rows, k, half_width=None, device=None, backend="auto", far=None):
     "`knn` of rows that were looked at."
-    if half_width is not None and half_width < 0: raise ValueError(f"half_width={half_width} must be 0 or more, or None for all rows")
+    if half_width is not None and (half_width < 0 or half_width != int(half_width)): raise ValueError(f"half_width={half_width} must be a whole number, 0 or more, or None for all rows")
     backend, where = choose_backend(backend, device, half_width)
     reach = len(rows) if half_width is None else min(half_width, len(rows))
     index = _search_faiss(rows, k, where) if backend == "faiss" else _search_torch(rows, k, reach, where, far)
@@ -290,8 +291,12 @@ def knn(
 ) -> Neighbours:
     "The k nearest rows of every row by cosine distance, exactly. ValueError: k or half_width out of range, rows without a direction."
     rows = rows_of(x)
-    if not 1 <= k <= len(rows): raise ValueError(f"k={k} neighbours of {len(rows):,} rows: k must lie in 1 … {len(rows):,}, the row itself counts")
-    return _neighbours(rows, k, half_width, device, backend)
+    return _neighbours(rows, _count(k, len(rows)), half_width, device, backend)
+
+def _count(k, n):
+    "k as a whole number of rows."
+    if k != int(k) or not 1 <= k <= n: raise ValueError(f"k={k} neighbours of {n:,} rows: k must be a whole number in 1 … {n:,}, the row itself counts")
+    return int(k)
 
 # %% ../nbs/06_neighbours.ipynb #103229ba
 def knn_approximate(
@@ -307,9 +312,8 @@ def knn_approximate(
 
 def _search_ivf(rows, k, probes, lists=None, seed=0, part=0, parts=1):
     "Candidates (n, k) of the rows of one part; the others' lists hold themselves only. And what was searched."
-    n = len(rows)
-    if not 1 <= k <= n: raise ValueError(f"k={k} neighbours of {n:,} rows: k must lie in 1 … {n:,}, the row itself counts")
-    lists = min(n, lists or max(1, int(4 * n**.5)))
+    n = len(rows); k = _count(k, n)
+    lists = min(n, max(1, int(4 * n**.5)) if lists is None else lists)
     if not 1 <= probes or not 1 <= lists: raise ValueError(f"probes={probes}, lists={lists}: at least 1")
     try: import faiss
     except ImportError as e: raise ImportError("knn_approximate needs faiss: pip install 'cion_nb[cpu]'") from e
@@ -334,6 +338,7 @@ def recall(
 ) -> float:         # in [0, 1]
     "Share of the true nearest rows, themselves left out, that the lists hold; rows as near as the farthest true one count."
     rows, k = rows_of(x), found.k
+    if len(rows) != len(found): raise ValueError(f"{len(found):,} lists, {len(rows):,} rows: give the rows that were searched")
     if k < 2: raise ValueError("lists of 1 hold the row itself only")
     asked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:sample])
     q, best = rows.take(asked), torch.full((len(asked), k), -2.)
@@ -353,10 +358,11 @@ def knn_part(
     "What one of several processes finds; `merge_neighbours` of all parts is `knn` (or `knn_approximate`) of all rows."
     if not 0 <= part < parts: raise ValueError(f"part={part} of {parts}: 0 … {parts - 1}")
     rows = rows_of(x)
-    if probes is not None: return _settled(rows, *_search_ivf(rows, k, probes, part=part, parts=parts))
-    if not 1 <= k <= len(rows): raise ValueError(f"k={k} neighbours of {len(rows):,} rows: k must lie in 1 … {len(rows):,}, the row itself counts")
-    _, where = choose_backend("torch", device)
-    return _settled(rows, _search_torch(rows, k, len(rows), where, part=part, parts=parts), f"torch {where}")
+    if probes is not None: found = _settled(rows, *_search_ivf(rows, k, probes, part=part, parts=parts))
+    else:
+        k, (_, where) = _count(k, len(rows)), choose_backend("torch", device)
+        found = _settled(rows, _search_torch(rows, k, len(rows), where, part=part, parts=parts), f"torch {where}")
+    return replace(found, part=(part, parts))
 
 @njit(nogil=True, cache=__name__.startswith("cion_nb"))
 def _merge(index, distance, first, end, out_index, out_distance):
@@ -374,14 +380,16 @@ def _merge(index, distance, first, end, out_index, out_distance):
             at[best] += 1
 
 def merge_neighbours(
-    parts: list,   # Neighbours of every `knn_part`
+    parts: list,   # Neighbours of every `knn_part`, in any order
 ) -> Neighbours:
-    "The lists of all parts as one search. ValueError: of other rows or lengths."
+    "The lists of all parts as one search. ValueError: a part is missing, there twice, or of other rows."
+    given, of = sorted(p.part or (0, 1) for p in parts), max((p.part[1] for p in parts if p.part), default=1)
+    if given != [(i, of) for i in range(of)]: raise ValueError(f"the parts 0 … {of - 1} of {of} are needed, each once; given are {', '.join(f'{i} of {n}' for i, n in given) or 'none'}")
     if len({p.index.shape for p in parts}) != 1: raise ValueError(f"parts must be of the same rows and lengths, got {', '.join(str(p.index.shape) for p in parts)}")
     index, distance = np.stack([p.index for p in parts]), np.stack([p.distance for p in parts])
     out = np.empty_like(index[0]), np.empty_like(distance[0])
     _spread(lambda i, j: _merge(index, distance, i, j, *out), len(index[0]))
-    return Neighbours(*out, parts[0].backend + (f", {len(parts)} parts" if len(parts) > 1 else ""))
+    return replace(parts[0], index=out[0], distance=out[1], part=None, backend=parts[0].backend + (f", {len(parts)} parts" if len(parts) > 1 else ""))
 
 
 # %% ../nbs/06_neighbours.ipynb #d10c4b93
@@ -593,6 +601,8 @@ def _check_lists(neighbours, rows, k1, half_width):
     if len(neighbours) != len(rows): raise ValueError(f"neighbours are of {len(neighbours):,} rows, features have {len(rows):,}")
     if neighbours.k < k1: raise ValueError(f"k1={k1} needs lists of {k1}, the neighbours given have {neighbours.k}: knn(features, {k1})")
     if half_width not in (None, neighbours.half_width): raise ValueError(f"half_width={half_width}, but the neighbours given were taken with half_width={neighbours.half_width}")
+    if neighbours.part not in (None, (0, 1)): raise ValueError(f"these are the lists of part {neighbours.part[0]} of {neighbours.part[1]}: merge_neighbours of all parts first")
+    if neighbours.index.max() >= len(rows) or neighbours.index.min() < -1: raise ValueError(f"a list names a row beyond the {len(rows):,} there are")
     if (neighbours.index[:, 0] != np.arange(len(rows))).any(): raise ValueError("a list must begin with the row itself, as those of knn do")
     return neighbours
 
@@ -638,13 +648,18 @@ def _flood(starts, column, is_near, min_samples):
     return labels
 
 # %% ../nbs/06_neighbours.ipynb #e1f5e6f5
+def _sparse(distances, dtype=None):
+    "A CSR matrix, if it was a sparse one: in a dense one stored zeros and absent pairs cannot be told apart."
+    if not issparse(distances): raise ValueError("distances must be a scipy sparse matrix, such as jaccard gives; for a dense one use scikit-learn's DBSCAN or HDBSCAN (metric='precomputed')")
+    return csr_matrix(distances, dtype=dtype)
+
 def dbscan(
     distances,         # (n, n) sparse; an absent pair is far, a point is near itself
     eps: float,        # near: at most this, in the distances' own precision
     min_samples: int,  # near points that make a core point, itself included
 ) -> np.ndarray:       # (n,) int64 labels by lowest core point, -1 for none
     "The labels of scikit-learn's DBSCAN(metric='precomputed') on a sparse matrix."
-    distances = csr_matrix(distances)
+    distances = _sparse(distances)
     if distances.shape[0] != distances.shape[1]: raise ValueError(f"distances must be square, got {distances.shape}")
     if not eps > 0 or min_samples < 1: raise ValueError(f"eps={eps} must be above 0 and min_samples={min_samples} at least 1")
     return _flood(distances.indptr, distances.indices, distances.data <= eps, min_samples)
@@ -658,9 +673,9 @@ def hdbscan(
     min_cluster_size: int = 4,
     min_samples: int | None = None,  # near points that make a dense place, itself included; None: min_cluster_size
 ) -> np.ndarray:                     # (n,) int64 labels by lowest row, -1 for none
-    "Clusters of varying density (scikit-learn's HDBSCAN) of a sparse matrix, as if its absent pairs were filled with 1; but what only distance 1 holds together is no cluster."
+    "Clusters of varying density (scikit-learn's HDBSCAN) of a sparse matrix, as if its absent pairs were filled with 1; but what only distance 1 holds together is no cluster. One dense group of everything is none either: HDBSCAN looks for at least two."
     from sklearn.cluster import HDBSCAN
-    D = csr_matrix(distances, dtype=np.float64); n, need = D.shape[0], min_samples or min_cluster_size
+    D = _sparse(distances, np.float64); n, need = D.shape[0], min_samples or min_cluster_size
     if D.shape[0] != D.shape[1]: raise ValueError(f"distances must be square, got {D.shape}")
     if min_cluster_size < 2 or need < 1: raise ValueError(f"min_cluster_size={min_cluster_size} must be at least 2 and min_samples={min_samples} at least 1")
     tiny = 1e-9; D.setdiag(tiny); D.data = np.clip(D.data, tiny, FAR)   # a stored zero would be lost: copies are near, not absent

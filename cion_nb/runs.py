@@ -259,7 +259,7 @@ def released_finetuning(
     data: str = "market1501",  # or "msmt17"
 ) -> dict:                     # batch_size, and lr, lr_per or warmup_epochs where they are not the usual
     "The values in which the 64 released fine-tuning configurations differ; nothing for other data."
-    if data not in RELEASED_BATCHES: return {}
+    if not isinstance(data, str) or data not in RELEASED_BATCHES: return {}
     batch = next((n for n, names in RELEASED_BATCHES[data].items() if backbone in names.split()), 64)
     return dict(batch_size=batch) | RELEASED_EXCEPTIONS.get((data, backbone), {})
 
@@ -324,7 +324,7 @@ def _in_range(stage, name, value):
         if name not in LIMITS and name not in WHOLE and name not in PAIRS: return
         if isinstance(v, bool) or not isinstance(v, (int, float, np.number)): raise ValueError(f"{what}: {v!r} is not a number")
         if not math.isfinite(v): raise ValueError(f"{what}: a finite number is needed")
-        if name in WHOLE and v != int(v): raise ValueError(f"{what}: a whole number is needed")
+        if (name in WHOLE or name == "epochs" and stage in ("usl", "uda")) and v != int(v): raise ValueError(f"{what}: a whole number is needed")
         low, high = LIMITS.get(name, (-math.inf, math.inf))
         if v < low or v == 0 and name in _ABOVE_0: raise ValueError(f"{what}: must " + ("be positive" if name in _ABOVE_0 or low == 1 else "not be negative" if low == 0 else f"be at least {low}"))
         if v > high: raise ValueError(f"{what}: must be at most {high}")
@@ -456,6 +456,12 @@ class Run:
     def result(self) -> dict:
         "What the stage reported; raises `MissingRun` before it has."
         return read_json(self.require().folder / "result.json")
+
+    @property
+    def machine(self) -> dict:
+        "The `cpu` and the `commit` that it was computed with, as far as they were written down."
+        file = self.folder / "environment.json"
+        return {k: v for k, v in (read_json(file) if file.exists() else {}).items() if k in ("cpu", "commit")}
 
     @property
     def command(self) -> str:

@@ -86,6 +86,11 @@ def test_ghost_groups_are_the_gpus_of_dataparallel(n):
     ghost.eval(); net.load_state_dict(ghost.state_dict()); torch.testing.assert_close(ghost(x), net.eval()(x))
 
 
+def test_ghosts_again_without_statistics_and_with_a_last_single_row():
+    net = ghost_batchnorm(ghost_batchnorm(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)), 8), 4); x = torch.randn(9, 3)
+    torch.testing.assert_close(net(x), torch.cat([nn.BatchNorm1d(3)(p) for p in (x[:4], x[4:])]))
+
+
 def test_ghosts_in_timms_own_batchnorm():
     model = ghost_batchnorm(ClusterNet(create_backbone("repvit_m0_9", (64, 32))), 4)
     assert torch.isfinite(model(torch.randn(8, 3, 64, 32))).all() and sum(hasattr(m, "ghost") for m in model.modules()) > 20
@@ -144,13 +149,17 @@ def test_truth_decides_nothing(people, runs, tmp_path):
     root = shutil.copytree(people.parent, tmp_path / "other"); t = read_samples(people); rng = np.random.default_rng(0)
     train = t.split == "train"; t.loc[train, "pid"] = rng.permutation(t.pid[train]); write_samples(t, root / "samples.parquet")
     a, b = usl(quick(people)), usl(quick(root / "samples.parquet"))
-    assert (a.folder / "backbone.safetensors").read_bytes() == (b.folder / "backbone.safetensors").read_bytes() and a.result["f1"] != b.result["f1"]
+    assert (a.folder / "backbone.safetensors").read_bytes() == (b.folder / "backbone.safetensors").read_bytes() and a.result["last_clusters"]["f1"] != b.result["last_clusters"]["f1"]
 
 
 def test_uda_starts_from_a_fine_tuned_network(people, runs):
-    tuned = recipe("finetune", "tiny", data=str(people), epochs=2, images_per_epoch=32, batch_size=16, warmup_epochs=1, precision="fp32", channels_last=False); finetune(tuned)
+    import shutil; source = shutil.copytree(people.parent, runs / "source") / people.name
+    tuned = recipe("finetune", "tiny", data=str(source), epochs=2, images_per_epoch=32, batch_size=16, warmup_epochs=1, precision="fp32", channels_last=False); finetune(tuned)
     run = uda(quick(people, "uda", weights=tuned)); assert run.result["matched"] and 0 < run.result["mAP"] <= 1
-    with pytest.raises(ValueError, match="fine-tuned on the source"): uda(quick(people, "uda"))
+    for wrong in (quick(people, "uda"), quick(people, "uda", weights=recipe("pretrain", "tiny"))):
+        with pytest.raises(ValueError, match="fine-tuned on the source"): uda(wrong)
+    with pytest.raises(ValueError, match="target's own labels"): uda(quick(people, "uda", weights=recipe("finetune", "tiny", data=str(people))))
+    with pytest.raises(ValueError, match="a recipe of usl"): usl(quick(people, "uda"))
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -192,7 +201,22 @@ def test_two_processes_cluster_together(people, runs, tmp_path):
     assert p.returncode == 0, p.stderr[-3000:]
     assert Run(r).result["processes"] == 2 and Run(r).result["bn_batch"] == 8 and 0 < Run(r).result["mAP"] <= 1
     first = next(row for row in Run(r).read_log() if "clusters" in row)
-    assert first["clusters"] >= 4
+    assert first["clusters"] >= 4 and first["search"] == "torch cpu, 2 parts"
+
+
+def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path):
+    """Groups of BatchNorm are the recipe's, whatever the number of processes: the first group's statistics, kept by the first process, describe all
+    images. Sums over two processes are rounded otherwise, so values agree to that."""
+    r = quick(people, ghost_bn=8, images_per_epoch=16, optimizer="sgd", lr=1e-4); one = usl(r); first = [row for row in one.read_log() if "clusters" in row]; mAP = one.result["mAP"]
+    import shutil; shutil.rmtree(one.folder)
+    file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.cluster_contrast", "usl", "--recipe", str(file)],
+                       env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert "BatchNorm over 8 images, batches of 16, 2 processes" in p.stderr
+    again = [row for row in Run(r).read_log() if "clusters" in row]; assert Run(r).result["bn_batch"] == 8 and len(again) == 3
+    for a, b in zip(first, again): assert {k: a[k] for k in ("epoch", "clusters", "outliers", "adjusted_rand")} == {k: b[k] for k in ("epoch", "clusters", "outliers", "adjusted_rand")}
+    assert Run(r).result["mAP"] == pytest.approx(mAP, abs=5e-3)
 
 
 SEARCH = """
@@ -243,7 +267,8 @@ def test_recipes_are_the_released_scripts():
 
 @pytest.mark.parametrize("changes,word", [(dict(k1=65), "the data set has 64 images"), (dict(eps=0.), "must be positive"), (dict(memory_update="hardest"), "choose one of"), (dict(pooling="gem", backbone="vit_tiny"), "ResNet"),
                                           (dict(images_per_epoch=40), "multiple of batch_size"), (dict(ghost_bn=6), "cannot be cut"), (dict(ghost_bn=1), "at least 2"), (dict(batch_size=64, images_per_epoch=64), "a batch needs 16 clusters"),
-                                          (dict(eps=.01, min_samples=5), "gave 0 clusters"), (dict(clusterer="infomap"), "none of dbscan, hdbscan"), (dict(iters=200), "not known")])
+                                          (dict(eps=.01, min_samples=5), "gave 0 clusters"), (dict(clusterer="infomap"), "none of dbscan, hdbscan"), (dict(optimizer="sdg"), "has sgd and adam"), (dict(k=3, batch_size=16), "multiple of k=3"), (dict(epochs=2.5), "whole number"), (dict(erasing_fill=[0., 0.]), "three numbers"), (dict(eps=1.), "between 0 and 1"),
+                                          (dict(k1=64), "the data set has 64 images"), (dict(iters=200), "not known")])
 def test_what_cannot_work_is_named(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): usl(quick(people, **changes))
 
@@ -267,3 +292,10 @@ def test_unreadable_images_sit_out(people, runs, tmp_path):
     root = shutil.copytree(people.parent, tmp_path / "torn"); file = root / "1_1_0.png"; file.write_bytes(file.read_bytes()[:50])
     with pytest.warns(UserWarning, match="1_1_0.png"): run = usl(quick(root / "samples.parquet"))
     assert run.result["unreadable"] == 1
+
+
+def test_hardly_any_readable_image_is_named(people, runs, tmp_path):
+    import shutil
+    root = shutil.copytree(people.parent, tmp_path / "torn")
+    for path in read_samples(people).query("split == 'train'").path[4:]: (root / path).write_bytes(b"torn")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="60 of 64 images could not be read, and k1=6 needs more than 4"): usl(quick(root / "samples.parquet"))

@@ -8,7 +8,7 @@ from sklearn.cluster import DBSCAN, HDBSCAN
 from sklearn.metrics import adjusted_rand_score
 
 import cion_nb.neighbours as module
-from cion_nb.neighbours import Neighbours, cluster, dbscan, hdbscan, jaccard, knn, knn_approximate, knn_part, merge_neighbours, rerank
+from cion_nb.neighbours import Neighbours, cluster, dbscan, hdbscan, jaccard, knn, knn_approximate, knn_part, merge_neighbours, recall, rerank
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +251,7 @@ def test_rerank_of_equal_rows_is_finite(): assert np.isfinite(rerank(np.ones((3,
 X = people(50, 6)
 @pytest.mark.parametrize("call, message", [
     (lambda: knn(X, 0), "k=0"), (lambda: knn(X, 51), "1 … 50"), (lambda: knn(X[0], 3), "matrix"), (lambda: knn(X[:0], 1), "matrix"), (lambda: knn(X.astype(str), 3), "matrix"),
-    (lambda: knn(X, 3, half_width=-1), "half_width=-1"), (lambda: knn(X, 3, backend="annoy"), "auto, torch, faiss"), (lambda: knn(X, 3, half_width=5, backend="faiss"), "band"),
+    (lambda: knn(X, 3, half_width=-1), "half_width=-1"), (lambda: knn(X, 2.5), "k=2.5"), (lambda: knn(X, 3, half_width=2.5), "half_width=2.5"), (lambda: dbscan(np.zeros((3, 3)), .5, 2), "scipy sparse"), (lambda: hdbscan(np.zeros((3, 3))), "scipy sparse"), (lambda: recall(knn(X, 3), X[:20]), "50 lists, 20 rows"), (lambda: knn(X, 3, backend="annoy"), "auto, torch, faiss"), (lambda: knn(X, 3, half_width=5, backend="faiss"), "band"),
     (lambda: jaccard(X, 2, 1), "k1=2"), (lambda: jaccard(X, 50), "k1=50 with 50 rows"), (lambda: jaccard(X, 10, 0), "k2=0"), (lambda: jaccard(X, 10, 11), "k2=11"),
     (lambda: jaccard(X, 10, 3, knn(X, 9)), r"knn\(features, 10\)"), (lambda: jaccard(X, 5, 3, knn(X[:40], 9)), "40 rows, features have 50"),
     (lambda: jaccard(X, 5, 3, knn(X, 9, half_width=6), half_width=7), "half_width=7"), (lambda: jaccard(X, 5, 3, knn(X, 9), half_width=7), "half_width=None"),
@@ -285,7 +285,7 @@ def test_approximate_lists_hold_what_their_cells_hold(probes, lists):
     if probes == 1000: assert share == 1 and (near.index == exact.index).all()
     else: assert .2 < share < 1
     labels = cluster(x, 10, 3, neighbours=near); assert labels.shape == (300,) and labels.max() >= 2
-    with pytest.raises(ValueError, match="k must lie in"): knn_approximate(x, 301)
+    with pytest.raises(ValueError, match="whole number in 1 … 300"): knn_approximate(x, 301)
 
 
 # ---------------------------------------------------------------- the work in parts
@@ -311,7 +311,7 @@ def test_lists_of_parts_that_hold_little_are_merged_like_a_sort():
         for p, part in enumerate(made):
             for q, (d, j) in enumerate(sorted((d, j) for j, d in part.items())[:k - 1]): index[p, 3, q + 1], distance[p, 3, q + 1] = j, d
         best = [(np.float32(0), 3)] + sorted((d, j) for part in made for j, d in part.items())[:k - 1]
-        out = merge_neighbours([Neighbours(i, d, "") for i, d in zip(index, distance)])
+        out = merge_neighbours([Neighbours(i, d, "", part=(p, parts)) for p, (i, d) in enumerate(zip(index, distance))])
         assert [j for j in out.index[3] if j >= 0] == [j for _, j in best] and [d for d in out.distance[3] if np.isfinite(d)] == [d for d, _ in best]
 
 
@@ -328,7 +328,14 @@ def test_parts_that_do_not_fit_are_named():
     x = people(50, 8)
     with pytest.raises(ValueError, match="part=2 of 2"): knn_part(x, 5, 2, 2)
     with pytest.raises(ValueError, match="k=51"): knn_part(x, 51, 0, 2)
-    with pytest.raises(ValueError, match="same rows and lengths"): merge_neighbours([knn_part(x, 5, 0, 2), knn_part(x, 6, 1, 2)])
+    a, b = knn_part(x, 5, 0, 2), knn_part(x, 5, 1, 2)
+    with pytest.raises(ValueError, match="same rows and lengths"): merge_neighbours([a, knn_part(x, 6, 1, 2)])
+    for wrong in ([a], [a, a], [a, b, b], [], [a, knn_part(x, 5, 1, 3)]):
+        with pytest.raises(ValueError, match="each once"): merge_neighbours(wrong)
+    with pytest.raises(ValueError, match="part 0 of 2: merge_neighbours"): jaccard(x, 5, 2, a)
+    assert (merge_neighbours([b, a]).index == knn(x, 5, device="cpu").index).all() and merge_neighbours([knn(x, 5, half_width=7)]).half_width == 7
+    beyond = knn(x, 5); beyond.index[3, 2] = 50
+    with pytest.raises(ValueError, match="beyond the 50"): jaccard(x, 5, 2, beyond)
 
 
 # ---------------------------------------------------------------- HDBSCAN
