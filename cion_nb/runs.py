@@ -220,7 +220,7 @@ RECIPES["usl"] = dict(
         epochs=50, images_per_epoch=51200, batch_size=256, k=8, optimizer="sgd", momentum=0.9, lr=3.5e-4, lr_step=20, lr_factor=0.1, weight_decay=5e-4,
         flip=0.5, pad=10, erasing=0.5, erasing_fill=[0.485, 0.456, 0.406], ghost_bn=64, sync_bn=False, test_every=10,
         precision="fp32", channels_last=True, compile=False, grad_checkpointing=False, workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=1),
-    small=dict(data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64], k1=20, k2=4, epochs=30, images_per_epoch=6400, batch_size=64, optimizer="adam", lr=1e-3, lr_step=15, ghost_bn=None,
+    small=dict(data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64], k1=20, k2=4, epochs=20, images_per_epoch=3200, batch_size=64, optimizer="adam", lr=1e-3, lr_step=12, ghost_bn=None,
                weights=dict(stage="pretrain"), pad=5, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], k1=12, k2=3, epochs=10, images_per_epoch=640, batch_size=64, k=4, optimizer="adam", lr=1e-3, lr_step=6, ghost_bn=None,
               weights=dict(stage="pretrain"), pad=3, erasing=0.0, test_every=2, precision="auto", workers=0, checkpoint_minutes=2, seed=0))
