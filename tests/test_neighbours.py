@@ -351,7 +351,7 @@ def untied(J, seed=0):
     return D
 
 @pytest.mark.parametrize("n, per, scatter, size", [(300, 20, .6, 4), (500, 20, .9, 4), (700, 8, .7, 3), (400, 5, .6, 2)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_hdbscan_is_scikit_learns_on_the_dense_matrix(n, per, scatter, size, seed):
     """With min_samples=1 reachability is distance, so nothing ties below 1, and the dense tree is unique there. What it joins at
     exactly 1 depends on the order of rows: points without any near one, which ours leaves out."""
