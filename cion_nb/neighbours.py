@@ -675,7 +675,7 @@ def hdbscan(
 ) -> np.ndarray:                     # (n,) int64 labels by lowest row, -1 for none
     "Clusters of varying density (scikit-learn's HDBSCAN) of a sparse matrix, as if its absent pairs were filled with 1; but what only distance 1 holds together is no cluster. One dense group of everything is none either: HDBSCAN looks for at least two."
     from sklearn.cluster import HDBSCAN
-    D = _sparse(distances, np.float64); n, need = D.shape[0], min_samples or min_cluster_size
+    D = _sparse(distances, np.float64).copy(); n, need = D.shape[0], min_samples or min_cluster_size
     if D.shape[0] != D.shape[1]: raise ValueError(f"distances must be square, got {D.shape}")
     if min_cluster_size < 2 or need < 1: raise ValueError(f"min_cluster_size={min_cluster_size} must be at least 2 and min_samples={min_samples} at least 1")
     tiny = 1e-9; D.setdiag(tiny); D.data = np.clip(D.data, tiny, FAR)   # a stored zero would be lost: copies are near, not absent

@@ -376,6 +376,7 @@ def test_hdbscan_of_copies_strangers_and_nothing():
     x = people(400, 24, 20, .5, copies=60, strangers=80); labels = cluster(x, 12, 3, min_samples=4, clusterer="hdbscan")
     assert len(set(labels[(x == x[0]).all(1)])) == 1 and labels[0] >= 0
     assert (hdbscan(csr_matrix((30, 30))) == -1).all() and (hdbscan(csr_matrix(np.full((5, 5), .5)), 6) == -1).all()
+    given = csr_matrix(np.where(filled(jaccard(x, 12, 3)) < 1, .5, 0)); given.setdiag(0); before = given.copy(); hdbscan(given); assert (given != before).nnz == 0 and given.nnz == before.nnz
     two = filled(csr_matrix((12, 12))); two[:6, :6] = two[6:, 6:] = .3; np.fill_diagonal(two, 0)
     assert hdbscan(csr_matrix(np.where(two < 1, np.maximum(two, 1e-12), 0))).tolist() == [0] * 6 + [1] * 6
     for wrong in (dict(min_cluster_size=1), dict(min_samples=-1)):
