@@ -135,7 +135,7 @@ RECIPES["world"] = dict(paper=dict(size="paper", seed=0, bank="A", values={}), s
 RECIPES["extract"] = dict(
     paper=dict(data="cion_al", data_root=None, annotation=None, subset="tracklets", model=None, flip=False,
                batch_size=256, precision="float16"),
-    small=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck", epochs=20, images_per_epoch=1600, warmup_epochs=2)),
+    small=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), backbone="resnet18_ibn", feature="after_neck", epochs=20, images_per_epoch=1600, warmup_epochs=2)),
     tiny=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck", epochs=30, warmup_epochs=3)),
     smoke=dict(data=dict(stage="world", bank="A"), model=dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck")))
 
@@ -169,9 +169,9 @@ RECIPES["pretrain"] = dict(
         precision="fp16", channels_last=True, compile=False, sync_bn=True, grad_checkpointing=False,
         workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=0),
     small=dict(
-        data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64], local_size=[64, 32], n_local=2,
-        **_SHORT, epochs=20, images_per_epoch=1920, batch_size=48, n_id_epochs=[0, 8, 12, 16],     # 800 steps
-        out_dim=2048, head_hidden=512, head_bottleneck=128, ema=[0.99, 1.0], moco_momentum=0.99, queue=4096, teacher_temp=0.06, checkpoint_minutes=5),   # at tiny's 0.02 this network's features end in three directions
+        data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[128, 64], local_size=[64, 32], n_local=2,      # the 18-layer network's features fall into two directions in a run this short
+        **_SHORT, epochs=10, images_per_epoch=1920, batch_size=48, n_id_epochs=[0, 4, 6, 8],       # 400 steps
+        out_dim=256, head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], moco_momentum=0.97, queue=4096, teacher_temp=0.02, checkpoint_minutes=5),
     tiny=dict(
         data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], local_size=[32, 16], n_local=2,
         **_SHORT, epochs=10, images_per_epoch=864, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],  # 180 steps
@@ -203,7 +203,7 @@ RECIPES["finetune"] = dict(
         jpm=False, sie=False, part_dim=256, circle_scale=64.0, circle_margin=0.35,
         feature="before_neck", precision="fp16", channels_last=True, compile=False, sync_bn=True, grad_checkpointing=False,
         workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=0),
-    small=dict(data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64],
+    small=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[128, 64],
                epochs=30, images_per_epoch=3200, warmup_epochs=3, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=5, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32],
               epochs=10, images_per_epoch=640, batch_size=32, warmup_epochs=1, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=3, erasing=0.0, precision="auto", workers=0, checkpoint_minutes=2))
@@ -220,7 +220,7 @@ RECIPES["usl"] = dict(
         epochs=50, images_per_epoch=51200, batch_size=256, k=8, optimizer="sgd", momentum=0.9, lr=3.5e-4, lr_step=20, lr_factor=0.1, weight_decay=5e-4,
         flip=0.5, pad=10, erasing=0.5, erasing_fill=[0.485, 0.456, 0.406], ghost_bn=64, sync_bn=False, test_every=10,
         precision="fp32", channels_last=True, compile=False, grad_checkpointing=False, workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=1),
-    small=dict(data=dict(stage="world", bank="A"), backbone="resnet18_ibn", image_size=[128, 64], k1=20, k2=4, epochs=20, images_per_epoch=3200, batch_size=64, optimizer="adam", lr=1e-3, lr_step=12, ghost_bn=None,
+    small=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[128, 64], k1=20, k2=4, epochs=20, images_per_epoch=3200, batch_size=64, optimizer="adam", lr=1e-3, lr_step=12, ghost_bn=None,
                weights=dict(stage="pretrain"), pad=5, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], k1=12, k2=3, epochs=10, images_per_epoch=640, batch_size=64, k=4, optimizer="adam", lr=1e-3, lr_step=6, ghost_bn=None,
               weights=dict(stage="pretrain"), pad=3, erasing=0.0, test_every=2, precision="auto", workers=0, checkpoint_minutes=2, seed=0))
