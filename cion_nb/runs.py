@@ -152,7 +152,9 @@ RECIPES["denoise"] = dict(
 # Identity-guided self-distillation. Epochs are counted from 0; a schedule's position is the share of images seen.
 _SHORT = dict(global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],        # what a run of some hundred steps on small images needs: smaller crops hold nobody, hard jitter hides the clothes
               view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
-              head_bn=True, lr=1e-2, weight_decay=[0.04, 0.04], warmup_epochs=1, freeze_last_layer_epochs=0, precision="auto", workers=0)
+              data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", n_local=2, epochs=10, batch_size=48,      # in trials this short an 18-layer network's frozen features ended below untrained ones
+              out_dim=256, head_hidden=256, head_bottleneck=64, head_bn=True, teacher_temp=0.02, ema=[0.97, 1.0], moco_momentum=0.97,
+              lr=1e-2, weight_decay=[0.04, 0.04], warmup_epochs=1, freeze_last_layer_epochs=0, precision="auto", workers=0)
 RECIPES["pretrain"] = dict(
     paper=dict(
         method="cion", data="cion_al", data_root=None, annotation=None, identities="pid", data_share=1.0,
@@ -168,14 +170,8 @@ RECIPES["pretrain"] = dict(
         queue=65536, moco_dim=128, moco_momentum=0.999, moco_temp=0.1,
         precision="fp16", channels_last=True, compile=False, sync_bn=True, grad_checkpointing=False,
         workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=0),
-    small=dict(
-        data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[128, 64], local_size=[64, 32], n_local=2,      # the 18-layer network's features fall into two directions in a run this short
-        **_SHORT, epochs=10, images_per_epoch=1920, batch_size=48, n_id_epochs=[0, 4, 6, 8],       # 400 steps
-        out_dim=256, head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], moco_momentum=0.97, queue=4096, teacher_temp=0.02, checkpoint_minutes=5),
-    tiny=dict(
-        data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], local_size=[32, 16], n_local=2,
-        **_SHORT, epochs=10, images_per_epoch=864, batch_size=48, n_id=[2, 4], n_id_epochs=[0, 5],  # 180 steps
-        out_dim=256, head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], moco_momentum=0.97, queue=512, teacher_temp=0.02, checkpoint_minutes=2))
+    small=dict(**_SHORT, image_size=[128, 64], local_size=[64, 32], images_per_epoch=1920, n_id_epochs=[0, 4, 6, 8], queue=4096, checkpoint_minutes=5),             # 400 steps
+    tiny=dict(**_SHORT, image_size=[64, 32], local_size=[32, 16], images_per_epoch=864, n_id=[2, 4], n_id_epochs=[0, 5], queue=512, checkpoint_minutes=2))   # 180 steps
 RECIPES["pretrain"]["smoke"] = RECIPES["pretrain"]["tiny"] | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1], queue=96)
 
 # What a method changes, before the caller's own changes. All share crops and budget; LUP-style has its own views (two, no colour jitter, erasing).
