@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PROFILES', 'COMMANDS', 'RECIPES', 'METHODS', 'TUNINGS', 'RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'WHOLE', 'PAIRS',
            'LIMITS', 'PACKAGES', 'INPUTS', 'UNHASHED', 'project_root', 'resolve', 'runs_dir', 'atomic', 'write_json',
-           'read_json', 'progress', 'fingerprint', 'released_clustering', 'released_finetuning', 'recipe', 'table5',
-           'processors', 'environment', 'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies',
-           'made_from', 'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'recipe_from_arguments',
-           'run_from_arguments', 'check_parameters']
+           'progress', 'fingerprint', 'released_clustering', 'released_finetuning', 'recipe', 'table5', 'processors',
+           'environment', 'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies', 'made_from',
+           'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'recipe_from_arguments', 'run_from_arguments',
+           'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
 import ast, copy, difflib, hashlib, json, math, os, platform, subprocess, sys, time
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Iterable
 import numpy as np
 from filelock import FileLock, Timeout
+from .files import read_json
 
 # %% ../nbs/01_runs.ipynb #c784cb3f
 _HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
@@ -75,11 +76,6 @@ def _finite(x):
     if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
     if isinstance(x, list): return [_finite(v) for v in x]
     return None if isinstance(x, float) and not np.isfinite(x) else x
-
-def read_json(path: str | Path) -> Any:
-    "Read a JSON file; a damaged one raises a ValueError that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}); delete it and run again") from e
 
 # %% ../nbs/01_runs.ipynb #d526f8e4
 def progress(
