@@ -10,10 +10,9 @@ __all__ = ['TIE', 'Layout', 'lay_out', 'frames_restart', 'clean_and_sum', 'clean
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
-from numba import njit
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
-from .noise import close_pairs, cosine_distance, unit_rows
+from .noise import close_pairs, cosine_distance, dot64, kernel, unit_rows
 from .samples import DEFAULTS, as_samples, make_samples
 
 # %% ../nbs/07a_levels.ipynb #e733a97b
@@ -101,17 +100,7 @@ def frames_restart(
 # %% ../nbs/07a_levels.ipynb #fe0e92ad
 TIE = 1e-9  # distances closer than this are the same distance
 
-def _kernel(f):
-    "Compile `f`; sums may be taken in any order (that is what makes them vectors), everything else stays IEEE."
-    return njit(f, nogil=True, cache=__name__.startswith("cion_nb"), fastmath={"reassoc", "contract"})
-
-@_kernel
-def _dot(a, b):
-    s = 0.0
-    for d in range(len(a)): s += np.float64(a[d]) * np.float64(b[d])
-    return s
-
-@_kernel
+@kernel
 def _add_up(x, inverse, rounds, total):
     "Into `total`: the sum of the unit rows that are still in."
     total[:] = 0
@@ -119,24 +108,24 @@ def _add_up(x, inverse, rounds, total):
         if rounds[i]: continue
         for d in range(len(total)): total[d] += np.float64(x[i, d]) * inverse[i]
 
-@_kernel
+@kernel
 def _deviation(x, inverse, rounds, i, n_others):
     "Distance of image i to the mean of the others, from its definition."
     others = np.zeros(x.shape[1])
     keep, rounds[i] = rounds[i], 1
     _add_up(x, inverse, rounds, others)
     rounds[i] = keep
-    length = np.sqrt(_dot(others, others))
-    return 1.0 if length <= 1e-9 * n_others else min(2.0, max(0.0, 1 - _dot(x[i], others) * inverse[i] / length))
+    length = np.sqrt(dot64(others, others))
+    return 1.0 if length <= 1e-9 * n_others else min(2.0, max(0.0, 1 - dot64(x[i], others) * inverse[i] / length))
 
 # %% ../nbs/07a_levels.ipynb #5d07da53
-@_kernel
+@kernel
 def _clean_one(x, inverse, sigma, rounds, deviation, total, k):
     "Eq. 4 on the rows of one tracklet; leaves the sum of the kept ones in `total` and returns their number."
     left, step = len(x), 0
     _add_up(x, inverse, rounds, total)
-    length2 = _dot(total, total)
-    for i in range(len(x)): k[i] = _dot(x[i], total) * inverse[i]
+    length2 = dot64(total, total)
+    for i in range(len(x)): k[i] = dot64(x[i], total) * inverse[i]
     while left > 1:
         worst = -1.0
         for i in range(len(x)):
@@ -150,7 +139,7 @@ def _clean_one(x, inverse, sigma, rounds, deviation, total, k):
         while rounds[out] or deviation[out] < worst - TIE: out -= 1
         step += 1; rounds[out] = step; left -= 1; length2 += 1 - 2 * k[out]
         for i in range(len(x)):
-            if not rounds[i]: k[i] -= _dot(x[i], x[out]) * inverse[i] * inverse[out]
+            if not rounds[i]: k[i] -= dot64(x[i], x[out]) * inverse[i] * inverse[out]
     if left == 1:
         for i in range(len(x)):
             if not rounds[i]: deviation[i] = np.nan                         # nothing to be compared with
@@ -158,11 +147,11 @@ def _clean_one(x, inverse, sigma, rounds, deviation, total, k):
     return left
 
 # %% ../nbs/07a_levels.ipynb #3e03df78
-@_kernel
+@kernel
 def _clean_all(x, offsets, sigma, inverse, rounds, deviation, sums, counts):
     "Eq. 4 on every tracklet; the first row without a usable length, or -1."
     for i in range(len(x)):
-        length2 = _dot(x[i], x[i])
+        length2 = dot64(x[i], x[i])
         if not (1e-200 < length2 < 1e200): return i
         inverse[i] = 1 / np.sqrt(length2)
     k = np.empty(len(x))
@@ -192,14 +181,14 @@ def clean_tracklets(
     return (clean_and_sum(np.ascontiguousarray(x, dtype=np.float64), offsets, sigma_cst) or clean_and_sum(unit_rows(x), offsets, sigma_cst))[:2]
 
 # %% ../nbs/07a_levels.ipynb #d9220d98
-@_kernel
+@kernel
 def _nearest_other(x, of, units, first, end, distance, to):
     "For each row the first of the nearest tracklets first[i] … end[i]-1 that is not of[i], and its distance."
     seen = np.empty(max(1, (end - first).max()))
     for i in range(len(x)):
         least = np.inf
         for t in range(first[i], end[i]):
-            seen[t - first[i]] = np.inf if t == of[i] else 1 - _dot(x[i], units[t])
+            seen[t - first[i]] = np.inf if t == of[i] else 1 - dot64(x[i], units[t])
             least = min(least, seen[t - first[i]])
         if least == np.inf: continue                                        # nothing to look at, or itself only
         t = 0
@@ -233,7 +222,7 @@ def reallocate(
         _nearest_other_by_product(x[mine], of[mine], units, first[mine[0]], end[mine[0]], d, t); distance[mine], to[mine] = d, t
     return np.where(distance < sigma_cst, to, -1), distance
 
-@_kernel
+@kernel
 def add_rows(
     x,      # (r, D) unit rows
     to,     # (r,) where each arrives, -1 for nowhere
@@ -261,14 +250,14 @@ def link_by_threshold(
     order = np.lexsort((b, a))
     return a[order], b[order], distance[order]
 
-@_kernel
+@kernel
 def _pairs_below(units, first, end, sigma, a, b, distance):
     "Pairs of rows in each run first[v] … end[v]-1 that are nearer than sigma: their number, and as many of them as fit."
     n = 0
     for v in range(len(first)):
         for i in range(first[v], end[v]):
             for j in range(i + 1, end[v]):
-                d = min(2.0, max(0.0, 1 - _dot(units[i], units[j])))
+                d = min(2.0, max(0.0, 1 - dot64(units[i], units[j])))
                 if d < sigma:
                     if n < len(a): a[n], b[n], distance[n] = i, j, d
                     n += 1
@@ -309,7 +298,7 @@ def closure(
     return rank[component]
 
 # %% ../nbs/07a_levels.ipynb #89a101a5
-@_kernel
+@kernel
 def _widen(bits, rows, wide, wide_bits):
     "Rows of halves, as uint16, into float32; rows with an infinity or NaN become NaN."
     for i in range(len(rows)):

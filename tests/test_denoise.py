@@ -273,6 +273,20 @@ def test_what_each_state_promises(seed, kind, sigma_cst):
     assert (p.deviation[p["round"] > 0] >= sigma_cst - 1e-9).all()
 
 
+def test_a_large_set_is_measured_on_a_sample_and_says_so(monkeypatch):
+    "1,200 tracklets: n_S is estimated by default, the interval holds the exact one, and the result tells."
+    x, samples = feature_world(1200, dim=16, images=3, seed=2)
+    got, exact = denoise(x, samples), denoise(x, samples, measure=True)
+    assert "estimated from 1,000 identities" in repr(got) and "estimated" not in repr(exact) and "low" not in exact.noise
+    assert ((got.noise.low <= exact.noise.n_S) & (exact.noise.n_S <= got.noise.high)).all() and not got.noise.n_S.equals(exact.noise.n_S)
+    assert (got.labels == exact.labels).all()
+    looked = []
+    monkeypatch.setattr(module, "noises", lambda features, labellings, *a: looked.append(a[-1]) or [exact_noise] * len(labellings))
+    exact_noise = noise(x, exact.labels)
+    for n in (1000, 1001, 20_000, 433_000): module._noise_table(x, [("before", exact.labels)], dict(measure="auto", sigma_cst=.2, sigma_drm=.18), n, "cpu")
+    assert looked == [None, 1000, 2000, 14713]
+
+
 def test_noise_table_is_the_noise_of_the_labels_at_each_moment():
     x, samples = feature_world(200, seed=4)
     got = denoise(x, samples)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from cion_nb.noise import IdentityScores, Noise, UnitCentroids, _least_product, _screen, _zeros, close_pairs, cosine_distance, estimate_total, identity_scores, noise, screen_type, unit_centroids, unit_rows
+import cion_nb.noise as module
+from cion_nb.noise import IdentityScores, Noise, UnitCentroids, _least_product, _screen, _zeros, close_pairs, cosine_distance, estimate_total, identity_scores, noise, noises, screen_type, unit_centroids, unit_rows
 
 
 # ---------------------------------------------------------------- the oracle
@@ -411,3 +412,48 @@ def test_identity_scores_refuses_vectors_of_two_lengths():
 def test_noise_is_a_plain_value():
     a = noise(np.eye(3), np.arange(3))
     assert isinstance(a, Noise) and a == noise(np.eye(3), np.arange(3)) and list(a.identities.columns) == ["label", "images", "radius", "too_wide", "too_close"]
+
+
+# ---------------------------------------------------------------- several labellings at once
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 80), dim=st.integers(2, 6), groups=st.integers(1, 20), moments=st.integers(1, 4),
+       changes=st.sampled_from([0., .05, .5]), sample=st.sampled_from([None, 4, 7]), dtype=st.sampled_from([np.float16, np.float32, np.float64]))
+def test_noises_of_several_labellings_are_those_of_each(seed, n, dim, groups, moments, changes, sample, dtype):
+    "Images leave, move and come back, identities are joined; what stays is taken over, what changes is computed anew."
+    rng = np.random.default_rng(seed)
+    x, labels = (rng.normal(size=(n, dim)) + 1e-3).astype(dtype), rng.integers(-1, groups, n)
+    labellings = [labels]
+    for _ in range(moments - 1):
+        labels = np.where(rng.random(n) < changes, rng.integers(-1, groups, n), labels)
+        if rng.random() < changes: labels = np.where(labels >= 0, labels // 2, -1)
+        labellings.append(rng.permutation(groups)[labels] if rng.random() < .5 and n else labels)      # other numbers; -1 becomes somebody
+    together = noises(x, labellings, .3, .6, sample=sample, seed=seed % 5)
+    for got, labels in zip(together, labellings, strict=True):
+        want = noise(x, labels, .3, .6, sample=sample, seed=seed % 5)
+        assert got == want and got.identities.equals(want.identities)
+        if sample is None: assert (got.consistency, got.discrimination) == plain_noise(x, labels, .3, .6)[:2]
+
+
+def test_an_identity_that_stays_is_computed_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, first = rng.normal(size=(900, 8)), np.arange(900) // 3
+    second = first.copy(); second[:30] = -1                          # ten identities go, one loses an image, two are joined
+    second[33] = -1; second[second == 20] = 21
+    numbers, groups, n = module._pool([first, second - (second > 20) - 10 * (second >= 0)])
+    assert n == 300 + 2 and (groups[:, 1] >= 0).sum() == 2 + 6
+    seen = []
+    real = module.close_pairs
+    monkeypatch.setattr(module, "close_pairs", lambda units, sigma, **kw: seen.append((kw["rows"], units.shape[0])) or real(units, sigma, **kw))
+    noises(x, [first, second])
+    assert seen == [((0, 300), 300), ((0, 2), 289)]
+
+
+def test_rows_of_odd_length_go_through_blocks():
+    "Lengths that squares cannot hold, in a set of several blocks; bad rows are named."
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(3000, 700)), rng.integers(0, 50, 3000)
+    x[5] *= 1e-160; x[2900] *= 1e160
+    assert noise(x, labels, .9, .9) == noise(unit_rows(x), labels, .9, .9)
+    x[7] = 0; x[2800, 3] = np.nan
+    with pytest.raises(ValueError, match="7|2800"): noise(x, labels)
