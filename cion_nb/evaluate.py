@@ -79,26 +79,35 @@ class Answers:
 
 # %% ../nbs/09_evaluate.ipynb #76d45839
 @njit(nogil=True, cache=__name__.startswith("cion_nb"))
-def _at_most(values, n, at):
-    "How many of the first n values lie below `at`, and how many not above it."
-    below, up_to = 0, 0
-    for g in range(n):
-        below += values[g] < at
-        up_to += values[g] <= at
+def _at_most(values, at):
+    "How many values lie below `at`, and how many not above it. Counted in 32 bits: twice as many in a vector."
+    below, up_to = np.int32(0), np.int32(0)
+    for g in range(len(values)):
+        below = np.int32(below + (values[g] < at))
+        up_to = np.int32(up_to + (values[g] <= at))
     return below, up_to
 
 @njit(nogil=True, cache=__name__.startswith("cion_nb"))
-def _count(row, hits, ranks, near):
-    "Ranks of `hits` in `row`, increasing; `near` is scratch of the row's length."
-    last, n = row[hits[0]], 0
-    for h in hits: last = max(last, row[h])
-    if 4 * _at_most(row, len(row), last)[1] < len(row):
+def _take(row, last, n_near, near):
+    "Write the `n_near` values up to `last` to the front of `near`, which has one place more than `row`."
+    n = 0
+    if 32 * n_near < len(row):                                           # rare ones: a branch that is nearly always guessed right
         for g in range(len(row)):
             if row[g] <= last: near[n] = row[g]; n += 1
-    else: near, n = row, len(row)
+    else:
+        for g in range(len(row)): near[n] = row[g]; n += row[g] <= last
+
+@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+def _count(row, hits, ranks, near):
+    "Ranks of `hits` in `row`, increasing; `near` is scratch, one longer than the row."
+    last = row[hits[0]]
+    for h in hits: last = max(last, row[h])
+    n_near = _at_most(row, last)[1]
+    if 4 * n_near < len(row): _take(row, last, n_near, near); near = near[:n_near]
+    else: near = row
     for j in range(len(hits)):
         at = row[hits[j]]
-        before, up_to = _at_most(near, n, at)
+        before, up_to = _at_most(near, at)
         ranks[j] = before + 1
         if up_to > before + 1:                                           # others at this very distance: those of earlier rows
             for g in range(hits[j]): ranks[j] += row[g] == at
@@ -110,7 +119,7 @@ def hit_ranks(
 ) -> np.ndarray:      # (n,) their ranks, 1 is best, increasing
     "Ranks of the right answers; equal distances rank by gallery row."
     ranks = np.empty(len(hits), np.int64)
-    _count(row, hits, ranks, np.empty_like(row))
+    _count(row, hits, ranks, np.empty(len(row) + 1, row.dtype))
     return ranks
 
 # %% ../nbs/09_evaluate.ipynb #8262e17c
@@ -126,11 +135,12 @@ def _scan(x: np.ndarray, name: str, rows: int = 256) -> tuple[np.ndarray, np.nda
     "Norm and 32-bit hash of every row, in one pass; ValueError naming rows of zeros and rows with NaN."
     norms, hashes = np.empty(len(x), np.float32), np.empty(len(x), np.uint32)
     odd = np.random.default_rng(0).integers(0, 1 << 31, x.shape[1], dtype=np.uint32) * np.uint32(2) + np.uint32(1)
-    with np.errstate(over="ignore"):
-        for i in range(0, len(x), rows):
+    def scan(i):
+        with np.errstate(over="ignore"):
             part = np.ascontiguousarray(x[i:i + rows], dtype=np.float32)
             norms[i:i + rows] = np.sqrt(np.einsum("ij,ij->i", part, part))
             hashes[i:i + rows] = np.einsum("ij,j->i", part.view(np.uint32), odd)
+    with ThreadPoolExecutor(min(processors(), 16)) as pool: list(pool.map(scan, range(0, len(x), rows)))
     for bad, what in ((~np.isfinite(norms), "hold NaN, infinity or values beyond float32"), (norms == 0, "are zero and have no direction")):
         if bad.any(): raise ValueError(f"{int(bad.sum()):,} rows of the {name} features {what}: rows {_few(np.flatnonzero(bad))}")
     return norms, hashes
@@ -245,11 +255,11 @@ def _score(r: np.ndarray, answers: Answers, query: pd.DataFrame, gallery: pd.Dat
 @njit(nogil=True, cache=__name__.startswith("cion_nb"))
 def _rank_rows(block, scale, first, end, start, hits, hit_ends, removed, removed_ends, junk, ranks):
     "Ranks of the hits of rows first … end - 1 of a block, whose first row is query `start`."
-    row, near = np.empty(block.shape[1], block.dtype), np.empty(block.shape[1], block.dtype)
+    row, near = np.empty(block.shape[1], block.dtype), np.empty(block.shape[1] + 1, block.dtype)
     for i in range(first, end):
         a, b = hit_ends[start + i], hit_ends[start + i + 1]
         if a == b: continue
-        row[:] = block[i] * scale                                        # a copy that stays in cache: removed images go to infinity in it
+        for g in range(len(row)): row[g] = block[i, g] * scale[g]        # a copy that stays in cache: removed images go to infinity in it
         for e in range(removed_ends[start + i], removed_ends[start + i + 1]): row[removed[e]] = np.inf
         for g in junk: row[g] = np.inf
         _count(row, hits[a:b], ranks[a:b], near)
