@@ -12,6 +12,7 @@ __all__ = ['warmup_cosine', 'budget', 'precision', 'has_fast_bf16', 'Task', 'Pos
 import os, pickle, random, shutil, signal, socket, sys, threading, time, warnings, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Hashable, Iterable, Iterator, NamedTuple
 import numpy as np
@@ -387,12 +388,14 @@ def make_accelerator(
     "An `Accelerator` of the recipe's precision; also when another run of this process had another one. ValueError for a tracker that is not there."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
     if AcceleratorState._shared_state: AcceleratorState._reset_state()      # the state is one per process and remembers the first precision
     names, cuda = recipe.get("trackers") or [], torch.cuda.is_available()
     if names and run is None: raise ValueError(f"trackers={names}: a run is needed to name what they log")
     project = ProjectConfiguration(str(run.folder), str(run.folder / "trackers")) if names else None
-    made = Accelerator(mixed_precision=precision(recipe["precision"]), cpu=not cuda, log_with=names or None, project_config=project)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))            # clustering is one process's work: NCCL gives the others ten minutes
+    made = Accelerator(mixed_precision=precision(recipe["precision"]), cpu=not cuda, log_with=names or None, project_config=project,
+                       kwargs_handlers=[patience])
     if missing := set(names) - {str(getattr(t, "value", t)) for t in made.log_with}: raise ValueError(f"trackers: {', '.join(sorted(missing))} cannot be imported: pip install {' '.join(sorted(missing))}")
     return made
 
