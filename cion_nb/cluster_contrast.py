@@ -177,7 +177,7 @@ class ClusterContrast(Task):
         self.samples, self.n_images, self.camid = samples, len(samples), samples.camid.to_numpy(np.int64)
         self.truth, self.bn_batch = samples.pid.to_numpy(), None
         self.images = ImageStore(samples.assign(pid=-1), root)               # a replacement must not know who is who
-        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"], rule=r["erasing_rule"])
+        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
         self.per_epoch = r["images_per_epoch"] or self.n_images // r["batch_size"] * r["batch_size"]
         if not self.per_epoch or self.per_epoch % r["batch_size"]: raise ValueError(f"images_per_epoch={self.per_epoch}: a multiple of batch_size={r['batch_size']} is needed, since every epoch clusters anew")
         if r["clusterer"] not in CLUSTERERS: raise ValueError(f"clusterer {r['clusterer']!r} is none of {', '.join(CLUSTERERS)}")
@@ -254,10 +254,11 @@ class ClusterContrast(Task):
         return dict(precision=s.precision, recall=s.recall, f1=s.f1, adjusted_rand=s.adjusted_rand)
 
     def test(self, epoch, run, accelerator) -> dict:
-        "Score of the model as it is, where the recipe asks for one between epochs: to look at, never to choose by. All processes extract, the first one has the score."
+        """Score of the model as it is, where the recipe asks for one between epochs: to look at, never to choose by.
+        All processes extract, the first one has the score."""
         every, folder = self.recipe["test_every"], run.folder / f"test-{epoch}"
         if not every or not epoch or epoch % every: return {}
-        if accelerator.is_main_process: shutil.rmtree(folder, ignore_errors=True)              # of a run that was killed while it tested
+        if accelerator.is_main_process: shutil.rmtree(folder, ignore_errors=True)      # of a run that was killed in its test
         accelerator.wait_for_everyone()
         score = test_model(self.modules["model"], self.recipe, folder, accelerator)
         if score is None: return {}
@@ -274,6 +275,7 @@ class ClusterContrast(Task):
 
     def schedule(self, share):
         r = self.recipe
+        self.modules["memory"].waiting.clear()     # of a step that was given up
         lr = r["lr"] * r["lr_factor"] ** (int(share * r["epochs"] + 1e-9) // r["lr_step"])
         for g in self.optimizer.param_groups: g["lr"] = lr
         return dict(lr=lr)

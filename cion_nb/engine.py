@@ -393,9 +393,9 @@ def make_accelerator(
     names, cuda = recipe.get("trackers") or [], torch.cuda.is_available()
     if names and run is None: raise ValueError(f"trackers={names}: a run is needed to name what they log")
     project = ProjectConfiguration(str(run.folder), str(run.folder / "trackers")) if names else None
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))            # clustering is one process's work: NCCL gives the others ten minutes
-    made = Accelerator(mixed_precision=precision(recipe["precision"]), cpu=not cuda, log_with=names or None, project_config=project,
-                       kwargs_handlers=[patience])
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))      # clustering is one process's: NCCL gives others 10 minutes
+    made = Accelerator(mixed_precision=precision(recipe["precision"]), cpu=not cuda, log_with=names or None,
+                       project_config=project, kwargs_handlers=[patience])
     if missing := set(names) - {str(getattr(t, "value", t)) for t in made.log_with}: raise ValueError(f"trackers: {', '.join(sorted(missing))} cannot be imported: pip install {' '.join(sorted(missing))}")
     return made
 

@@ -89,7 +89,7 @@ def part_of(
     samples: pd.DataFrame,           # with `pid` and `path`
     few_ids: float = 1.,             # share of the people, rounded to at least two
     few_images: float = 1.,          # share of each person's images, rounded up
-    keep_list: str | Path | None = None, # a text file: one path (or file name), or one pid, a line; what follows a semicolon is not read
+    keep_list: str | Path | None = None, # a text file: one path, file name or pid a line, read up to a semicolon
     seed: int = 0,                   # of the orders in which people and images join
 ) -> pd.DataFrame:                   # the rows that stay, in their order
     "A share of the people or of their images, nested by seed. ValueError for shares outside (0, 1], and for lines of the list that name nothing."
@@ -97,8 +97,10 @@ def part_of(
         if not 0 < share <= 1: raise ValueError(f"{name}={share}: a share above 0 and at most 1")
     if keep_list is not None:
         listed = _listed(samples, resolve(keep_list))
-        if is_main_process(): print(f"{Path(keep_list).name}: {listed.sum():,} of {len(samples):,} training images are listed, "
-                                    f"{samples.pid[listed].nunique():,} of {samples.pid.nunique():,} people; the others sit out", file=sys.stderr)
+        if is_main_process():
+            people = f"{samples.pid[listed].nunique():,} of {samples.pid.nunique():,} people"
+            print(f"{Path(keep_list).name}: {listed.sum():,} of {len(samples):,} training images are listed, {people}; "
+                  "the others sit out", file=sys.stderr)
         samples = samples[listed]
     rng, pid = np.random.default_rng(seed), samples.pid.to_numpy()
     names, of, counts = np.unique(pid, return_inverse=True, return_counts=True)
@@ -115,12 +117,16 @@ def _listed(samples, file):
     if not lines: raise ValueError(f"{file} is empty: one path or pid a line is needed")
     names = samples.path.astype(str).str.replace("\\", "/")
     columns = dict(paths=names, files=names.str.rsplit("/", n=1).str[-1], pids=samples.pid.astype(str))
-    if columns["files"].duplicated().any(): del columns["files"]                        # the same name in two folders says nothing
-    unknown = {what: [(n, l) for n, l in lines if l not in known] for what, known in ((what, set(c)) for what, c in columns.items())}
+    if columns["files"].duplicated().any(): del columns["files"]           # the same name in two folders says nothing
+    unknown = {}
+    for what, column in columns.items():
+        known = set(column)
+        unknown[what] = [(n, l) for n, l in lines if l not in known]
     best = min(unknown, key=lambda what: len(unknown[what]))
-    if unknown[best]:
-        (n, first), what = unknown[best][0], "neither a path nor a pid" if len(unknown[best]) == len(lines) else f"none of the {best}"
-        raise ValueError(f"{file}: {len(unknown[best])} of {len(lines)} lines name {what} of the train split, the first: line {n}, {first!r}")
+    if lost := unknown[best]:
+        what = "neither a path nor a pid" if len(lost) == len(lines) else f"none of the {best}"
+        raise ValueError(f"{file}: {len(lost)} of {len(lines)} lines name {what} of the train split, "
+                         f"the first: line {lost[0][0]}, {lost[0][1]!r}")
     return columns[best].isin({l for _, l in lines}).to_numpy()
 
 # %% ../nbs/14_finetune.ipynb #fef0f0be
@@ -142,9 +148,9 @@ def held_out_score(
     features: np.ndarray,   # (n, D)
     samples: pd.DataFrame,  # their n rows
 ) -> float:                 # mAP
-    """Every image as a query among all others, across cameras: an unknown one is another camera than any, and no image answers itself.
-    ValueError where nobody has two images to match."""
-    samples = samples.assign(path=np.arange(len(samples)).astype(str))                            # a row is itself, and nothing else
+    """Every image as a query among all others, across cameras: an unknown one is another camera than any, and no image
+    answers itself. ValueError where nobody has two images to match."""
+    samples = samples.assign(path=np.arange(len(samples)).astype(str))         # a row is itself, and nothing else
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                                           # of queries without a match, and that queries lie in the gallery
         return evaluate(features, features, samples, samples).mAP
@@ -161,14 +167,15 @@ class BestSoFar(nn.Module):
 
 # %% ../nbs/14_finetune.ipynb #8b8cb5db
 def make_backbone(
-    r: dict,  # a recipe: backbone, image_size, drop_path, overlap, weights (a run's recipe, a file, "imagenet" or None), mean, std, interpolation
+    r: dict,  # a recipe: backbone, image_size, drop_path, overlap, mean, std, interpolation, weights (a run's recipe, a file, "imagenet" or None)
 ):            # the backbone, and what loading its weights reported (None without weights)
     "The backbone that a recipe starts from."
     backbone, report = create_backbone(r["backbone"], r["image_size"], drop_path=r["drop_path"], overlap=r["overlap"]), None
     if r["weights"] is not None:
         path = Run(r["weights"]).require().folder / "backbone.safetensors" if isinstance(r["weights"], dict) else r["weights"]
         report = load_backbone_weights(backbone, path if path == "imagenet" else resolve(path))
-    backbone.input = replace(backbone.input, mean=tuple(r["mean"]), std=tuple(r["std"]), interpolation=r["interpolation"])   # the recipe's, whatever the weights saw before
+    own = dict(mean=tuple(r["mean"]), std=tuple(r["std"]), interpolation=r["interpolation"])
+    backbone.input = replace(backbone.input, **own)                        # the recipe's, whatever the weights saw before
     return backbone, report
 
 def make_model(
@@ -206,7 +213,7 @@ class FineTuning(Task):
         self.camid, self.images = samples.camid.to_numpy(np.int64), ImageStore(samples, root)
         if r["sie"] and (self.camid < 0).any(): raise ValueError(f"sie=true needs a camera for every image, and {int((self.camid < 0).sum())} have camid -1, the first: {samples.path[int((self.camid < 0).argmax())]}")
         self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1       # a person without a readable image sits out
-        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"], rule=r["erasing_rule"])
+        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
         try: self.sampler(None, 0, 0, 0, 1)
         except ValueError as e: raise ValueError(f"{e} (few_ids={r['few_ids']}, few_images={r['few_images']} and held_out={r['held_out']} leave {self.n_images} images of {self.n_ids} people)") from None
 
@@ -235,8 +242,9 @@ class FineTuning(Task):
 
     def schedule(self, share):
         r = self.recipe
-        at = share * r["epochs"]
-        lr = epoch_lr(at if r["lr_by"] == "step" else int(at), r["epochs"], r["lr"] * r["batch_size"] / r["lr_per"], r["warmup_epochs"], r["warmup_start"], r["lr_end"], r["constant_until"])
+        at, top = share * r["epochs"], r["lr"] * r["batch_size"] / r["lr_per"]
+        lr = epoch_lr(at if r["lr_by"] == "step" else int(at), r["epochs"], top, r["warmup_epochs"], r["warmup_start"], r["lr_end"],
+                      r["constant_until"])
         for g in self.optimizer.param_groups: g["lr"] = lr * g["scale"]
         if r["freeze_epochs"]:
             for m in self._frozen(): m.train(share * r["epochs"] >= r["freeze_epochs"])          # standing still includes the statistics of BatchNorm
@@ -338,12 +346,13 @@ def test_model(
     model: nn.Module,     # eval mode returns (n, D) features
     r: dict,              # a fine-tuning recipe: `data` or `test_data`, `protocol`, `flip_test`
     out: str | Path,      # folder for the features
-    accelerator=None,     # of a training that goes on: every process calls this and extracts its share; None: this process alone
+    accelerator=None,     # of a training that goes on: every process calls this and extracts its share; None: one alone
 ):                        # a RetrievalScore; with several processes, the first one's, and None in the others
     "Features of query and gallery of the recipe's data, or of its `test_data` (direct transfer), then mAP, CMC and mINP."
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     samples, root = test_set(r)
-    if ranks > len(samples): raise ValueError(f"the test set has {len(samples)} images for {ranks} processes: use fewer, or test_every=0")
+    if ranks > len(samples):
+        raise ValueError(f"the test set has {len(samples)} images for {ranks} processes: use fewer, or test_every=0")
     folders = [Path(out) / f"part-{k}" for k in range(ranks)] if ranks > 1 else [Path(out)]
     share = np.array_split(np.arange(len(samples)), ranks)[rank]
     found = [extract(samples.iloc[share], root, model, folders[rank], batch_size=256, flip=r["flip_test"])]

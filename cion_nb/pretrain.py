@@ -74,13 +74,14 @@ class Pretraining(Task):
         self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1   # and an identity without a readable image sits out
         self.n_images = int((self.labels >= 0).sum())
         self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"], r["aspect"],
-                               recipe=r["augmentation"], seed=r["seed"], **dict(erase_rule=r["erasing_rule"]) | r["view_changes"])
+                               recipe=r["augmentation"], seed=r["seed"],
+                               **dict(erase_rule=r["erasing_rule"]) | r["view_changes"])
 
     def phase(self, seen: int) -> int:
         "Images an identity, by the share of the budget; it changes between steps, not inside one."
         r = self.recipe
-        at = seen - seen % r["batch_size"]
-        return id_curriculum(r["epochs"] * at / budget(r, self.n_images), r["epochs"], r["n_id"], r["n_id_epochs"], of=r["epochs"])
+        share = (seen - seen % r["batch_size"]) / budget(r, self.n_images)
+        return id_curriculum(r["epochs"] * share, r["epochs"], r["n_id"], r["n_id_epochs"], of=r["epochs"])
 
     def sampler(self, phase, n_pass, advance, rank, world_size):
         r, s = self.recipe, self.samples
@@ -91,11 +92,13 @@ class Pretraining(Task):
 
     def load(self, rows, seen):
         step = self.recipe["batch_size"]
-        end = -(-seen // step) * step                                  # of the step that this batch belongs to: views do not depend on how it is cut
-        return dict(views=self.views(self.images[rows], rows, epoch=end), identity=torch.arange(len(rows)) // self.phase(end - step))
+        end = -(-seen // step) * step              # of the step that this batch belongs to: views do not depend on its cuts
+        n_id = self.phase(end - step)
+        return dict(views=self.views(self.images[rows], rows, epoch=end), identity=torch.arange(len(rows)) // n_id)
 
     def schedule(self, share):
         r = self.recipe
+        self.modules["loss"].waiting.clear()       # of a step that was given up
         lr = r["lr"] * r["batch_size"] / r["lr_per"]
         values = dict(lr=warmup_cosine(share, lr, r["lr_end"], r["warmup_epochs"] / r["epochs"]), weight_decay=warmup_cosine(share, *r["weight_decay"]))
         for g in self.optimizer.param_groups:

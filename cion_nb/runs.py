@@ -376,7 +376,9 @@ def is_main_process() -> bool:
 INPUTS = ("data_root", "annotation", "weights", "model", "test_root", "keep_list")      # recipe values that may name files
 UNHASHED = ("workers", "checkpoint_minutes", "keep_checkpoints", "trackers")   # how a run is watched and kept; its result does not depend on them
 
-def _erases(recipe): return recipe["erasing"] if "erasing" in recipe else recipe["augmentation"] == "lup" or recipe["view_changes"].get("erase")
+def _erases(recipe):
+    if "erasing" in recipe: return recipe["erasing"]
+    return recipe["augmentation"] == "lup" or recipe["view_changes"].get("erase")
 
 ADDED = dict(   # settings that came later, and where they leave a result, and so a run's name, as it was without them
     erasing_rule=lambda recipe: recipe["erasing_rule"] == "timm" or not _erases(recipe),

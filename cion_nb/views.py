@@ -350,11 +350,13 @@ def _check_view_recipe(r: dict) -> None:
     if not 0 < r["ratio"][0] <= r["ratio"][1]: raise ValueError(f"ratio={r['ratio']}: 0 < smallest <= largest (w / h)")
     if not 0 < r["blur_sigma"][0] <= r["blur_sigma"][1]: raise ValueError(f"blur_sigma={r['blur_sigma']}: 0 < smallest <= largest")
     if not 0 <= r["strength"][3] <= 0.5 or min(r["strength"]) < 0 or max(r["strength"][:3]) > 1: raise ValueError(f"strength={r['strength']}: brightness, contrast, saturation in [0, 1], hue in [0, 0.5]")
-    if r["erase_rule"] not in ERASING: raise ValueError(f"erase_rule={r['erase_rule']!r}: use one of {', '.join(ERASING)}")
+    if r["erase_rule"] not in ERASING:
+        raise ValueError(f"erase_rule={r['erase_rule']!r}: use one of {', '.join(ERASING)}")
     for name in ("flip", "jitter", "grey", "blur", "solarise", "erase"):
         if not np.all((0 <= np.asarray(r[name])) & (np.asarray(r[name]) <= 1)): raise ValueError(f"{name}={r[name]}: chances lie in [0, 1]")
 
-ERASING = dict(zhong=((0.02, 0.4), False), timm=((0.02, 1/3), True))   # rule: share of the area, and whether the aspect's logarithm is uniform, or the aspect itself
+ERASING = dict(   # rule: share of the area, and whether the aspect's logarithm is uniform, or the aspect itself
+    zhong=((0.02, 0.4), False), timm=((0.02, 1/3), True))
 
 def erase_boxes(
     u: np.ndarray,              # (..., 22) uniform numbers: 10 areas, 10 aspects, top, left
@@ -364,7 +366,7 @@ def erase_boxes(
     area: tuple | None = None,  # share of the image's area; None: the rule's
     aspect: float = 0.3,        # smallest h / w; the largest is its inverse
 ) -> np.ndarray:                # (..., 4) int64 top, left, height, width; height 0 for none
-    "The boxes of Random Erasing (Zhong et al. 2017), by its own rule or as timm draws them: the first of ten tries that fits."
+    "The boxes of Random Erasing (Zhong et al. 2017), by its own rule or as timm draws them: the first of ten tries to fit."
     (H, W), (own, is_log) = size, ERASING[rule]
     low, high = own if area is None else area
     a, v = H * W * (low + u[..., :10] * (high - low)), u[..., 10:20]
@@ -402,7 +404,8 @@ class TrainTransform:
         if not (0 <= flip <= 1 and 0 <= erase <= 1): raise ValueError(f"flip={flip}, erase={erase}: chances lie in [0, 1]")
         if pad < 0: raise ValueError(f"pad={pad}: pixels, 0 or more")
         if rule not in ERASING: raise ValueError(f"erasing rule {rule!r}: use one of {', '.join(ERASING)}")
-        self.size, self.flip, self.pad, self.erase, self.interpolation, self.seed, self.rule = tuple(size), flip, pad, erase, interpolation, seed, rule
+        self.size, self.flip, self.pad, self.erase, self.rule = tuple(size), flip, pad, erase, rule
+        self.interpolation, self.seed = interpolation, seed
 
     def __call__(self,
         images,          # B uint8 images: a list of (3, h, w), or (B, 3, h, w)
@@ -534,7 +537,8 @@ def embed_rows(
             for i in range(0, len(rows), batch_size):
                 part = rows[i:i + batch_size]
                 more = [torch.from_numpy(columns[name][part]).to(device) for name in getattr(model, "columns", ())]
-                found.append(model(normalise(resize(images[part], size, model.input.interpolation), model.input, device), *more).float().cpu())
+                pixels = resize(images[part], size, model.input.interpolation)
+                found.append(model(normalise(pixels, model.input, device), *more).float().cpu())
     finally:
         for m, mode in modes: m.training = mode
     return torch.cat(found).numpy() if found else np.zeros((0, model.embed_dim), np.float32)
@@ -639,7 +643,7 @@ class IdentitySampler:
         tracklets=None,     # (N,) tracklets: likewise, inside a camera
         advance: int = 0,   # batches that the first pass skips (resuming in mid-epoch)
         curriculum=(),      # values of n_id that later passes will ask for: refused now if the batch does not suit them
-        pieces: int = 1,    # in which a rank's batch is handed out, whole groups each (gradient accumulation); `advance` counts them
+        pieces: int = 1,    # in which a rank's batch is handed out (accumulation), whole groups each; `advance` counts them
     ):
         labels, parts = np.asarray(labels), [np.asarray(c) for c in (camids, tracklets) if c is not None]
         _check_sampler(labels, parts, batch_size, (n_id, *curriculum), rank, world_size, pieces)
@@ -691,9 +695,10 @@ def _check_sampler(labels, parts, batch_size, n_ids, rank, world_size, pieces):
     if not 0 <= rank < world_size: raise ValueError(f"rank {rank} of {world_size} does not exist")
     for n_id in n_ids:
         if batch_size % (world_size * pieces * n_id):
-            raise ValueError(f"batch_size {batch_size} over {world_size} ranks" + f" in {pieces} pieces (accumulate)" * (pieces > 1) +
-                             f" is {batch_size / world_size / pieces:g} images at a time, not a multiple of n_id={n_id}; "
-                             f"use a multiple of {world_size * pieces * math.lcm(*n_ids)} (for a curriculum of 2, 4, 6, 8: of {world_size * pieces * 24})")
+            cut = f" in {pieces} pieces (accumulate)" * (pieces > 1)
+            raise ValueError(f"batch_size {batch_size} over {world_size} ranks{cut} is {batch_size / world_size / pieces:g} images at a time, "
+                             f"not a multiple of n_id={n_id}; use a multiple of {world_size * pieces * math.lcm(*n_ids)} "
+                             f"(for a curriculum of 2, 4, 6, 8: of {world_size * pieces * 24})")
 
 # %% ../nbs/10_views.ipynb #2abd79d9
 class PKSampler(IdentitySampler):

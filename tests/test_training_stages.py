@@ -124,6 +124,12 @@ def test_lup_style_is_its_released_scripts():
     assert (r["optimizer"], r["lr"] * 2560 / r["lr_per"], r["moco_temp"], r["queue"], r["moco_momentum"], r["moco_dim"], r["weight_decay"], r["n_local"], r["identities"]) == \
            ("sgd", pytest.approx(0.3), 0.1, 65536, 0.999, 128, [1e-4, 1e-4], 0, "image")
     assert (views["jitter"], views["erase"], views["grey"], views["blur"], views["global_scale"], views["n_local"]) == (0., .5, .2, (.5, .5, .5), (.2, 1.), 0)
+    assert [recipe("pretrain", p, method="lup")["erasing_rule"] for p in ("paper", "small", "tiny")] == ["zhong", "timm", "timm"]      # stored results of ours were made with timm's
+
+
+def test_a_recipes_erasing_reaches_the_views(people, runs):
+    for rule in ("zhong", "timm"): assert pretrain_room.MomentumContrast(asked(people, "lup", erasing_rule=rule)).views.recipe["erase_rule"] == rule
+    with pytest.raises(ValueError, match="erase_rule='tim'"): pretrain(asked(people, "lup", erasing_rule="tim"))
 
 
 def test_fit_is_dinos_loop(people, runs):
