@@ -2,12 +2,13 @@
 import json, os, random, signal, subprocess, sys, time
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
-from cion_nb.backbones import create_backbone, export_onnx, export_torchscript, load_backbone, save_backbone
+from cion_nb.backbones import InputSpec, create_backbone, export_onnx, export_torchscript, load_backbone, save_backbone
 from cion_nb.evaluate import evaluate
 from cion_nb.features import Features, embed, extract
 from cion_nb.finetune import BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_model, part_of, save_finetuned
@@ -230,6 +231,16 @@ def test_held_out_images_never_find_themselves(unknown):
     assert held_out_score(x, t) == held_out_score(x, t.drop(columns="path")) == pytest.approx(score_plainly(x, t), abs=1e-6)
 
 
+def what_is_erased(task, r):
+    "(pixels, 3) that a network sees inside the erased boxes of a task's own batch."
+    class Seen(Exception): pass
+    def network(x, *more): raise Seen(x)
+    task.transform.size, task.transform.pad = (64, 32), 0; batch = task.load(np.arange(48), 48)
+    task.modules = dict(model=SimpleNamespace(input=InputSpec(64, 32, mean=r["mean"], std=r["std"]))) | ({} if "pid" in batch else dict(memory=SimpleNamespace(labels=torch.zeros(64))))
+    with pytest.raises(Seen) as seen: task.loss(network, batch, None)
+    return torch.cat([x[:, t:t + h, l:l + w].flatten(1).T for x, (t, l, h, w) in zip(seen.value.args[0], batch["boxes"].tolist())])
+
+
 @pytest.mark.parametrize("method, changes", [("bnneck", {}), ("transreid", dict(backbone="vit_tiny", overlap=False, drop_path=None)), ("mgn", {})])
 def test_erasing_and_rates_of_a_method_are_the_released_ones(people, runs, method, changes):
     "Boxes and learning rate of the paper's recipe, against what the released code draws and sets, written out."
@@ -240,6 +251,9 @@ def test_erasing_and_rates_of_a_method_are_the_released_ones(people, runs, metho
     if method == "mgn": same_distribution(boxes, boxes_plainly(len(boxes), 64, 32, (.02, .4), (.3, 1 / .3)), *BOX)
     else: assert (boxes[:, 2] * boxes[:, 3]).max() <= 1.1 * 64 * 32 / 3                                  # timm's, compared with it in test_views
     assert (r["interpolation"], r["erasing_fill"]) == (("bicubic", "black") if method == "mgn" else ("bilinear", "pixel"))
+    inside = what_is_erased(task, r)
+    if method == "mgn": assert torch.allclose(inside, (-torch.tensor([.485, .456, .406]) / torch.tensor([.229, .224, .225])).expand(len(inside), 3), atol=1e-6)      # black, before normalisation
+    else: assert abs(inside.mean()) < .05 and abs(inside.std() - 1) < .05 and len(inside.unique()) > .9 * inside.numel()      # N(0, 1) a value, after it
     steps, rates = r["epochs"] * 5, []                                                                 # five steps an epoch
     task.optimizer, task._frozen = type("Optimizer", (), dict(param_groups=[dict(scale=1.)])), lambda: []
     for step in range(steps): rates.append(task.schedule(step / steps)["lr"])
