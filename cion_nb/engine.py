@@ -339,7 +339,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     try:
         if able is None: raise AssertionError("timm's set_grad_checkpointing is missing")
         able.set_grad_checkpointing(True)
-    except AssertionError as e: raise ValueError(f"grad_checkpointing: {type(able or model).__name__} cannot recompute its activations ({e}); set grad_checkpointing=false, and accumulate=2 or more to save memory") from None
+    except AssertionError as e: raise ValueError(f"grad_checkpointing: {type(able or model).__name__} cannot recompute its activations ({e}); set grad_checkpointing=false, and a smaller batch_size (in pre-training: accumulate=2 or more) to save memory") from None
 
 @contextmanager
 def _statistics_held(model: nn.Module):
