@@ -7,7 +7,7 @@ __all__ = ['UPDATES', 'GeM', 'ClusterNet', 'ghost_batchnorm', 'bn_group', 'Clust
            'save_clusternet', 'load_clusternet', 'usl', 'uda']
 
 # %% ../nbs/15_cluster_contrast.ipynb #a0dbf5fa
-import sys, tempfile
+import shutil, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -177,7 +177,7 @@ class ClusterContrast(Task):
         self.samples, self.n_images, self.camid = samples, len(samples), samples.camid.to_numpy(np.int64)
         self.truth, self.bn_batch = samples.pid.to_numpy(), None
         self.images = ImageStore(samples.assign(pid=-1), root)               # a replacement must not know who is who
-        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"])
+        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
         self.per_epoch = r["images_per_epoch"] or self.n_images // r["batch_size"] * r["batch_size"]
         if not self.per_epoch or self.per_epoch % r["batch_size"]: raise ValueError(f"images_per_epoch={self.per_epoch}: a multiple of batch_size={r['batch_size']} is needed, since every epoch clusters anew")
         if r["clusterer"] not in CLUSTERERS: raise ValueError(f"clusterer {r['clusterer']!r} is none of {', '.join(CLUSTERERS)}")
@@ -218,8 +218,9 @@ class ClusterContrast(Task):
         if kept and epoch == 0: raise ValueError(f"{run.name}: {self.n_images} images gave {found} clusters of two or more, {int((labels < 0).sum())} images belong to none, and a batch needs {needed} clusters: a better start (weights), another eps, k1 or min_samples, or a smaller batch_size")
         if kept: memory.epoch.fill_(epoch)
         else: memory.start(torch.from_numpy(features).to(accelerator.device), labels, epoch)
+        tested = self.test(epoch, run, accelerator)
         if accelerator.is_main_process:
-            run.log(seen=at.seen + 1, epoch=epoch, search=near.backend, clusters=found, outliers=int((labels < 0).sum()), **dict(kept_the_clusters_before=True) if kept else {}, **self.quality(labels.cpu().numpy()), **self.test(epoch, run))
+            run.log(seen=at.seen + 1, epoch=epoch, search=near.backend, clusters=found, outliers=int((labels < 0).sum()), **dict(kept_the_clusters_before=True) if kept else {}, **self.quality(labels.cpu().numpy()), **tested)
 
     def features(self, accelerator) -> np.ndarray:
         "(N, D) features of all images, each rank its share."
@@ -252,11 +253,16 @@ class ClusterContrast(Task):
         s = identity_scores(labels, self.truth)
         return dict(precision=s.precision, recall=s.recall, f1=s.f1, adjusted_rand=s.adjusted_rand)
 
-    def test(self, epoch, run) -> dict:
-        "Score of the model as it is, where the recipe asks for one between epochs: to look at, never to choose by."
-        every = self.recipe["test_every"]
+    def test(self, epoch, run, accelerator) -> dict:
+        """Score of the model as it is, where the recipe asks for one between epochs: to look at, never to choose by.
+        All processes extract, the first one has the score."""
+        every, folder = self.recipe["test_every"], run.folder / f"test-{epoch}"
         if not every or not epoch or epoch % every: return {}
-        with tempfile.TemporaryDirectory(dir=run.folder, prefix="test-") as folder: score = test_model(self.modules["model"], self.recipe, Path(folder) / "features")
+        if accelerator.is_main_process: shutil.rmtree(folder, ignore_errors=True)      # of a run that was killed in its test
+        accelerator.wait_for_everyone()
+        score = test_model(self.modules["model"], self.recipe, folder, accelerator)
+        if score is None: return {}
+        shutil.rmtree(folder)
         return dict(test_mAP=score.mAP, test_rank1=score.rank1)
 
     def sampler(self, phase, n_pass, advance, rank, world_size):
@@ -269,6 +275,7 @@ class ClusterContrast(Task):
 
     def schedule(self, share):
         r = self.recipe
+        self.modules["memory"].waiting.clear()     # of a step that was given up
         lr = r["lr"] * r["lr_factor"] ** (int(share * r["epochs"] + 1e-9) // r["lr_step"])
         for g in self.optimizer.param_groups: g["lr"] = lr
         return dict(lr=lr)

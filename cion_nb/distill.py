@@ -156,6 +156,7 @@ class IdentityGuidedLoss(nn.Module):
         variant: str = "paper",        # "paper" (Eq. 9) or "released"
         centre: str = "ema",           # "ema" (DINO, released code) or "batch" (the paper's words)
         fused: bool | None = None,     # compiled kernels; None: on CUDA, where Triton is there to make them
+        accumulate: int = 1,           # batches of a step: the centre moves after the last of them, by all their outputs
     ):
         super().__init__()
         if variant not in VARIANTS: raise ValueError(f"variant {variant!r}: use one of {VARIANTS}")
@@ -163,18 +164,21 @@ class IdentityGuidedLoss(nn.Module):
         if not 1 <= n_global <= n_views or n_views < 2: raise ValueError(f"n_views={n_views}, n_global={n_global}: at least 2 views, of which 1 to all are global")
         if n_views != int(n_views) or n_global != int(n_global): raise ValueError(f"n_views={n_views}, n_global={n_global}: whole numbers are needed")
         if not 0 <= centre_momentum <= 1: raise ValueError(f"centre_momentum={centre_momentum}: between 0 and 1")
+        if accumulate > 1 and centre == "batch":
+            raise ValueError(f"centre='batch' with accumulate={accumulate}: the mean over the batch is not known "
+                             "before its last part; use accumulate=1, or centre='ema'")
         if not (student_temp > 0 and teacher_temp > 0): raise ValueError(f"temperatures must be positive, got {student_temp} and {teacher_temp}")
         self.out_dim, self.n_views, self.n_global, self.variant, self.centring = out_dim, n_views, n_global, variant, centre
         self.student_temp, self.teacher_temp, self.centre_momentum, self.fused = student_temp, teacher_temp, centre_momentum, fused
         self.register_buffer("centre", torch.zeros(out_dim))
-        self.last = {}
+        self.last, self.accumulate, self.waiting = {}, accumulate, []
 
     def forward(self,
         student_logits: Tensor,  # (n_views * B, K), view-major
         teacher_logits: Tensor,  # (n_global * B, K), view-major
         identity: Tensor,        # (B,) whole numbers >= 0: images with the same number are one person
     ) -> Tensor:                 # scalar, float32 or the logits' own precision if that is higher
-        "The loss; afterwards, in training, the centre is updated. `last` holds what a monitor wants."
+        "The loss; after it, in training, the centre moves (once in `accumulate` calls). `last` holds what a monitor wants."
         student, teacher = self._views(student_logits, teacher_logits, identity)
         with torch.autocast(teacher.device.type, enabled=False):      # or it would take the inner products in bf16
             return self._loss(student, teacher, identity)
@@ -189,10 +193,18 @@ class IdentityGuidedLoss(nn.Module):
             targets, mass = folded_targets(probs, identity, self.n_views, self.variant)
         fused = student.is_cuda and _has_triton() if self.fused is None else self.fused
         loss = _FoldedCrossEntropy.apply(student, targets, mass, self.student_temp, fused)
-        if self.training: self.centre.copy_(mean if self.centring == "batch" else self.centre.lerp(mean.to(self.centre.dtype), 1 - self.centre_momentum))
+        if self.training: self._follow(mean)
         norm = self.centre.norm()
         self.last = dict(loss=loss.detach(), **teacher_statistics(probs, log_probs), centre_norm=norm, centre_share=norm.square() / teacher.square().sum(-1).mean())
         return loss
+
+    @torch.no_grad()
+    def _follow(self, mean):
+        "Move the centre towards the mean of the step's batches, once all of them were seen."
+        self.waiting.append(mean)
+        if len(self.waiting) < self.accumulate: return
+        mean = torch.stack(self.waiting).mean(0).to(self.centre.dtype); self.waiting.clear()
+        self.centre.copy_(mean if self.centring == "batch" else self.centre.lerp(mean, 1 - self.centre_momentum))
 
     def _views(self, student, teacher, identity):
         "Both logits as (views, B, K), or a ValueError that says which shape does not fit."
@@ -229,7 +241,7 @@ def feature_rank(
 ) -> Tensor:    # scalar: 0, or between 1 and min(n - 1, D)
     "Effective rank of the centred features: (tr C)^2 / tr C^2, C their covariance; 0 if they are all the same."
     rounding = torch.finfo(x.dtype).eps ** 2 * x.float().square().sum()
-    x = x.float() - x.float().mean(0)
+    x = (x.double() - x.double().mean(0)).float()          # a float32 mean is off by more than equal rows are
     with torch.autocast(x.device.type, enabled=False): inner = x @ x.T if len(x) < x.shape[1] else x.T @ x
     total = inner.trace()
     return torch.where(total > rounding, total.square() / inner.square().sum().clamp_min(1e-30), 0.)
@@ -349,22 +361,25 @@ class InfoNCELoss(nn.Module):
         dim: int = 128,
         queue_size: int = 65536,
         temperature: float = 0.1,  # LUP's; MoCo-v2 has 0.2
+        accumulate: int = 1,       # batches of a step: their keys join the queue after the last of them
     ):
         super().__init__()
         if temperature <= 0: raise ValueError(f"temperature must be positive, got {temperature}")
         self.queue, self.temperature, self.last = MomentumQueue(dim, queue_size), temperature, {}
+        self.accumulate, self.waiting = accumulate, []
     def forward(self,
         query: Tensor,  # (B, dim) the student's output, any length
         key: Tensor,    # (B, dim) the momentum encoder's output of the other view
     ) -> Tensor:        # scalar
-        "The loss; afterwards, in training, the keys join the queue. `last` holds `loss` and `top1`."
+        "The loss; after it, in training, the keys join the queue (once in `accumulate` calls). `last` holds `loss`, `top1`."
         if query.shape != key.shape: raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape")
         with torch.autocast(query.device.type, enabled=False):
             q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (query, key.detach()))
             negatives = self.queue.keys.to(q.dtype, copy=True)          # the queue changes before backward
             logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / self.temperature
             loss = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long))
-        if self.training: self.queue.push(k)
+        if self.training: self.waiting.append(k)
+        if len(self.waiting) == self.accumulate: self.queue.push(torch.cat(self.waiting)); self.waiting.clear()
         self.last = dict(loss=loss.detach(), top1=(logits.argmax(1) == 0).float().mean())
         return loss
 

@@ -12,6 +12,7 @@ __all__ = ['warmup_cosine', 'budget', 'precision', 'has_fast_bf16', 'Task', 'Pos
 import os, pickle, random, shutil, signal, socket, sys, threading, time, warnings, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Hashable, Iterable, Iterator, NamedTuple
 import numpy as np
@@ -338,7 +339,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     try:
         if able is None: raise AssertionError("timm's set_grad_checkpointing is missing")
         able.set_grad_checkpointing(True)
-    except AssertionError as e: raise ValueError(f"grad_checkpointing: {type(able or model).__name__} cannot recompute its activations ({e}); set grad_checkpointing=false, and accumulate=2 or more to save memory") from None
+    except AssertionError as e: raise ValueError(f"grad_checkpointing: {type(able or model).__name__} cannot recompute its activations ({e}); set grad_checkpointing=false, and a smaller batch_size (in pre-training: accumulate=2 or more) to save memory") from None
 
 @contextmanager
 def _statistics_held(model: nn.Module):
@@ -387,12 +388,14 @@ def make_accelerator(
     "An `Accelerator` of the recipe's precision; also when another run of this process had another one. ValueError for a tracker that is not there."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
     if AcceleratorState._shared_state: AcceleratorState._reset_state()      # the state is one per process and remembers the first precision
     names, cuda = recipe.get("trackers") or [], torch.cuda.is_available()
     if names and run is None: raise ValueError(f"trackers={names}: a run is needed to name what they log")
     project = ProjectConfiguration(str(run.folder), str(run.folder / "trackers")) if names else None
-    made = Accelerator(mixed_precision=precision(recipe["precision"]), cpu=not cuda, log_with=names or None, project_config=project)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))      # clustering is one process's: NCCL gives others 10 minutes
+    made = Accelerator(mixed_precision=precision(recipe["precision"]), cpu=not cuda, log_with=names or None,
+                       project_config=project, kwargs_handlers=[patience])
     if missing := set(names) - {str(getattr(t, "value", t)) for t in made.log_with}: raise ValueError(f"trackers: {', '.join(sorted(missing))} cannot be imported: pip install {' '.join(sorted(missing))}")
     return made
 

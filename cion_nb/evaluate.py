@@ -56,26 +56,33 @@ def _same_person(query_pid: np.ndarray, gallery_pid: np.ndarray) -> tuple[np.nda
     return query, order[first[query] + within]
 
 # %% ../nbs/09_evaluate.ipynb #b2872826
+def _same_image(query: pd.DataFrame, gallery: pd.DataFrame, q: np.ndarray, g: np.ndarray) -> np.ndarray:
+    "Which pairs (query rows `q`, gallery rows `g`) of one person are one image: same path, and same camera as far as known."
+    if "path" not in query or "path" not in gallery: return np.zeros(len(q), bool)
+    here, there = query["camid"].to_numpy()[q], gallery["camid"].to_numpy()[g]
+    same = (here == there) | (here < 0) | (there < 0)
+    at = np.flatnonzero(same)
+    same[at] = query["path"].to_numpy(object)[q[at]] == gallery["path"].to_numpy(object)[g[at]]
+    return same
+
 class Answers:
-    "Per query: the gallery rows that are right (`hits`) and those the protocol removes (`removed`); `junk` is removed for all."
+    """Per query: the gallery rows that are right (`hits`) and those that are `removed`, by the protocol or as its own image;
+    `junk` is removed for all, `own` are the queries whose own image would have counted."""
     def __init__(self, query: pd.DataFrame, gallery: pd.DataFrame, protocol: str):
         if protocol not in PROTOCOLS: raise ValueError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
-        needs = PROTOCOLS[protocol].needs
+        needs, tables = PROTOCOLS[protocol].needs, (query, gallery)
         query, gallery = _ids(query, "query", needs), _ids(gallery, "gallery", needs)
         q, g = _same_person(query["pid"], gallery["pid"])
         out = PROTOCOLS[protocol].removes({c: v[q] for c, v in query.items()}, {c: v[g] for c, v in gallery.items()})
+        left = np.flatnonzero(~out)
+        own = left[_same_image(*tables, q[left], g[left])]
+        out[own], self.own = True, np.unique(q[own])  # queries that would have met their own image
         self.counts = np.bincount(q[~out], minlength=len(query["pid"]))  # (Q,) hits a query
         self.junk = np.flatnonzero(gallery["pid"] < 0)
         self._hits, self._hit_ends = g[~out], np.r_[0, np.cumsum(self.counts)]
         self._removed, self._removed_ends = g[out], np.r_[0, np.cumsum(np.bincount(q[out], minlength=len(query["pid"])))]
     def hits(self, i: int) -> np.ndarray: return self._hits[self._hit_ends[i]:self._hit_ends[i + 1]]
     def removed(self, i: int) -> np.ndarray: return self._removed[self._removed_ends[i]:self._removed_ends[i + 1]]
-    def own_images(self, query: pd.DataFrame, gallery: pd.DataFrame) -> np.ndarray:
-        "Queries of which the very same file is a hit, as when a folder is searched with its own images."
-        if "path" not in query or "path" not in gallery: return np.empty(0, np.int64)
-        q = np.repeat(np.arange(len(self.counts)), self.counts)
-        same = query["path"].to_numpy(object)[q] == gallery["path"].to_numpy(object)[self._hits]
-        return np.unique(q[same])
 
 # %% ../nbs/09_evaluate.ipynb #76d45839
 @njit(nogil=True, cache=__name__.startswith("cion_nb"))
@@ -231,8 +238,9 @@ def _answers(query: pd.DataFrame, gallery: pd.DataFrame, protocol: str) -> Answe
         text = f"{len(unmatched):,} of {len(query):,} queries have no gallery image {where}; people: {_few(pd.unique(query['pid'].iloc[unmatched]))}"
         if len(unmatched) == len(query): raise ValueError(f"{text}. Nothing is left to score; without camera ids use camid -1 or protocol='no_camera'")
         warnings.warn(f"{text}. They are left out of the means and listed in `.unmatched`", stacklevel=3)
-    own = answers.own_images(query, gallery)
-    if len(own): warnings.warn(f"{len(own):,} queries lie in the gallery themselves and match themselves: {_few(_names(query, own))}", stacklevel=3)
+    if len(answers.own):
+        text = f"{len(answers.own):,} queries lie in the gallery themselves (same path, person and camera)"
+        warnings.warn(f"{text}; none answers itself: {_few(_names(query, answers.own))}", stacklevel=3)
     return answers
 
 # %% ../nbs/09_evaluate.ipynb #ce681c62

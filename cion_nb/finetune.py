@@ -10,7 +10,7 @@ __all__ = ['BNNeck', 'batch_hard_triplet', 'epoch_lr', 'part_of', 'of_all_ranks'
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
-import math, warnings
+import math, sys, warnings
 import numpy as np
 import pandas as pd
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .backbones import InputSpec, architecture, create_backbone, load_backbone, load_backbone_weights, save_backbone
 from .engine import Task, budget, fit, to_channels_last
 from .evaluate import Answers, evaluate
-from .features import extract, read_data
+from .features import Features, extract, read_data
+from .files import read_text
 from .mgn import MGN, mgn_loss
 from .runs import Run, atomic, is_main_process, licence, read_json, recipe, run_from_arguments, resolve, write_json
 from .transreid import TransReID, transreid_loss
@@ -70,7 +71,7 @@ def batch_hard_triplet(
 
 # %% ../nbs/14_finetune.ipynb #26059647
 def epoch_lr(
-    epoch: int,            # from 0
+    epoch: float,          # from 0; with a fraction where the rate changes every step
     epochs: int,
     lr: float,             # base value
     warmup_epochs: int,
@@ -88,13 +89,19 @@ def part_of(
     samples: pd.DataFrame,           # with `pid` and `path`
     few_ids: float = 1.,             # share of the people, rounded to at least two
     few_images: float = 1.,          # share of each person's images, rounded up
-    keep_list: str | Path | None = None, # a text file: one path, or one pid, a line
+    keep_list: str | Path | None = None, # a text file: one path, file name or pid a line, read up to a semicolon
     seed: int = 0,                   # of the orders in which people and images join
 ) -> pd.DataFrame:                   # the rows that stay, in their order
     "A share of the people or of their images, nested by seed. ValueError for shares outside (0, 1], and for lines of the list that name nothing."
     for name, share in (("few_ids", few_ids), ("few_images", few_images)):
         if not 0 < share <= 1: raise ValueError(f"{name}={share}: a share above 0 and at most 1")
-    if keep_list is not None: samples = samples[_listed(samples, resolve(keep_list))]
+    if keep_list is not None:
+        listed = _listed(samples, resolve(keep_list))
+        if is_main_process():
+            people = f"{samples.pid[listed].nunique():,} of {samples.pid.nunique():,} people"
+            print(f"{Path(keep_list).name}: {listed.sum():,} of {len(samples):,} training images are listed, {people}; "
+                  "the others sit out", file=sys.stderr)
+        samples = samples[listed]
     rng, pid = np.random.default_rng(seed), samples.pid.to_numpy()
     names, of, counts = np.unique(pid, return_inverse=True, return_counts=True)
     people, place = rng.permutation(len(names)), np.empty(len(samples), np.int64)
@@ -104,12 +111,23 @@ def part_of(
     return samples[kept[of] & (place < np.ceil(few_images * counts - 1e-9)[of])]
 
 def _listed(samples, file):
-    "Which rows a list file names."
-    lines = [l.strip() for l in file.read_text(encoding="utf-8").splitlines() if l.strip()]
+    "Which rows a list file names: all its lines are paths, file names (where each is one image's), or pids."
+    lines = [(n, l.split(";")[0].strip().replace("\\", "/")) for n, l in enumerate(read_text(file).splitlines(), 1)]
+    lines = [(n, str(int(l)) if l.isdecimal() else l) for n, l in lines if l]
     if not lines: raise ValueError(f"{file} is empty: one path or pid a line is needed")
-    column = samples.path.astype(str) if any(l in set(samples.path) for l in lines[:1]) else samples.pid.astype(str)
-    if unknown := sorted(set(lines) - set(column)): raise ValueError(f"{file}: {len(unknown)} of {len(lines)} lines name neither a path nor a pid of the train split, the first: {unknown[0]!r}")
-    return column.isin(lines).to_numpy()
+    names = samples.path.astype(str).str.replace("\\", "/")
+    columns = dict(paths=names, files=names.str.rsplit("/", n=1).str[-1], pids=samples.pid.astype(str))
+    if columns["files"].duplicated().any(): del columns["files"]           # the same name in two folders says nothing
+    unknown = {}
+    for what, column in columns.items():
+        known = set(column)
+        unknown[what] = [(n, l) for n, l in lines if l not in known]
+    best = min(unknown, key=lambda what: len(unknown[what]))
+    if lost := unknown[best]:
+        what = "neither a path nor a pid" if len(lost) == len(lines) else f"none of the {best}"
+        raise ValueError(f"{file}: {len(lost)} of {len(lines)} lines name {what} of the train split, "
+                         f"the first: line {lost[0][0]}, {lost[0][1]!r}")
+    return columns[best].isin({l for _, l in lines}).to_numpy()
 
 # %% ../nbs/14_finetune.ipynb #fef0f0be
 def of_all_ranks(x: Tensor, accelerator) -> Tensor:
@@ -130,9 +148,9 @@ def held_out_score(
     features: np.ndarray,   # (n, D)
     samples: pd.DataFrame,  # their n rows
 ) -> float:                 # mAP
-    "Every image as a query among all others, across cameras where there are cameras. ValueError where nobody has two images to match."
-    camid = samples.camid.to_numpy()
-    if (camid < 0).all(): samples = samples.assign(camid=np.arange(len(samples)))                # each its own camera: only the query itself is left out
+    """Every image as a query among all others, across cameras: an unknown one is another camera than any, and no image
+    answers itself. ValueError where nobody has two images to match."""
+    samples = samples.assign(path=np.arange(len(samples)).astype(str))         # a row is itself, and nothing else
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                                           # of queries without a match, and that queries lie in the gallery
         return evaluate(features, features, samples, samples).mAP
@@ -149,14 +167,15 @@ class BestSoFar(nn.Module):
 
 # %% ../nbs/14_finetune.ipynb #8b8cb5db
 def make_backbone(
-    r: dict,  # a recipe: backbone, image_size, drop_path, overlap, weights (a run's recipe, a file, "imagenet" or None), mean, std
+    r: dict,  # a recipe: backbone, image_size, drop_path, overlap, mean, std, interpolation, weights (a run's recipe, a file, "imagenet" or None)
 ):            # the backbone, and what loading its weights reported (None without weights)
     "The backbone that a recipe starts from."
     backbone, report = create_backbone(r["backbone"], r["image_size"], drop_path=r["drop_path"], overlap=r["overlap"]), None
     if r["weights"] is not None:
         path = Run(r["weights"]).require().folder / "backbone.safetensors" if isinstance(r["weights"], dict) else r["weights"]
         report = load_backbone_weights(backbone, path if path == "imagenet" else resolve(path))
-    backbone.input = replace(backbone.input, mean=tuple(r["mean"]), std=tuple(r["std"]))      # the recipe's, whatever the weights saw before
+    own = dict(mean=tuple(r["mean"]), std=tuple(r["std"]), interpolation=r["interpolation"])
+    backbone.input = replace(backbone.input, **own)                        # the recipe's, whatever the weights saw before
     return backbone, report
 
 def make_model(
@@ -176,12 +195,15 @@ class FineTuning(Task):
     def __init__(self, r: dict):
         if r["optimizer"] not in ("sgd", "adam"): raise ValueError(f"optimizer {r['optimizer']!r}: fine-tuning has sgd and adam")
         if r["erasing_fill"] not in ("pixel", "const", "black"): raise ValueError(f"erasing_fill {r['erasing_fill']!r}: choose pixel (noise), const (the mean colour) or black")
+        if r["lr_by"] not in ("epoch", "step"): raise ValueError(f"lr_by {r['lr_by']!r}: choose epoch or step")
         self.recipe = r
         samples, root = read_data(r, "train")
         if unknown := int((samples.pid < 0).sum()):
             warnings.warn(f"{unknown} of {len(samples)} training images have no person (pid -1) and sit out")
             samples = samples[samples.pid >= 0]
+        n_before = len(samples)
         samples = part_of(samples, r["few_ids"], r["few_images"], r["keep_list"], r["seed"]).reset_index(drop=True)
+        self.n_left_out = n_before - len(samples)
         names, labels = np.unique(samples.pid.to_numpy(), return_inverse=True)
         outside = _hold_out(labels, len(names), r["held_out"], r["seed"])
         names, self.labels = np.unique(np.where(outside, -1, labels), return_inverse=True)
@@ -191,7 +213,7 @@ class FineTuning(Task):
         self.camid, self.images = samples.camid.to_numpy(np.int64), ImageStore(samples, root)
         if r["sie"] and (self.camid < 0).any(): raise ValueError(f"sie=true needs a camera for every image, and {int((self.camid < 0).sum())} have camid -1, the first: {samples.path[int((self.camid < 0).argmax())]}")
         self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1       # a person without a readable image sits out
-        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], seed=r["seed"])
+        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
         try: self.sampler(None, 0, 0, 0, 1)
         except ValueError as e: raise ValueError(f"{e} (few_ids={r['few_ids']}, few_images={r['few_images']} and held_out={r['held_out']} leave {self.n_images} images of {self.n_ids} people)") from None
 
@@ -220,7 +242,9 @@ class FineTuning(Task):
 
     def schedule(self, share):
         r = self.recipe
-        lr = epoch_lr(int(share * r["epochs"]), r["epochs"], r["lr"] * r["batch_size"] / r["lr_per"], r["warmup_epochs"], r["warmup_start"], r["lr_end"], r["constant_until"])
+        at, top = share * r["epochs"], r["lr"] * r["batch_size"] / r["lr_per"]
+        lr = epoch_lr(at if r["lr_by"] == "step" else int(at), r["epochs"], top, r["warmup_epochs"], r["warmup_start"], r["lr_end"],
+                      r["constant_until"])
         for g in self.optimizer.param_groups: g["lr"] = lr * g["scale"]
         if r["freeze_epochs"]:
             for m in self._frozen(): m.train(share * r["epochs"] >= r["freeze_epochs"])          # standing still includes the statistics of BatchNorm
@@ -322,14 +346,23 @@ def test_model(
     model: nn.Module,     # eval mode returns (n, D) features
     r: dict,              # a fine-tuning recipe: `data` or `test_data`, `protocol`, `flip_test`
     out: str | Path,      # folder for the features
-):                        # a RetrievalScore
+    accelerator=None,     # of a training that goes on: every process calls this and extracts its share; None: one alone
+):                        # a RetrievalScore; with several processes, the first one's, and None in the others
     "Features of query and gallery of the recipe's data, or of its `test_data` (direct transfer), then mAP, CMC and mINP."
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     samples, root = test_set(r)
-    found = extract(samples, root, model, out, batch_size=256, flip=r["flip_test"])
-    split = found.samples.split.to_numpy()
-    query, gallery = np.flatnonzero(split == "query"), np.flatnonzero(split == "gallery")
-    score = evaluate(found.x[query], found.x[gallery], found.samples.iloc[query], found.samples.iloc[gallery], protocol=r["protocol"])
-    return replace(score, unreadable=found.unreadable.path.tolist())
+    if ranks > len(samples):
+        raise ValueError(f"the test set has {len(samples)} images for {ranks} processes: use fewer, or test_every=0")
+    folders = [Path(out) / f"part-{k}" for k in range(ranks)] if ranks > 1 else [Path(out)]
+    share = np.array_split(np.arange(len(samples)), ranks)[rank]
+    found = [extract(samples.iloc[share], root, model, folders[rank], batch_size=256, flip=r["flip_test"])]
+    if ranks > 1: accelerator.wait_for_everyone()                # for equal shares of the work, not for one process's
+    if rank: return None
+    found += [Features.open(folder) for folder in folders[1:]]
+    x, table = np.concatenate([f.x for f in found]), pd.concat([f.samples for f in found])
+    query, gallery = (np.flatnonzero(table.split == name) for name in ("query", "gallery"))
+    score = evaluate(x[query], x[gallery], table.iloc[query], table.iloc[gallery], protocol=r["protocol"])
+    return replace(score, unreadable=[path for f in found for path in f.unreadable.path])
 
 def finetune(
     recipe: dict,   # as `recipe("finetune", ...)` wrote it; the run in `weights` must be done
@@ -352,7 +385,7 @@ def finetune(
             if both: warnings.warn(f"{run.name}: {len(both)} people are in the train split and among the queries ({', '.join(map(str, sorted(both)[:5]))}{', …' if len(both) > 5 else ''}): this score does not tell how the model does on new people")
             report |= dict(people_in_both=len(both))
             if best: report |= dict(held_out_mAP=float(best.score), chosen_epoch=float(best.epoch), held_out_images=len(task.held_out))
-            report |= dict(test_unreadable=len(score.unreadable), mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, flip_test=recipe["flip_test"], train_images=task.n_images, train_ids=task.n_ids,
+            report |= dict(test_unreadable=len(score.unreadable), mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, flip_test=recipe["flip_test"], train_images=task.n_images, train_ids=task.n_ids, left_out_images=task.n_left_out,
                            matched=None if task.load_report is None else len(task.load_report.matched))
         run.finish(report)
     return run

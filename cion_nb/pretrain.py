@@ -74,26 +74,31 @@ class Pretraining(Task):
         self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1   # and an identity without a readable image sits out
         self.n_images = int((self.labels >= 0).sum())
         self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"], r["aspect"],
-                               recipe=r["augmentation"], seed=r["seed"], **r["view_changes"])
+                               recipe=r["augmentation"], seed=r["seed"],
+                               **dict(erase_rule=r["erasing_rule"]) | r["view_changes"])
 
     def phase(self, seen: int) -> int:
-        "Images an identity, by the share of the budget."
+        "Images an identity, by the share of the budget; it changes between steps, not inside one."
         r = self.recipe
-        return id_curriculum(r["epochs"] * seen / budget(r, self.n_images), r["epochs"], r["n_id"], r["n_id_epochs"], of=r["epochs"])
+        share = (seen - seen % r["batch_size"]) / budget(r, self.n_images)
+        return id_curriculum(r["epochs"] * share, r["epochs"], r["n_id"], r["n_id_epochs"], of=r["epochs"])
 
     def sampler(self, phase, n_pass, advance, rank, world_size):
         r, s = self.recipe, self.samples
-        sampler = IdentitySampler(self.labels, r["batch_size"] // r["accumulate"], phase, r["seed"], rank, world_size, s.camid, s.tracklet,
-                                  curriculum=r["n_id"])
+        sampler = IdentitySampler(self.labels, r["batch_size"], phase, r["seed"], rank, world_size, s.camid, s.tracklet,
+                                  curriculum=r["n_id"], pieces=r["accumulate"])
         sampler.set_epoch(n_pass, advance)
         return sampler
 
     def load(self, rows, seen):
-        n_id = self.phase(seen - self.recipe["batch_size"] // self.recipe["accumulate"])      # `seen` counts this batch already
-        return dict(views=self.views(self.images[rows], rows, epoch=seen), identity=torch.arange(len(rows)) // n_id)
+        step = self.recipe["batch_size"]
+        end = -(-seen // step) * step              # of the step that this batch belongs to: views do not depend on its cuts
+        n_id = self.phase(end - step)
+        return dict(views=self.views(self.images[rows], rows, epoch=end), identity=torch.arange(len(rows)) // n_id)
 
     def schedule(self, share):
         r = self.recipe
+        self.modules["loss"].waiting.clear()       # of a step that was given up
         lr = r["lr"] * r["batch_size"] / r["lr_per"]
         values = dict(lr=warmup_cosine(share, lr, r["lr_end"], r["warmup_epochs"] / r["epochs"]), weight_decay=warmup_cosine(share, *r["weight_decay"]))
         for g in self.optimizer.param_groups:
@@ -129,7 +134,8 @@ class Distillation(Pretraining):
         if r["channels_last"]: student = to_channels_last(student)
         teacher = deepcopy(student).requires_grad_(False)          # starts equal, stays in train mode: its BatchNorm has its own statistics
         loss = IdentityGuidedLoss(r["out_dim"], 2 + r["n_local"], student_temp=r["student_temp"], teacher_temp=r["teacher_temp"],
-                                  centre_momentum=r["centre_momentum"], variant=r["variant"], centre=r["centre"]).to(device)
+                                  centre_momentum=r["centre_momentum"], variant=r["variant"], centre=r["centre"],
+                                  accumulate=r["accumulate"]).to(device)
         self.modules, self.optimizer = dict(model=student, teacher=teacher, loss=loss), self.make_optimizer(student)
 
     def loss(self, model, batch, accelerator):
@@ -171,7 +177,7 @@ class MomentumContrast(Pretraining):
         backbone = create_backbone(r["backbone"], r["image_size"])
         model = MultiViewModel(backbone, ContrastHead(backbone.embed_dim, r["moco_dim"])).to(device)
         if r["channels_last"]: model = to_channels_last(model)
-        loss = InfoNCELoss(r["moco_dim"], r["queue"], r["moco_temp"]).to(device)
+        loss = InfoNCELoss(r["moco_dim"], r["queue"], r["moco_temp"], r["accumulate"]).to(device)
         self.modules = dict(model=model, teacher=deepcopy(model).requires_grad_(False), loss=loss)
         self.optimizer = self.make_optimizer(model)
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'COMMANDS', 'RECIPES', 'METHODS', 'TUNINGS', 'RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'WHOLE', 'PAIRS',
-           'LIMITS', 'PACKAGES', 'INPUTS', 'UNHASHED', 'project_root', 'resolve', 'runs_dir', 'atomic', 'write_json',
-           'progress', 'fingerprint', 'released_clustering', 'released_finetuning', 'recipe', 'table5', 'processors',
-           'environment', 'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies', 'made_from',
-           'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'recipe_from_arguments', 'run_from_arguments',
-           'check_parameters']
+           'LIMITS', 'PACKAGES', 'INPUTS', 'UNHASHED', 'ADDED', 'project_root', 'resolve', 'runs_dir', 'atomic',
+           'write_json', 'progress', 'fingerprint', 'released_clustering', 'released_finetuning', 'recipe', 'table5',
+           'processors', 'environment', 'git_commit', 'is_main_process', 'MissingRun', 'BusyRun', 'dependencies',
+           'made_from', 'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'recipe_from_arguments',
+           'run_from_arguments', 'check_parameters']
 
 # %% ../nbs/01_runs.ipynb #5fdcce38
 import ast, copy, difflib, hashlib, json, math, os, platform, subprocess, sys, time
@@ -148,6 +148,7 @@ RECIPES["denoise"] = dict(
 # Identity-guided self-distillation. Epochs are counted from 0; a schedule's position is the share of images seen.
 _SHORT = dict(global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],        # what a run of some hundred steps on small images needs: smaller crops hold nobody, hard jitter hides the clothes
               view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
+              erasing_rule="timm",                                      # of LUP-style's boxes, as when the stored results were made
               data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", n_local=2, epochs=10, batch_size=48,      # in trials this short an 18-layer network's frozen features ended below untrained ones
               out_dim=256, head_hidden=256, head_bottleneck=64, head_bn=True, teacher_temp=0.02, ema=[0.97, 1.0], moco_momentum=0.97,
               lr=1e-2, weight_decay=[0.04, 0.04], warmup_epochs=1, freeze_last_layer_epochs=0, precision="auto", workers=0)
@@ -156,7 +157,7 @@ RECIPES["pretrain"] = dict(
         method="cion", data="cion_al", data_root=None, annotation=None, identities="pid", data_share=1.0,
         backbone="resnet50_ibn", image_size=[256, 128], local_size=[128, 64], n_local=8,
         global_scale=[0.4, 1.0], local_scale=[0.05, 0.4], aspect=[0.375, 0.667],       # assumed: DINO's, aspect times w/h
-        augmentation="paper", view_changes={}, loss="identity", variant="paper", teacher="step", centre="ema",
+        augmentation="paper", view_changes={}, erasing_rule="zhong", loss="identity", variant="paper", teacher="step", centre="ema",
         epochs=100, images_per_epoch=None, batch_size=960, accumulate=1,
         n_id=[2, 4, 6, 8], n_id_epochs=[0, 40, 60, 80],
         out_dim=65536, head_hidden=2048, head_bottleneck=256, head_bn=False, student_temp=0.1, teacher_temp=0.04, centre_momentum=0.9,
@@ -191,7 +192,7 @@ RECIPES["finetune"] = dict(
         mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
         epochs=120, images_per_epoch=None, batch_size=64, k=4, optimizer="sgd", momentum=0.9,
         lr=0.0016, lr_per=256, lr_end=0.002, warmup_epochs=20, warmup_start=0.01, constant_until=0, weight_decay=1e-4, bias_lr=2.0, freeze_epochs=0,
-        flip=0.5, pad=10, erasing=0.5, erasing_fill="pixel", label_smoothing=0.0, margin=None, triplet_weight=1.0, gather_triplets=False, clip=None,
+        flip=0.5, pad=10, erasing=0.5, erasing_rule="timm", erasing_fill="pixel", interpolation="bilinear", lr_by="epoch", label_smoothing=0.0, margin=None, triplet_weight=1.0, gather_triplets=False, clip=None,
         jpm=False, sie=False, part_dim=256, circle_scale=64.0, circle_margin=0.35,
         feature="before_neck", precision="fp16", channels_last=True, compile=False, sync_bn=True, grad_checkpointing=False,
         workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=0),
@@ -210,12 +211,12 @@ RECIPES["usl"] = dict(
         mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
         k1=30, k2=6, clusterer="dbscan", eps=0.6, min_samples=4, probes=None, memory_update="hard", memory_momentum=0.2, temperature=0.05,
         epochs=50, images_per_epoch=51200, batch_size=256, k=8, optimizer="sgd", momentum=0.9, lr=3.5e-4, lr_step=20, lr_factor=0.1, weight_decay=5e-4,
-        flip=0.5, pad=10, erasing=0.5, erasing_fill=[0.485, 0.456, 0.406], ghost_bn=64, sync_bn=False, test_every=10,
+        flip=0.5, pad=10, erasing=0.5, erasing_rule="zhong", erasing_fill=[0.485, 0.456, 0.406], interpolation="bicubic", ghost_bn=64, sync_bn=False, test_every=10,
         precision="fp32", channels_last=True, compile=False, grad_checkpointing=False, workers=8, checkpoint_minutes=30, keep_checkpoints=2, trackers=[], seed=1),
     small=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[128, 64], k1=20, k2=4, epochs=20, images_per_epoch=3200, batch_size=64, optimizer="adam", lr=1e-3, lr_step=12, ghost_bn=None,
                weights=dict(stage="pretrain"), pad=5, precision="auto", workers=0, checkpoint_minutes=5),
     tiny=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], k1=12, k2=3, epochs=10, images_per_epoch=640, batch_size=64, k=4, optimizer="adam", lr=1e-3, lr_step=6, ghost_bn=None,
-              weights=dict(stage="pretrain"), pad=3, erasing=0.0, test_every=2, precision="auto", workers=0, checkpoint_minutes=2, seed=0))
+              weights=dict(stage="pretrain"), pad=3, erasing=0.0, interpolation="bilinear", test_every=2, precision="auto", workers=0, checkpoint_minutes=2, seed=0))
 RECIPES["usl"]["smoke"] = RECIPES["usl"]["tiny"] | dict(epochs=2, images_per_epoch=64, batch_size=16, min_samples=2, test_every=0)
 RECIPES["uda"] = {profile: values | (dict(weights=None) if profile == "paper" else dict(weights=dict(stage="finetune", data=dict(stage="world", bank="B"), weights=dict(stage="pretrain")))) for profile, values in RECIPES["usl"].items()}
 
@@ -233,7 +234,7 @@ TUNINGS = dict(
                    small=dict(backbone="vit_small", lr=0.032), tiny=dict(backbone="vit_tiny", lr=0.032)),
     mgn=dict(paper=dict(image_size=[384, 128], mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],                                # FastReID's, as released
                         epochs=60, batch_size=64, k=16, optimizer="adam", lr=3.5e-4, lr_per=64, lr_end=0.0022, warmup_epochs=10, constant_until=30, weight_decay=5e-4, bias_lr=1.0,
-                        freeze_epochs=10, erasing_fill="black", label_smoothing=0.1, gather_triplets=True, feature="after_neck"),
+                        freeze_epochs=10, erasing_rule="zhong", erasing_fill="black", interpolation="bicubic", lr_by="step", label_smoothing=0.1, gather_triplets=True, feature="after_neck"),
              small=dict(image_size=[192, 64], epochs=30, batch_size=64, k=4, lr=3.5e-4, lr_per=64, warmup_epochs=3, constant_until=15, freeze_epochs=3),
              tiny=dict(image_size=[96, 32], k=4, lr=2e-3, lr_per=32, constant_until=6, freeze_epochs=0)))
 for _tuning in TUNINGS.values():
@@ -375,6 +376,15 @@ def is_main_process() -> bool:
 INPUTS = ("data_root", "annotation", "weights", "model", "test_root", "keep_list")      # recipe values that may name files
 UNHASHED = ("workers", "checkpoint_minutes", "keep_checkpoints", "trackers")   # how a run is watched and kept; its result does not depend on them
 
+def _erases(recipe):
+    if "erasing" in recipe: return recipe["erasing"]
+    return recipe["augmentation"] == "lup" or recipe["view_changes"].get("erase")
+
+ADDED = dict(   # settings that came later, and where they leave a result, and so a run's name, as it was without them
+    erasing_rule=lambda recipe: recipe["erasing_rule"] == "timm" or not _erases(recipe),
+    interpolation=lambda recipe: recipe["interpolation"] == "bilinear",
+    lr_by=lambda recipe: recipe["lr_by"] == "epoch")
+
 class MissingRun(LookupError):
     "A run that another one needs has not been computed."
 
@@ -424,7 +434,8 @@ def _images_print(table):
 
 def run_hash(recipe: dict) -> str:
     "Hash of a recipe, of the files it names, and of the same for every recipe nested in it; a run resumed with other `UNHASHED` values is the same run."
-    flat = {k: run_hash(v) if isinstance(v, dict) and "stage" in v else v for k, v in recipe.items() if k not in UNHASHED}
+    kept = {k: v for k, v in recipe.items() if k not in UNHASHED and not (k in ADDED and ADDED[k](recipe))}
+    flat = {k: run_hash(v) if isinstance(v, dict) and "stage" in v else v for k, v in kept.items()}
     named = {k: str(v) for k, v in recipe.items() if isinstance(v, (str, Path))}
     inputs = {k: _input_print(v) for k, v in named.items() if k in INPUTS and v != "imagenet" or k == "data" and v.endswith(".parquet")}
     if named.get("data", "").endswith(".parquet") and not recipe.get("data_root"): inputs["images"] = _images_print(resolve(named["data"]))      # they lie beside the table

@@ -15,7 +15,9 @@ from cion_nb.neighbours import cluster
 from cion_nb.runs import Run, recipe
 from cion_nb.samples import read_samples, write_samples
 from cion_nb.score import load_model, score
+from test_finetune import what_is_erased
 from test_training_stages import people, runs      # noqa: F401  (fixtures)
+from test_views import BOX, boxes_plainly, same_distribution
 
 QUICK = dict(epochs=3, images_per_epoch=32, batch_size=16, k=4, k1=6, k2=2, min_samples=2, eps=.7, weights=None, precision="fp32", channels_last=False, test_every=0)
 def quick(people, stage="usl", **changes): return recipe(stage, "tiny", data=str(people), **QUICK | changes)
@@ -197,7 +199,7 @@ def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, 
 def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path):
     """Groups of BatchNorm are the recipe's, whatever the number of processes: the first group's statistics, kept by the first process, describe all
     images. Sums over two processes are rounded otherwise, so values agree to that."""
-    r = quick(people, ghost_bn=8, images_per_epoch=16, optimizer="sgd", lr=1e-4); one = usl(r); first = [row for row in one.read_log() if "clusters" in row]; mAP = one.result["mAP"]
+    r = quick(people, ghost_bn=8, images_per_epoch=16, optimizer="sgd", lr=1e-4, test_every=2); one = usl(r); first = [row for row in one.read_log() if "clusters" in row]; mAP = one.result["mAP"]
     import shutil; shutil.rmtree(one.folder)
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
     p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.cluster_contrast", "usl", "--recipe", str(file)],
@@ -207,6 +209,8 @@ def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path)
     again = [row for row in Run(r).read_log() if "clusters" in row]; assert Run(r).result["bn_batch"] == 8 and Run(r).result["processes"] == 2 and len(again) == 3 and again[0]["search"] == "torch cpu, 2 parts"
     for a, b in zip(first, again): assert {k: a[k] for k in ("epoch", "clusters", "outliers", "adjusted_rand")} == {k: b[k] for k in ("epoch", "clusters", "outliers", "adjusted_rand")}
     assert Run(r).result["mAP"] == pytest.approx(mAP, abs=5e-3)
+    assert [("test_mAP" in a, "test_mAP" in b) for a, b in zip(first, again)] == [(False, False)] * 2 + [(True, True)] and again[2]["test_mAP"] == pytest.approx(first[2]["test_mAP"], abs=5e-3)
+    assert not list(Run(r).folder.glob("test-[0-9]*")), "the test's features stay no longer than it"
 
 
 SEARCH = """
@@ -225,12 +229,21 @@ for probes in (None, 3):
     one = knn(x[rows], 12, device="cpu") if probes is None else knn_approximate(x[rows], 12, probes)
     assert (near.index == one.index).all() and (near.distance == one.distance).all(), probes
     assert a.num_processes == 3
+from cion_nb.backbones import create_backbone
+from cion_nb.finetune import test_model, test_set
+from cion_nb.runs import recipe
+model, seen = create_backbone("resnet10_tiny", (64, 32)).eval(), []; r = recipe("usl", "tiny", data=sys.argv[1])      # every rank the same network, as after `features`
+for p in model.parameters(): torch.nn.init.trunc_normal_(p, std=.1, generator=torch.Generator().manual_seed(len(seen)))
+model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+score = test_model(model, r, sys.argv[2] + "/shared", a); n = len(test_set(r)[0])
+assert sum(seen) in (n // 3, n // 3 + 1) and (score is None) == (a.process_index > 0), (seen, n)                      # nobody extracts alone
+if score: alone = test_model(model, r, sys.argv[2] + "/alone"); assert alone.mAP == score.mAP and (alone.AP == score.AP).all() and alone.per_query.path.tolist() == score.per_query.path.tolist()
 print("agreed")
 """
 
-def test_three_processes_find_the_neighbours_of_one(tmp_path):
+def test_three_processes_find_the_neighbours_and_the_score_of_one(people, tmp_path):
     (tmp_path / "search.py").write_text(SEARCH)
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port", str(random.randint(20000, 40000)), str(tmp_path / "search.py")],
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port", str(random.randint(20000, 40000)), str(tmp_path / "search.py"), str(people), str(tmp_path)],
                        env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
     assert p.returncode == 0 and p.stdout.count("agreed") == 3, p.stderr[-3000:]
 
@@ -247,6 +260,16 @@ def test_workers_change_nothing(people, runs):
 
 
 # Recipes and bad input
+
+def test_erasing_is_the_released_scripts(people, runs):
+    "2 to 40 % of the image, aspect uniform, ImageNet's means after normalisation by .5; views and clustered images by bicubic interpolation."
+    r = recipe("usl", "paper", data=str(people), batch_size=16, images_per_epoch=32, k=4); task = ClusterContrast(r)
+    n = 4000; task.transform.size = (64, 32); boxes = task.transform(torch.zeros(n, 3, 64, 32, dtype=torch.uint8), np.arange(n))[1].numpy()
+    assert abs((boxes[:, 2] > 0).mean() - .5) < .04; boxes = boxes[boxes[:, 2] > 0]
+    same_distribution(boxes, boxes_plainly(len(boxes), 64, 32, (.02, .4), (.3, 1 / .3)), *BOX)
+    assert task.transform.interpolation == r["interpolation"] == "bicubic"
+    inside = what_is_erased(task, r); assert len(inside) and torch.allclose(inside, torch.tensor([.485, .456, .406]).expand(len(inside), 3))
+
 
 def test_recipes_are_the_released_scripts():
     market, msmt = recipe("usl", "paper"), recipe("usl", "paper", data="msmt17", backbone="vit_small")

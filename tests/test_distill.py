@@ -147,6 +147,30 @@ def test_teacher_gets_no_gradient_and_eval_keeps_the_centre():
     assert set(loss.state_dict()) == {"centre"}
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_a_step_in_pieces_is_the_step(variant):
+    "Loss, gradient and centre of three steps: the pieces see one centre, which moves once, by all outputs. The same for MoCo's queue."
+    g = torch.Generator().manual_seed(0); identity = torch.arange(8) // 2
+    found = {}
+    for n in (1, 2, 4):
+        g.manual_seed(0); loss = IdentityGuidedLoss(6, 3, variant=variant, accumulate=n); values = []
+        for _ in range(3):
+            s, t = (torch.randn(v, 8, 6, generator=g, dtype=torch.float64).requires_grad_(v == 3) for v in (3, 2))
+            parts = [loss(s[:, i:i + 8 // n].flatten(0, 1), t[:, i:i + 8 // n].flatten(0, 1), identity[i:i + 8 // n] - identity[i]) / n for i in range(0, 8, 8 // n)]
+            values += [sum(parts), torch.autograd.grad(sum(parts), s)[0], loss.centre.clone()]
+        found[n] = values
+    for n in (2, 4):
+        for a, b in zip(found[1], found[n]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="not known before its last part"): IdentityGuidedLoss(6, 3, centre="batch", accumulate=2)
+    for n in (1, 4):
+        torch.manual_seed(1); moco = InfoNCELoss(5, 20, accumulate=n); g.manual_seed(2); values = []
+        for _ in range(3):
+            q, k = torch.randn(8, 5, generator=g), torch.randn(8, 5, generator=g)
+            values += [sum(moco(q[i:i + 8 // n], k[i:i + 8 // n]) for i in range(0, 8, 8 // n)) / n, moco.queue.keys.clone(), moco.queue.at.clone()]
+        found[n] = values
+    for a, b in zip(found[1], found[4]): torch.testing.assert_close(a, b)
+
+
 def test_batch_centre_is_the_mean_of_this_batch():
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 3, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64) + 5

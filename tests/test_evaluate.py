@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from cion_nb import evaluate as E
 from cion_nb.evaluate import evaluate, evaluate_distances, hit_ranks, plot_ranked, rank
+from cion_nb.protocols import evaluate_single_shot
 from cion_nb.samples import make_samples
 
 
@@ -148,6 +149,30 @@ def test_tensors_memory_maps_and_filtered_tables(tmp_path):
         assert evaluate(q * 1e15, g * 1e-15, query, gallery).asdict() == plain
         ids_only = evaluate(q, g, query[["pid", "camid"]], gallery[["pid", "camid"]])
         assert ids_only.asdict() == plain and all(n.startswith("row ") for n in ids_only.unmatched)
+
+
+@pytest.mark.parametrize("protocol", ["market", "no_camera"])
+@pytest.mark.parametrize("unknown", [.4, 1.])
+def test_an_image_never_answers_itself(protocol, unknown):
+    "A table searched within itself, cameras known in part: the pairs of a row with itself leave every score and every list."
+    rng = np.random.default_rng(int(10 * unknown)); n = 60; x = rng.normal(size=(n, 6)).astype(np.float32)
+    t = make_samples([f"{i}.png" for i in range(n)], rng.integers(0, 12, n), np.where(rng.random(n) < unknown, -1, rng.integers(0, 3, n)))
+    d = cosine(x, x); d[np.arange(n), np.arange(n)] = np.inf
+    scores = []
+    for i in range(n):
+        listed = [t.pid[j] == t.pid[i] for j in np.lexsort((np.arange(n), d[i])) if j != i and not (protocol == "market" and t.pid[j] == t.pid[i] and t.camid[j] == t.camid[i] != -1)]
+        at = np.flatnonzero(listed) + 1
+        scores.append(None if not len(at) else (float(np.mean(np.arange(1, len(at) + 1) / at)), int(at[0]), len(at) / at[-1]))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always"); agree(evaluate(x, x, t, t, protocol), scores); agree(evaluate_distances(cosine(x, x), t, t, protocol), scores)
+        drawn = evaluate_single_shot(x, x, t, t, repeats=2, protocol=protocol)
+    own = int((t.camid < 0).sum()) if protocol == "market" else n
+    assert sum(f"{own:,} queries lie in the gallery themselves" in str(w.message) for w in said) == (3 if own else 0)
+    assert drawn.n_query == sum(s is not None for s in scores)
+    ranked = rank(x, x, t, t, k=5, protocol=protocol); assert not (ranked["query"] == ranked["gallery"]).any()
+    elsewhere = t.assign(camid=t.camid.where(t.camid < 0, t.camid + 1))                          # files of the same names in another camera are others
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); assert E.Answers(t, elsewhere, protocol).own.tolist() == np.flatnonzero(t.camid < 0).tolist()
+    assert not len(E.Answers(t.drop(columns="path"), t, protocol).own)
 
 
 def test_unmatched_queries_are_named():

@@ -2,12 +2,13 @@
 import json, os, random, signal, subprocess, sys, time
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
-from cion_nb.backbones import create_backbone, export_onnx, export_torchscript, load_backbone, save_backbone
+from cion_nb.backbones import InputSpec, create_backbone, export_onnx, export_torchscript, load_backbone, save_backbone
 from cion_nb.evaluate import evaluate
 from cion_nb.features import Features, embed, extract
 from cion_nb.finetune import BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_model, part_of, save_finetuned
@@ -18,6 +19,7 @@ from cion_nb.samples import read_samples, write_samples
 from cion_nb.score import load_model, score
 from cion_nb.transreid import TransReID, jigsaw_groups
 from test_training_stages import asked, people, runs      # noqa: F401  (fixtures)
+from test_views import BOX, boxes_plainly, same_distribution
 
 QUICK = dict(epochs=2, images_per_epoch=32, batch_size=16, warmup_epochs=1, precision="fp32", channels_last=False)
 def quick(people, **changes): return recipe("finetune", "tiny", data=str(people), **QUICK | changes)
@@ -161,14 +163,24 @@ def test_parts_lie_in_one_another_and_are_whole_people():
     assert part_of(t).equals(t) and not part_of(t, few_ids=.3, seed=0).equals(part_of(t, few_ids=.3, seed=1))
 
 
-def test_a_list_of_ones_own(people, runs, tmp_path):
+def test_a_list_of_ones_own(people, runs, tmp_path, capsys):
     t = read_samples(people); t = t[t.split == "train"]
     (tmp_path / "pids.txt").write_text("3\n5\n\n"); (tmp_path / "paths.txt").write_text("\n".join(t.path[:10])); (tmp_path / "bad.txt").write_text("1_1_0.png\nnobody.png\n"); (tmp_path / "empty.txt").write_text("\n")
     assert set(part_of(t, keep_list=tmp_path / "pids.txt").pid) == {3, 5} and part_of(t, keep_list=tmp_path / "paths.txt").path.tolist() == t.path[:10].tolist()
     with pytest.raises(ValueError, match="1 of 2 lines.*nobody.png"): part_of(t, keep_list=tmp_path / "bad.txt")
     with pytest.raises(ValueError, match="is empty"): part_of(t, keep_list=tmp_path / "empty.txt")
+    for name, raw in dict(marked="\ufeff3\r\n5\r\n".encode(), zeros=b"0003 \n0005 \n").items():                       # Notepad's; LUPerson's used_ids
+        (tmp_path / name).write_bytes(raw); assert set(part_of(t, keep_list=tmp_path / name).pid) == {3, 5}
+    deep = t.assign(path="train/" + t.path)
+    for name, text in dict(windows="train\\1_1_0.png\ntrain\\2_1_3.png\n", names="1_1_0.png; 0; 0 \n2_1_3.png; 1; 0 \n").items():     # the second as LUPerson's used_ims
+        (tmp_path / name).write_text(text); assert part_of(deep, keep_list=tmp_path / name).path.tolist() == ["train/1_1_0.png", "train/2_1_3.png"]
+    twice = pd.concat([deep, t.assign(path="more/" + t.path)])
+    with pytest.raises(ValueError, match="2 of 2 lines name neither a path nor a pid"): part_of(twice, keep_list=tmp_path / "names")      # a name in two folders
+    (tmp_path / "gbk.txt").write_bytes("人.png\n".encode("gbk"))
+    with pytest.raises(ValueError, match="gbk.txt is no UTF-8.*iconv"): part_of(t, keep_list=tmp_path / "gbk.txt")
+    capsys.readouterr(); part_of(t, keep_list=tmp_path / "pids.txt"); assert "pids.txt: 16 of 64 training images are listed, 2 of 8 people; the others sit out" in capsys.readouterr().err
     r = quick(people, keep_list=str(tmp_path / "pids.txt"), epochs=1, batch_size=8, images_per_epoch=8)
-    run = finetune(r); assert run.result["train_ids"] == 2 and run.result["train_images"] == 16
+    run = finetune(r); assert run.result["train_ids"] == 2 and run.result["train_images"] == 16 and run.result["left_out_images"] == 48
     time.sleep(.02); (tmp_path / "pids.txt").write_text("3\n5\n7\n"); import cion_nb.runs as room; room._seen_inputs.clear()
     assert Run(r).name != run.name, "the list is an input: its content is in the name"
 
@@ -200,6 +212,58 @@ def test_held_out_score_by_hand():
     assert held_out_score(x, t) == 1. and held_out_score(x, t.assign(camid=-1)) == 1.
     assert held_out_score(x, t.assign(pid=[1, 2, 1, 2], camid=-1)) == pytest.approx(np.mean([1 / 3, 1 / 2, 1 / 3, 1 / 2]))      # of a: b, d, then c
     with pytest.raises(ValueError): held_out_score(x, t.assign(pid=[1, 2, 3, 4]))
+
+
+def score_plainly(x, t):
+    "Every image asks all others; its own camera's images of the person do not count, as far as cameras are known."
+    x, AP = x / np.linalg.norm(x, axis=1, keepdims=True), []
+    for i in range(len(x)):
+        kept = [j for j in range(len(x)) if j != i and not (t.pid[i] == t.pid[j] and t.camid[i] == t.camid[j] >= 0)]
+        ranked = sorted(kept, key=lambda j: (-float(x[i] @ x[j]), j)); right = [n for n, j in enumerate(ranked, 1) if t.pid[j] == t.pid[i]]
+        if right: AP.append(np.mean([(k + 1) / n for k, n in enumerate(right)]))
+    return np.mean(AP)
+
+@pytest.mark.parametrize("unknown", [0, .3, .8, 1.])
+def test_held_out_images_never_find_themselves(unknown):
+    rng = np.random.default_rng(3); pid = np.repeat(np.arange(12), 4); n = len(pid)
+    x = (rng.normal(size=(12, 8))[pid] + 1.5 * rng.normal(size=(n, 8))).astype(np.float32)
+    t = pd.DataFrame(dict(path="same.png", pid=pid, camid=np.where(rng.random(n) < unknown, -1, rng.integers(0, 3, n))))
+    assert held_out_score(x, t) == held_out_score(x, t.drop(columns="path")) == pytest.approx(score_plainly(x, t), abs=1e-6)
+
+
+def what_is_erased(task, r):
+    "(pixels, 3) that a network sees inside the erased boxes of a task's own batch."
+    class Seen(Exception): pass
+    def network(x, *more): raise Seen(x)
+    task.transform.size, task.transform.pad = (64, 32), 0; batch = task.load(np.arange(48), 48)
+    task.modules = dict(model=SimpleNamespace(input=InputSpec(64, 32, mean=r["mean"], std=r["std"]))) | ({} if "pid" in batch else dict(memory=SimpleNamespace(labels=torch.zeros(64))))
+    with pytest.raises(Seen) as seen: task.loss(network, batch, None)
+    return torch.cat([x[:, t:t + h, l:l + w].flatten(1).T for x, (t, l, h, w) in zip(seen.value.args[0], batch["boxes"].tolist())])
+
+
+@pytest.mark.parametrize("method, changes", [("bnneck", {}), ("transreid", dict(backbone="vit_tiny", overlap=False, drop_path=None)), ("mgn", {})])
+def test_erasing_and_rates_of_a_method_are_the_released_ones(people, runs, method, changes):
+    "Boxes and learning rate of the paper's recipe, against what the released code draws and sets, written out."
+    r = recipe("finetune", "paper", method=method, data=str(people), batch_size=16, k=4, **changes); task = FineTuning(r)
+    assert (task.transform.erase, task.transform.flip, task.transform.pad, task.transform.interpolation) == (.5, .5, 10, "bicubic") and task.transform.size == ((384, 128) if method == "mgn" else (256, 128))
+    n = 4000; task.transform.size = (64, 32); boxes = task.transform(torch.zeros(n, 3, 64, 32, dtype=torch.uint8), np.arange(n))[1].numpy()
+    boxes = boxes[boxes[:, 2] > 0]
+    if method == "mgn": same_distribution(boxes, boxes_plainly(len(boxes), 64, 32, (.02, .4), (.3, 1 / .3)), *BOX)
+    else: assert (boxes[:, 2] * boxes[:, 3]).max() <= 1.1 * 64 * 32 / 3                                  # timm's, compared with it in test_views
+    assert (r["interpolation"], r["erasing_fill"]) == (("bicubic", "black") if method == "mgn" else ("bilinear", "pixel"))
+    inside = what_is_erased(task, r)
+    if method == "mgn": assert torch.allclose(inside, (-torch.tensor([.485, .456, .406]) / torch.tensor([.229, .224, .225])).expand(len(inside), 3), atol=1e-6)      # black, before normalisation
+    else: assert abs(inside.mean()) < .05 and abs(inside.std() - 1) < .05 and len(inside.unique()) > .9 * inside.numel()      # N(0, 1) a value, after it
+    steps, rates = r["epochs"] * 5, []                                                                 # five steps an epoch
+    task.optimizer, task._frozen = type("Optimizer", (), dict(param_groups=[dict(scale=1.)])), lambda: []
+    for step in range(steps): rates.append(task.schedule(step / steps)["lr"])
+    top, warm, end, floor = r["lr"] * 16 / r["lr_per"], r["warmup_epochs"], r["epochs"], r["lr_end"]
+    def fastreid(i):                                                                                   # warm-up, delay and length in iterations: moves at each
+        if i <= 30 * 5: return top * min(.01 + .99 * i / (10 * 5), 1.)
+        return floor * top + (1 - floor) * top * (1 + np.cos(np.pi * (i - 30 * 5) / (30 * 5))) / 2
+    def cosine(epoch): return top * (.01 + .99 * epoch / warm) if epoch < warm else top * (floor + (1 - floor) * (1 + np.cos(np.pi * epoch / end)) / 2)
+    assert rates == pytest.approx([fastreid(i) if method == "mgn" else cosine(i // 5) for i in range(steps)], rel=1e-6)
+    with pytest.raises(ValueError, match="choose epoch or step"): FineTuning(r | dict(lr_by="iteration"))
 
 
 def test_best_so_far_keeps_the_best():

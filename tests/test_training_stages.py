@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from cion_nb.backbones import create_backbone, export_onnx, load_backbone
+from cion_nb.backbones import InputSpec, create_backbone, export_onnx, load_backbone
 from cion_nb.evaluate import evaluate
 from cion_nb.features import Features, OnnxModel, embed, read_data
 from cion_nb.finetune import FineTuning, finetune, load_finetuned
@@ -124,6 +124,12 @@ def test_lup_style_is_its_released_scripts():
     assert (r["optimizer"], r["lr"] * 2560 / r["lr_per"], r["moco_temp"], r["queue"], r["moco_momentum"], r["moco_dim"], r["weight_decay"], r["n_local"], r["identities"]) == \
            ("sgd", pytest.approx(0.3), 0.1, 65536, 0.999, 128, [1e-4, 1e-4], 0, "image")
     assert (views["jitter"], views["erase"], views["grey"], views["blur"], views["global_scale"], views["n_local"]) == (0., .5, .2, (.5, .5, .5), (.2, 1.), 0)
+    assert [recipe("pretrain", p, method="lup")["erasing_rule"] for p in ("paper", "small", "tiny")] == ["zhong", "timm", "timm"]      # stored results of ours were made with timm's
+
+
+def test_a_recipes_erasing_reaches_the_views(people, runs):
+    for rule in ("zhong", "timm"): assert pretrain_room.MomentumContrast(asked(people, "lup", erasing_rule=rule)).views.recipe["erase_rule"] == rule
+    with pytest.raises(ValueError, match="erase_rule='tim'"): pretrain(asked(people, "lup", erasing_rule="tim"))
 
 
 def test_fit_is_dinos_loop(people, runs):
@@ -163,6 +169,35 @@ def test_fit_is_dinos_loop(people, runs):
         moved = max((p - q).abs().max().item() for p, q in zip(theirs.parameters(), Distillation_at_start(r).modules["model"].parameters()))
         worst = max((p - q).abs().max().item() for p, q in zip(ours.parameters(), theirs.parameters()))
         assert worst < .02 * moved, f"weights differ by {worst:.1e}, training moved them by {moved:.1e}"
+
+
+class Plain(torch.nn.Module):
+    "A backbone without BatchNorm."
+    def __init__(self, size):
+        super().__init__(); self.embed_dim, self.input, self.name = 32, InputSpec(*size), "plain"
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.GroupNorm(2, 8), torch.nn.GELU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    def forward(self, x): return self.net(x)
+
+@pytest.mark.parametrize("method", ["tracklet", "lup"])
+def test_a_run_in_pieces_is_the_whole_run(people, runs, monkeypatch, method):
+    "Without BatchNorm: losses, weights, teacher, centre or queue, momentum of the optimizer; the curriculum's change falls inside a step."
+    monkeypatch.setattr(pretrain_room, "create_backbone", lambda name, size: Plain(size))
+    found = []
+    for accumulate in (1, 2):
+        r = asked(people, method, epochs=2, images_per_epoch=36, accumulate=accumulate, optimizer="sgd", lr=.5, queue=100, warmup_epochs=0, clip=None, head_bn=False)
+        task = pretrain_room.TASKS[r["loss"]](r); fit(task, Run(r), log_every=1); found.append((task, [(row["seen"], row["loss"]) for row in Run(r).read_log()]))
+    (whole, a), (parts, b) = found
+    assert [seen for seen, _ in a] == [seen for seen, _ in b] == [24, 48, 72]
+    assert [loss for _, loss in b] == pytest.approx([loss for _, loss in a], rel=1e-4)
+    for name in whole.modules: torch.testing.assert_close(parts.modules[name].state_dict(), whole.modules[name].state_dict(), rtol=1e-4, atol=2e-5)
+    momentum = lambda task: [s["momentum_buffer"] for s in task.optimizer.state_dict()["state"].values()]
+    torch.testing.assert_close(momentum(parts), momentum(whole), rtol=1e-3, atol=1e-4)
+    start = pretrain_room.TASKS[r["loss"]](r); torch.manual_seed(r["seed"]); start.build(torch.device("cpu"))
+    assert max((p - q).abs().max() for p, q in zip(start.modules["model"].parameters(), whole.modules["model"].parameters())) > .01, "it learned something to compare"
+
+
+def test_a_batch_centre_in_pieces_is_refused(people, runs):
+    with pytest.raises(ValueError, match="use accumulate=1, or centre='ema'"): pretrain(asked(people, centre="batch", accumulate=2))
 
 
 def Distillation_at_start(r):

@@ -210,6 +210,91 @@ def test_erasing_boxes_are_distributed_as_timms():
     assert not erase_boxes(sample_draws(0, 0, np.arange(9), 22), np.zeros(9, bool), (64, 32)).any()
 
 
+# ── every augmentation that a paper's or released recipe names, by its distribution: the numbers are typed from the released code, not read from ours ──
+
+def boxes_plainly(n, H, W, area, aspect, seed=0):
+    "Random Erasing as released (Zhong et al. 2017): up to 100 tries of an area and an aspect h/w, both uniform; (n, 4) top, left, height, width."
+    import random; draw, out = random.Random(seed), []
+    for _ in range(n):
+        for _ in range(100):
+            target, r = draw.uniform(*area) * H * W, draw.uniform(*aspect)
+            h, w = int(round((target * r) ** .5)), int(round((target / r) ** .5))
+            if w < W and h < H: out.append((draw.randint(0, H - h), draw.randint(0, W - w), h, w)); break
+        else: out.append((0, 0, 0, 0))
+    return np.array(out)
+
+def same_distribution(ours, theirs, *columns):
+    for column in columns: assert stats.ks_2samp(column(ours.astype(float)), column(theirs.astype(float))).pvalue > 1e-3
+
+BOX = [lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / np.maximum(b[:, 3], 1)]      # top, left, area, aspect
+
+@pytest.mark.parametrize("size, area", [((256, 128), (.02, .4)), ((384, 128), (.02, .4)), ((256, 128), (.02, .6)), ((64, 32), (.02, .4))], ids=["usl", "mgn", "lup", "small"])
+def test_released_erasing_boxes(size, area):
+    n = 6000; theirs = boxes_plainly(n, *size, area, (.3, 1 / .3))
+    u = sample_draws(3, 0, np.arange(n), 22); ours = erase_boxes(u, np.ones(n, bool), size, "zhong", area)
+    same_distribution(ours, theirs, *BOX)
+    assert (ours[:, 2] > 0).all(), "ten tries are as good as a hundred"
+    if size == (256, 128) and area[1] == .4:
+        share = lambda b: b[:, 2] * b[:, 3] / (256 * 128); timms = erase_boxes(u, np.ones(n, bool), size)
+        assert share(ours).mean() == pytest.approx(.204, abs=.006) and (share(ours) > 1/3).mean() == pytest.approx(.158, abs=.02)
+        assert share(timms).mean() == pytest.approx(.165, abs=.006) and (share(timms) > 1/3).mean() < .005
+        assert any(stats.ks_2samp(c(timms.astype(float)), c(theirs.astype(float))).pvalue < 1e-9 for c in BOX), "this test can fail"
+    with pytest.raises(KeyError): erase_boxes(u, np.ones(n, bool), size, "zhang")
+
+
+VIEWS = {   # recipe: (global area, local area, w/h), interpolation, jitter, blur and solarise of first global, other global, local view, erasing
+    "paper": ((.4, 1.), (.05, .4), (.375, .667), "bicubic", .8, (1., .1, .5), (0., .2, 0.), None),              # DINO's main_dino.py, w/h times 1/2
+    "released": ((.8, 1.), (.05, .8), (.4, .6), "bicubic", .8, (1., .1, .5), (0., .2, 0.), None),               # CION's data/aug.py and run.py
+    "lup": ((.2, 1.), None, (.75, 4/3), "bilinear", 0., (.5, .5, None), (0., 0., None), (.5, (.02, .6)))}       # LUP's 'ori-cj+sre'
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_drawn_as_released(name):
+    whole, local, ratio, interpolation, jitter, blur, solarise, erasing = VIEWS[name]
+    n, H, W = 2000, 160, 70; crop = MultiCrop((256, 128), (128, 64), recipe=name, seed=2); p = crop.parameters(np.arange(n), np.full(n, H), np.full(n, W))
+    kinds = [(0, whole, 0), (1, whole, 1)] + ([(5, local, 2)] if local else [])
+    near = lambda found, chance: abs(found.mean() - chance) <= 4 * np.sqrt(chance * (1 - chance) / found.size) + 1e-12
+    torch.manual_seed(1); image = torch.empty(3, H, W)
+    for v, scale, kind in kinds:
+        same_distribution(p.crop[v], np.array([T.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)]), lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2])
+        assert near(p.flip[v], .5) and near(p.grey[v], .2) and near(p.jitter[v], jitter) and near(p.sigma[v] > 0, blur[kind]) and near(p.solarise[v], solarise[kind])
+        if blur[kind] >= .5: assert stats.kstest(p.sigma[v][p.sigma[v] > 0], stats.uniform(.1, 1.9).cdf).pvalue > 1e-3
+        for k, (centre, strength) in enumerate(((1, .4), (1, .4), (1, .2), (0, .1))): assert stats.kstest(p.factors[v, :, k], stats.uniform(centre - strength, 2 * strength).cdf).pvalue > 1e-3
+        assert stats.chisquare(np.bincount(p.order[v], minlength=24)).pvalue > 1e-3
+        drawn = p.erase[v][p.erase[v, :, 2] > 0]
+        assert near(p.erase[v, :, 2] > 0, erasing[0]) if erasing else not len(drawn)
+        if erasing: same_distribution(drawn, boxes_plainly(len(drawn), 256, 128, erasing[1], (.3, 1 / .3)), *BOX)
+    assert crop.recipe["interpolation"] == interpolation and crop.n_views == (10 if local else 2)
+
+
+def test_flips_and_offsets_of_the_training_transform():
+    "Read off pixels that know their place: flip .5, then a crop at a uniform offset of 0 to 2 pad, of an image with black around it."
+    n, h, w, pad = 6000, 40, 32, 10
+    place = torch.stack([torch.arange(1, h + 1)[:, None].expand(h, w), torch.arange(1, w + 1).expand(h, w), torch.full((h, w), 9)]).to(torch.uint8)
+    x, boxes, _ = TrainTransform((h, w), pad=pad, seed=4, rule="zhong")(place.expand(n, 3, h, w), np.arange(n))
+    row, column, right = (x[:, c, h // 2, w // 2 + k].numpy().astype(int) for c, k in ((0, 0), (1, 0), (1, 1)))
+    flipped = right < column; top, left = row - 1 + pad - h // 2, np.where(flipped, w - column, column - 1) + pad - w // 2
+    assert abs(flipped.mean() - .5) < 4 * .5 / n ** .5
+    for offset in (top, left): assert (offset.min(), offset.max()) == (0, 2 * pad) and stats.chisquare(np.bincount(offset)).pvalue > 1e-3
+    assert abs(np.corrcoef(top, left)[0, 1]) < .06 and abs(np.corrcoef(top, flipped)[0, 1]) < .06
+    black = (x == 0).all(1); assert torch.equal(black.sum((1, 2)), torch.from_numpy(h * w - (h - abs(top - pad)) * (w - abs(left - pad))))
+    drawn = boxes.numpy()[boxes[:, 2] > 0]; assert abs(len(drawn) / n - .5) < 4 * .5 / n ** .5
+    same_distribution(drawn, boxes_plainly(len(drawn), h, w, (.02, .4), (.3, 1 / .3)), *BOX)
+    with pytest.raises(ValueError, match="erasing rule 'tim'"): TrainTransform(rule="tim")
+
+
+def test_embedded_rows_are_resized_as_the_models_input_says():
+    class Pixels(torch.nn.Module):
+        embed_dim = 3 * 16 * 8
+        def __init__(self, interpolation): super().__init__(); self.input, self.w = InputSpec(16, 8, interpolation=interpolation, mean=(0, 0, 0), std=(1, 1, 1)), torch.nn.Parameter(torch.ones(1))
+        def forward(self, x): return x.flatten(1)
+    images = [picture(9, 7, s) for s in range(3)]
+    class Store:
+        def __getitem__(self, rows): return [images[r] for r in rows]
+    for interpolation in ("bilinear", "bicubic"):
+        found = views.embed_rows(Pixels(interpolation), Store(), np.arange(3), (16, 8))
+        np.testing.assert_allclose(found, resize(images, (16, 8), interpolation).flatten(1) / 255, atol=1e-6)
+
+
 @pytest.mark.parametrize("recipe", VIEW_RECIPES)
 def test_views_do_not_depend_on_the_batch(recipe):
     crop = MultiCrop((32, 16), (16, 8), recipe=recipe, seed=5)
@@ -409,6 +494,18 @@ def test_sampler_promises(counts, n_id, people, world, unknown, seed):
             mine = make(**parts, rank=r, world_size=world); mine.set_epoch(4); shards.append(list(mine))
         assert np.array_equal(np.concatenate([np.stack(s) for s in shards], 1), plan)
         late = make(**parts); late.set_epoch(4, advance=1); assert all(map(np.array_equal, late, plan[1:])) and len(list(late)) == len(plan)   # skips once
+
+
+def test_pieces_are_the_batch_in_order():
+    "Gradient accumulation: whole identities a piece, every rank its own, `advance` counts pieces."
+    labels = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 20, 30))
+    make = lambda **k: IdentitySampler(labels, 48, 4, seed=1, **k); plan = make().plan(2)
+    for world, pieces in ((1, 3), (2, 2), (3, 4)):
+        for rank in range(world):
+            sampler = make(rank=rank, world_size=world, pieces=pieces); sampler.set_epoch(2, advance=pieces + 1); late = list(sampler); sampler.set_epoch(2, 0); mine = list(sampler)
+            assert np.array_equal(np.stack(mine).reshape(len(plan), -1), plan.reshape(len(plan), world, -1)[:, rank]) and all(map(np.array_equal, late, mine[pieces + 1:])) and len(late) == len(mine) - pieces - 1
+            assert all((labels[p].reshape(-1, 4) == labels[p].reshape(-1, 4)[:, :1]).all() for p in mine)
+    with pytest.raises(ValueError, match="in 5 pieces .accumulate. is 9.6 images at a time, not a multiple of n_id=4; use a multiple of 20"): make(pieces=5)
 
 
 def test_a_group_gets_its_even_share_of_cameras():
