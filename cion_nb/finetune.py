@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbones import InputSpec, architecture, create_backbone, load_backbone, load_backbone_weights, save_backbone
 from .engine import Task, budget, fit, to_channels_last
+from .datasets import ranked, tracklet_rows
 from .evaluate import Answers, evaluate
+from .facts import facts_of
 from .features import extract, read_data
 from .mgn import MGN, mgn_loss
+from .protocols import sides
 from .runs import Run, atomic, is_main_process, licence, read_json, recipe, run_from_arguments, resolve, write_json
 from .transreid import TransReID, transreid_loss
 from .views import ImageStore, PKSampler, TrainTransform, embed_rows, erase_, normalise
@@ -313,8 +316,9 @@ def test_set(
 ) -> tuple[pd.DataFrame, Path]: # table and root of its images
     "What a run will be tested on. ValueError where it cannot be: so that it is known before the training, not after it."
     samples, root = read_data(r if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"]), "test")
-    if missing := {"query", "gallery"} - set(samples.split): raise ValueError(f"a test needs images of split query and of split gallery; {r['test_data'] or r['data']} has none of split {' and '.join(sorted(missing))}")
-    query, gallery = (samples[samples.split == name] for name in ("query", "gallery"))
+    data = r["test_data"] or r["data"]
+    table = tracklet_rows(samples)[0] if facts_of(data, samples).ranks == "tracklets" else samples
+    query, gallery = (table.iloc[rows] for rows in sides(table, data))
     if not Answers(query, gallery, r["protocol"]).counts.any(): raise ValueError(f"none of the {len(query)} queries has a match in the gallery under the {r['protocol']} protocol: look at pid and camid, or choose another protocol")
     return samples, root
 
@@ -326,9 +330,9 @@ def test_model(
     "Features of query and gallery of the recipe's data, or of its `test_data` (direct transfer), then mAP, CMC and mINP."
     samples, root = test_set(r)
     found = extract(samples, root, model, out, batch_size=256, flip=r["flip_test"])
-    split = found.samples.split.to_numpy()
-    query, gallery = np.flatnonzero(split == "query"), np.flatnonzero(split == "gallery")
-    score = evaluate(found.x[query], found.x[gallery], found.samples.iloc[query], found.samples.iloc[gallery], protocol=r["protocol"])
+    x, table = ranked(found.x, found.samples, data := r["test_data"] or r["data"])
+    query, gallery = sides(table, data)
+    score = evaluate(x[query], x[gallery], table.iloc[query], table.iloc[gallery], protocol=r["protocol"])
     return replace(score, unreadable=found.unreadable.path.tolist())
 
 def finetune(
