@@ -101,7 +101,7 @@ def count_differences(
         tracklets = samples.attrs.get("junk_tracklets") if split == "junk" else samples["tracklet"][rows].nunique()
         compare(f"{split}: ", tracklets, "tracklets", (facts.tracklets or {}).get(split))
     junk = samples.attrs.get("junk")
-    compare("", junk, "junk images (pid -1) dropped", facts.junk)
+    compare("", junk, f"junk image{'s' * (junk != 1)} (pid -1) dropped", facts.junk)
     compare("in all: ", len(samples) + (junk or 0), "images", facts.total)
     return out
 
