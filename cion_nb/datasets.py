@@ -106,21 +106,28 @@ def _mat(file: Path, name: str) -> np.ndarray:
     if name not in found: raise ValueError(f"{file} has no {name}, but {', '.join(k for k in found if not k.startswith('__')) or 'nothing'}")
     return found[name].astype(np.int64)
 
+def _mars_names(names: list, where: Path) -> pd.DataFrame:
+    "What the names say, as text."
+    matches = _match_names(names, _MARS_NAME, "0001C1T0001F001.jpg", where)
+    return pd.DataFrame([m.groupdict() for m in matches], columns=["pid", "camid", "tracklet", "frame"])
+
 def _mars_part(
-    home: Path, part: str,   # "train" or "test"
-) -> tuple[pd.DataFrame, int]:   # a row a listed image: path below `home`, pid (text), camid, frame, row (of the tracks, from 0); how many are left out
+    home: Path, part: str,       # "train" or "test"
+) -> tuple[pd.DataFrame, int]:   # a row a listed image: path below `home`, pid (text), camid, frame, row (of the tracks); images left out
     "A part of MARS by its lists. FileNotFoundError for listed images that are missing, ValueError where lists disagree."
     file, tracks = home/"info"/f"{part}_name.txt", _mat(home/"info"/f"tracks_{part}_info.mat", f"track_{part}_info")
     names = [n.replace("\\", "/").rpartition("/")[2] for n in read_text(file).split()]
-    t = pd.DataFrame([m.groupdict() for m in _match_names(names, _MARS_NAME, "0001C1T0001F001.jpg", file)], columns=["pid", "camid", "tracklet", "frame"])
+    t = _mars_names(names, file)
     t["path"] = [f"bbox_{part}/{n[:4]}/{n}" for n in names]
-    if t.path.duplicated().any(): raise ValueError(f"{file} lists {_n(int(t.path.duplicated().sum()), 'image')} twice: {_some(t.path[t.path.duplicated()])}")
+    twice = t.path[t.path.duplicated()]
+    if len(twice): raise ValueError(f"{file} lists {_n(len(twice), 'image')} twice: {_some(twice)}")
     unlisted = _require_files(home, t.path, (f"bbox_{part}",))
     kept = _mars_tracks(t, tracks, f"{home/'info'/f'tracks_{part}_info.mat'}")
     return kept, unlisted + len(t) - len(kept)
 
 def _mars_tracks(t: pd.DataFrame, tracks: np.ndarray, what: str) -> pd.DataFrame:
-    "The listed images with the row of their tracklet; those of none are left out with a warning. ValueError where rows overlap, leave the list, or name another person or camera."
+    """The listed images with the row of their tracklet; those of none are left out with a warning.
+    ValueError where rows overlap, leave the list, or name another person or camera."""
     first, last = tracks[:, 0] - 1, tracks[:, 1]
     bad = (first < 0) | (last > len(t)) | (last <= first)
     if bad.any(): raise ValueError(f"{what}, row {int(bad.argmax()) + 1}: images {first[bad][0] + 1} to {last[bad][0]} of a list of {len(t):,}")
@@ -129,22 +136,25 @@ def _mars_tracks(t: pd.DataFrame, tracks: np.ndarray, what: str) -> pd.DataFrame
     if len(twice): raise ValueError(f"{what}, rows {order[twice[0]] + 1} and {order[twice[0] + 1] + 1} both hold image {first[order][twice[0] + 1] + 1}")
     row, length = np.full(len(t), -1), last - first
     row[np.arange(length.sum()) - np.repeat(np.cumsum(length) - length - first, length)] = np.repeat(np.arange(len(tracks)), length)
-    if (row < 0).any(): warnings.warn(f"{what}: {_n(int((row < 0).sum()), 'listed image is', 'listed images are')} in no tracklet and left out: {_some(t.path[row < 0])}")
+    lost = t.path[row < 0]
+    if len(lost): warnings.warn(f"{what}: {_n(len(lost), 'listed image is', 'listed images are')} in no tracklet and left out: {_some(lost)}")
     t = t.assign(row=row)[row >= 0]
     other = (tracks[t.row, 2] != t.pid.replace("00-1", "-1").astype(int)) | (tracks[t.row, 3] != t.camid.astype(int))
-    if other.any(): raise ValueError(f"{what}, row {t.row[other].iloc[0] + 1}: person {tracks[t.row[other].iloc[0], 2]} in camera {tracks[t.row[other].iloc[0], 3]}, but its images are named like {t.path[other].iloc[0]}")
+    if other.any():
+        image = t[other].iloc[0]
+        raise ValueError(f"{what}, row {image.row + 1}: person {tracks[image.row, 2]} in camera {tracks[image.row, 3]}, but its images are named like {image.path}")
     return t
 
 def _mars_unlisted_train(home: Path) -> pd.DataFrame:
     "The training part where its lists are not there: by names, which number tracklets within a person and a camera."
     names = _images_in(home/"bbox_train")
-    t = pd.DataFrame([m.groupdict() for m in _match_names(names, _MARS_NAME, "0001C1T0001F001.jpg", home/"bbox_train")], columns=["pid", "camid", "tracklet", "frame"])
+    t = _mars_names(names, home/"bbox_train")
     return t.assign(path=[f"bbox_train/{n}" for n in names], row=pd.factorize(t.pid + "C" + t.camid + "T" + t.tracklet)[0])
 
 # %% ../nbs/00a_datasets.ipynb #cc5ae53f
 def read_mars(
     root, # the data set's folder or one above it
-) -> pd.DataFrame: # a row an image; `tracklet` is unique over people, cameras and parts; `attrs`: dataset, junk (images dropped), junk_tracklets, unlisted
+) -> pd.DataFrame: # a row an image; `tracklet` is unique; `attrs`: dataset, junk (images dropped), junk_tracklets, unlisted
     """MARS: train, query and gallery tracklets; the official gallery is query and gallery (`protocols.sides`). FileNotFoundError for missing lists and
     missing listed images, ValueError for lists that disagree; a warning where images are in no list, or the counts are not the published."""
     root = Path(root)
@@ -165,12 +175,13 @@ def read_mars(
     prefix = "" if home == root else home.relative_to(root).as_posix() + "/"
     seen = dict(junk=int(junk.sum()), junk_tracklets=int(t.row[junk].nunique()), unlisted=unlisted + more)
     t = t[~junk].reset_index(drop=True)
-    return compared(_stamp(make_samples(prefix + t.path, t.pid, t.camid, tracklet=t.row, frame=t.frame, split=t.split, video="c" + t.camid), "mars", **seen))
+    table = make_samples(prefix + t.path, t.pid, t.camid, tracklet=t.row, frame=t.frame, split=t.split, video="c" + t.camid)
+    return compared(_stamp(table, "mars", **seen))
 
 # %% ../nbs/00a_datasets.ipynb #e4cb8f11
 def tracklet_rows(
     samples: pd.DataFrame,    # N rows with `tracklet`
-) -> tuple[pd.DataFrame, np.ndarray]: # a row a tracklet, that of its first image, in the order in which they come (not of their numbers); (N,) the row of each image
+) -> tuple[pd.DataFrame, np.ndarray]: # a row a tracklet, its first image's, in the order of the rows; (N,) its row for each image
     "One row a tracklet. ValueError where an image has none, or a tracklet two people, cameras or splits."
     tracklet = samples["tracklet"].to_numpy()
     if (tracklet < 0).any(): raise ValueError(f"{_n(int((tracklet < 0).sum()), 'image has', 'images have')} no tracklet (-1), the first: {samples['path'].iloc[int((tracklet < 0).argmax())]}")

@@ -25,7 +25,7 @@ class DatasetFacts:
     note: str = ""
     protocol: str = "market"      # of `evaluate`, by which its authors and the field score it
     ranks: str = "images"         # what a query finds: "images", or "tracklets" by one feature each
-    queries_in_gallery: bool = False  # the official gallery holds the queries too; each one's own entry is of its person and camera, so the protocol takes it out
+    queries_in_gallery: bool = False  # the official gallery holds the queries too; the protocol takes out a query's own entry
     tracklets: dict|None = None   # split, or junk -> published tracklets
     total: int|None = None        # images in all, junk included, where not every split's count is published
 
@@ -133,7 +133,8 @@ def homes(
         if all((place / f).is_dir() for f in folders): found.setdefault(os.path.realpath(place), (by_name, place))
         if depth == deep: return
         for below in _subfolders(place):
-            if below.name not in first and (depth == 0 or _named(place, word) or _named(below, word)): look(below, by_name or _named(below, word), depth + 1)
+            if below.name in first or not (depth == 0 or _named(place, word) or _named(below, word)): continue
+            look(below, by_name or _named(below, word), depth + 1)
     found = {}
     look(root, False, 0)
     if any(p == root for _, p in found.values()): return [p for _, p in found.values()]
@@ -144,11 +145,12 @@ def the_home(
     root,             # as the user named it
     title: str,       # of the data set
     found: list,      # its folders, from `homes`
-    choose="root",    # what to say in the call
 ) -> Path:
     "The one folder, the outer one of nested ones. ValueError that lists them where they lie side by side."
     outer = [p for p in found if not any(q in p.parents for q in found)]
-    if len(outer) > 1: raise ValueError(f"{title} lies in {len(outer)} places under {root}: {', '.join(map(str, outer))}; choose one: {choose}={str(outer[0])!r}")
+    if len(outer) > 1:
+        places = ", ".join(map(str, outer))
+        raise ValueError(f"{title} lies in {len(outer)} places under {root}: {places}; choose one: root={str(outer[0])!r}")
     if len(found) > 1: print(f"{title}: taken from {outer[0]}; not from {', '.join(str(p) for p in found if p != outer[0])}, which lies inside it")
     return outer[0]
 

@@ -19,7 +19,9 @@ def sides(
 ) -> tuple[np.ndarray, np.ndarray]: # (Q,) and (G,) rows of the table, increasing
     "Rows of the queries and of the gallery by the data set's official protocol. ValueError where the table has no queries or no gallery."
     split = table["split"].to_numpy(object)
-    if missing := {"query", "gallery"} - set(split): raise ValueError(f"a test needs images of split query and of split gallery; {data if isinstance(data, str) else 'the table'} has none of split {' and '.join(sorted(missing))}")
+    if missing := {"query", "gallery"} - set(split):
+        named = data if isinstance(data, str) else "the table"
+        raise ValueError(f"a test needs images of split query and of split gallery; {named} has none of split {' and '.join(sorted(missing))}")
     searched = ("gallery", "query") if facts_of(data, table).queries_in_gallery else ("gallery",)
     return np.flatnonzero(split == "query"), np.flatnonzero(np.isin(split, searched))
 
@@ -71,8 +73,10 @@ def _distractors(distractors, query: pd.DataFrame, gallery: pd.DataFrame) -> np.
     "The pids that are nobody; ValueError where a query is."
     if distractors is None: distractors = facts_of(gallery).distractor
     found = np.unique(np.atleast_1d(() if distractors is None else distractors)).astype(np.int64)
-    asked = np.flatnonzero(np.isin(query["pid"].to_numpy(), found) & (query["pid"].to_numpy() >= 0))
-    if len(asked): raise ValueError(f"{len(asked):,} queries are distractors (pid {query['pid'].iloc[asked[0]]}), nobody in particular: {_few(_names(query, asked))}. If people were numbered anew, say distractors=, () for none")
+    asked = np.flatnonzero(np.isin(query["pid"].to_numpy(), found))
+    if len(asked):
+        raise ValueError(f"{len(asked):,} queries are distractors (pid {query['pid'].iloc[asked[0]]}), nobody in particular: {_few(_names(query, asked))}. "
+                         "If people were numbered anew, say distractors=, () for none")
     return found
 
 def evaluate_single_shot(

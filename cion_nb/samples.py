@@ -231,7 +231,9 @@ def _match_names(
     "One match a file name, or ValueError naming the first that is called otherwise."
     matches = [pattern.fullmatch(p.rsplit("/", 1)[-1]) for p in paths]
     others = [p for p, m in zip(paths, matches) if m is None]
-    if others: raise ValueError(f"{Path(folder)/others[0]}: not named like {example}" + f", nor are {len(others) - 1:,} more" * (len(others) > 1) + "; take out what is not the data set's")
+    if others:
+        more = f", nor are {len(others) - 1:,} more" * (len(others) > 1)
+        raise ValueError(f"{Path(folder)/others[0]}: not named like {example}{more}; take out what is not the data set's")
     return matches
 
 # %% ../nbs/00_samples.ipynb #484ceeda
@@ -272,7 +274,8 @@ def _msmt17_home(root: Path, version: str|None) -> tuple[Path, str]:
     version = version or there[0]
     if version not in there: raise ValueError(f"{found[there[0]][0]} holds MSMT17 {there[0]}, not {version}")
     home = the_home(root, f"MSMT17 {version}", found[version])
-    if {"V1": "v2", "V2": "v1"}[version] in home.name.lower(): warnings.warn(f"{home} is MSMT17 {version} by its folders ({', '.join(_MSMT17_FOLDERS[version])}), whatever its name says")
+    if {"V1": "v2", "V2": "v1"}[version] in home.name.lower():
+        warnings.warn(f"{home} is MSMT17 {version} by its folders ({', '.join(_MSMT17_FOLDERS[version])}), whatever its name says")
     return home, version
 
 def _read_list(file: Path, folder: str) -> pd.DataFrame:
@@ -488,7 +491,8 @@ def _counts(samples: pd.DataFrame, published: dict) -> pd.DataFrame:
     if published:
         table["published images"] = pd.array([published.get(s, (None, None))[0] for s in table.index], dtype="Int64")
         table["published people"] = pd.array([published.get(s, (None, None))[1] for s in table.index], dtype="Int64")
-    if published and (tracklets := facts_of(samples).tracklets): table["published tracklets"] = pd.array([tracklets.get(s) for s in table.index], dtype="Int64")
+    if published and (tracklets := facts_of(samples).tracklets):
+        table["published tracklets"] = pd.array([tracklets.get(s) for s in table.index], dtype="Int64")
     return table.rename(index={"": "(no split)"})
 
 # %% ../nbs/00_samples.ipynb #67fad346

@@ -58,7 +58,9 @@ def score(
     x, table = ranked(found.x, found.samples, data, tracklets)
     q, g = sides(table, data)
     x, y, query, gallery = x[q], x[g], table.iloc[q].reset_index(drop=True), table.iloc[g].reset_index(drop=True)
-    if draws: return evaluate_single_shot(x, y, query, gallery, repeats=draws, protocol=protocol, distractors=facts_of(data, table).distractor if distractors is None else distractors)
+    if draws:
+        if distractors is None and (known := facts_of(data, table).distractor) is not None: distractors = known
+        return evaluate_single_shot(x, y, query, gallery, repeats=draws, protocol=protocol, distractors=distractors)
     scored = evaluate_distances(rerank(x, y), query, gallery, protocol=protocol) if reranked else evaluate(x, y, query, gallery, protocol=protocol)
     return replace(scored, unreadable=found.unreadable.path.tolist())
 
