@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbones import InputSpec, architecture, create_backbone, load_backbone, load_backbone_weights, save_backbone
 from .engine import Task, budget, fit, to_channels_last
+from .datasets import ranked, tracklet_rows
 from .evaluate import Answers, evaluate
+from .facts import facts_of
 from .features import Features, extract, read_data
 from .files import read_text
 from .mgn import MGN, mgn_loss
+from .protocols import sides
 from .runs import Run, atomic, is_main_process, licence, read_json, recipe, run_from_arguments, resolve, write_json
 from .transreid import TransReID, transreid_loss
 from .views import ImageStore, PKSampler, TrainTransform, embed_rows, erase_, normalise
@@ -337,8 +340,9 @@ def test_set(
 ) -> tuple[pd.DataFrame, Path]: # table and root of its images
     "What a run will be tested on. ValueError where it cannot be: so that it is known before the training, not after it."
     samples, root = read_data(r if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"]), "test")
-    if missing := {"query", "gallery"} - set(samples.split): raise ValueError(f"a test needs images of split query and of split gallery; {r['test_data'] or r['data']} has none of split {' and '.join(sorted(missing))}")
-    query, gallery = (samples[samples.split == name] for name in ("query", "gallery"))
+    data = r["test_data"] or r["data"]
+    table = tracklet_rows(samples)[0] if facts_of(data, samples).ranks == "tracklets" else samples
+    query, gallery = (table.iloc[rows] for rows in sides(table, data))
     if not Answers(query, gallery, r["protocol"]).counts.any(): raise ValueError(f"none of the {len(query)} queries has a match in the gallery under the {r['protocol']} protocol: look at pid and camid, or choose another protocol")
     return samples, root
 
@@ -359,8 +363,10 @@ def test_model(
     if ranks > 1: accelerator.wait_for_everyone()                # for equal shares of the work, not for one process's
     if rank: return None
     found += [Features.open(folder) for folder in folders[1:]]
-    x, table = np.concatenate([f.x for f in found]), pd.concat([f.samples for f in found])
-    query, gallery = (np.flatnonzero(table.split == name) for name in ("query", "gallery"))
+    features, table = np.concatenate([f.x for f in found]), pd.concat([f.samples for f in found], ignore_index=True)
+    table.attrs = dict(samples.attrs)
+    x, table = ranked(features, table, data := r["test_data"] or r["data"])
+    query, gallery = sides(table, data)
     score = evaluate(x[query], x[gallery], table.iloc[query], table.iloc[gallery], protocol=r["protocol"])
     return replace(score, unreadable=[path for f in found for path in f.unreadable.path])
 

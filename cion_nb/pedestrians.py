@@ -1572,7 +1572,9 @@ def _render(world: World, root: Path, workers, told: dict) -> dict:
         workers = workers or min(processors(), 8)
         with progress(total=len(world.tracklets) + len(world.reid), desc=f"render {world.values['bank']} {world.profile}", unit="crop") as bar: _render_all(world, root, workers, bar)
         for name, t in (("tracklets", world.tracklets), ("reid", world.reid)):
-            write_samples(t.assign(visibility=read_truth(root, t).visibility).drop(columns="walk"), root / f"{name}.parquet")
+            table = t.assign(visibility=read_truth(root, t).visibility).drop(columns="walk")
+            table.attrs = dict(dataset="world")                                                 # whose pid 0 is nobody
+            write_samples(table, root / f"{name}.parquet")
         for left in (root / "crops").glob(".*"): shutil.rmtree(left, ignore_errors=True)       # of workers that were killed
         for left in (*root.glob(".*.parquet"), *root.glob(".worker*.log")): left.unlink(missing_ok=True)
         write_json(root / "finished.json", dict(crops=len(world.tracklets) + len(world.reid), fingerprint=told["fingerprint"]))

@@ -15,12 +15,14 @@ import pandas as pd
 import torch
 from .backbones import load_backbone
 from .cluster_contrast import uda, usl
+from .datasets import ranked
 from .denoise import denoise
 from .evaluate import RetrievalScore, evaluate
 from .features import Features, extract, read_data
 from .finetune import finetune
 from .pedestrians import make_world, render
 from .pretrain import pretrain
+from .protocols import sides
 from .report import report_folder, write_index
 from .runs import COMMANDS, PROFILES, BusyRun, Run, atomic, dependencies, processors, progress, project_root, read_json, recipe, resolve, write_json
 from .samples import write_samples
@@ -246,9 +248,9 @@ def score_features(
     features: Features,      # of query and gallery
 ) -> RetrievalScore:
     "Retrieval score of a store whose table says which rows are queries."
-    s = features.samples
-    query, gallery = (s.index[s.split == name].to_numpy() for name in ("query", "gallery"))
-    return evaluate(features.x[query], features.x[gallery], s.iloc[query], s.iloc[gallery])
+    x, table = ranked(features.x, features.samples)
+    query, gallery = sides(table)
+    return evaluate(x[query], x[gallery], table.iloc[query], table.iloc[gallery])
 
 # %% ../nbs/17_reproduce.ipynb #7f657e1c
 def at_share(

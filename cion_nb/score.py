@@ -9,15 +9,15 @@ __all__ = ['load_model', 'score', 'main']
 import argparse, os, sys, warnings
 from dataclasses import replace
 from pathlib import Path
-import numpy as np
 from .backbones import load_backbone
 from .cluster_contrast import load_clusternet
 from .evaluate import PROTOCOLS, evaluate, evaluate_distances
-from .datasets import tracklet_features
+from .facts import facts_of
+from .datasets import ranked
 from .features import OnnxModel, extract, model_hash, read_data
 from .finetune import load_finetuned
 from .neighbours import rerank
-from .protocols import evaluate_single_shot
+from .protocols import evaluate_single_shot, sides
 from .runs import environment, fingerprint, resolve, runs_dir, write_json
 
 # %% ../nbs/15a_score.ipynb #bd16a062
@@ -46,18 +46,21 @@ def score(
     draws: int = 0,                 # of one gallery image a person; 0: all images
     out: str | Path | None = None,  # folder of the features; None: one in the runs' folder, named by model, data and its images' sizes and times
     tracklets: bool | None = None,  # mean features of whole tracklets; None: for data that are tracklets (mars)
+    distractors=None,               # pids that are nobody in particular, for draws; None: those of the data set; () for none
 ):                                  # a `RetrievalScore`, or a `SingleShotScore` with draws
     "Features of query and gallery, then the score. ValueError for settings that exclude each other."
     if reranked and draws: raise ValueError("reranked and draws: re-ranking needs the whole gallery")
     samples, root = read_data(dict(data=data, data_root=data_root), "test")
-    if not {"query", "gallery"} <= set(samples.split): raise ValueError(f"{data}: a test set needs images of split query and of split gallery; there are {', '.join(sorted(set(samples.split)))}")
+    sides(samples, data)
     out = resolve(out) if out else runs_dir() / f"score-{fingerprint(dict(model=_name(model), data=data, root=str(root), rows=_files(samples, root), flip=flip), 10)}"
     if getattr(model, "columns", ()) and (seen := getattr(model, "card", {}).get("recipe", {}).get("data", data)) != data: warnings.warn(f"{_name(model)} knows the cameras of {seen}; those of {data} have the same numbers and are others")
     found = extract(samples, root, model, out, batch_size=128, flip=flip)
-    x, table = (found.x, found.samples) if not (data == "mars" if tracklets is None else tracklets) else tracklet_features(found.x, found.samples)
-    split = table.split.to_numpy(); q, g = np.flatnonzero(split == "query"), np.flatnonzero(split == "gallery")
+    x, table = ranked(found.x, found.samples, data, tracklets)
+    q, g = sides(table, data)
     x, y, query, gallery = x[q], x[g], table.iloc[q].reset_index(drop=True), table.iloc[g].reset_index(drop=True)
-    if draws: return evaluate_single_shot(x, y, query, gallery, repeats=draws, protocol=protocol)
+    if draws:
+        if distractors is None and (known := facts_of(data, table).distractor) is not None: distractors = known
+        return evaluate_single_shot(x, y, query, gallery, repeats=draws, protocol=protocol, distractors=distractors)
     scored = evaluate_distances(rerank(x, y), query, gallery, protocol=protocol) if reranked else evaluate(x, y, query, gallery, protocol=protocol)
     return replace(scored, unreadable=found.unreadable.path.tolist())
 
@@ -84,11 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
     parser.add_argument("--draws", type=int, default=0, help="one gallery image a person, this many times")
     parser.add_argument("--tracklets", action="store_true", default=None, help="mean features of whole tracklets (mars: always)")
+    parser.add_argument("--distractors", type=int, nargs="*", help="pids that are nobody in particular, for --draws (default: those of the data set)")
     parser.add_argument("--out", help="folder of the features")
     parser.add_argument("--json", help="write the score there too, with the machine it was made on")
     a = parser.parse_args(argv)
     try:
-        found = score(load_model(a.model), a.data, a.data_root, a.protocol, a.flip, a.rerank, a.draws, a.out, a.tracklets)
+        found = score(load_model(a.model), a.data, a.data_root, a.protocol, a.flip, a.rerank, a.draws, a.out, a.tracklets, a.distractors)
         if a.json: write_json(resolve(a.json), found.asdict() | dict(model=str(a.model), data=a.data, flip=a.flip, reranked=a.rerank, environment=environment()))
     except (ValueError, LookupError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

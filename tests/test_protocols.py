@@ -42,9 +42,9 @@ def test_single_shot_is_its_definition(seed, n_query, n_gallery, protocol, memor
     q, g = (rng.choice([-1., 1.], (n, 5)).astype(np.float32) for n in (n_query, n_gallery))
     ranks = single_shot_oracle(cosine(q, g), query, gallery, draw_keys(n_gallery, 3, seed), protocol); has = ranks[0] > 0
     if not has.any():
-        with pytest.raises(ValueError, match="Nothing is left"): quiet(evaluate_single_shot, q, g, query, gallery, protocol=protocol)
+        with pytest.raises(ValueError, match="Nothing is left"): quiet(evaluate_single_shot, q, g, query, gallery, protocol=protocol, distractors=0)
         return
-    found = quiet(evaluate_single_shot, q, g, query, gallery, repeats=3, seed=seed, protocol=protocol, memory=memory)
+    found = quiet(evaluate_single_shot, q, g, query, gallery, repeats=3, seed=seed, protocol=protocol, memory=memory, distractors=0)
     np.testing.assert_allclose(found.per_repeat.mAP, (1 / ranks[:, has]).mean(1)); np.testing.assert_allclose(found.per_repeat.rank1, (ranks[:, has] == 1).mean(1))
     np.testing.assert_allclose(found.cmc, [(ranks[:, has] <= k).mean() for k in range(1, len(found.cmc) + 1)]); assert found.n_query == has.sum() and len(found.unmatched) == (~has).sum()
 
