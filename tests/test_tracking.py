@@ -238,7 +238,7 @@ def test_nobody_gives_an_empty_valid_table(tmp_path):
     again = T.track(tmp_path / "empty.avi", tmp_path / "sort", ColourDetector(), "sort")
     assert len(again) == 0
     assert T.contact_sheet(samples, tmp_path).size[0] > 0 and len(T.match_truth(samples, write_street(tmp_path / "t.avi", n=3))) == 0
-    assert T.tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
+    with pytest.warns(UserWarning, match="result holds no box"): assert T.tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
 
 
 @pytest.mark.parametrize("name,data,reason", [
@@ -465,7 +465,7 @@ def test_scores_equal_the_reference_run_from_files(tmp_path, seed, benchmark):
     evaluator = trackeval.Evaluator(dict(PRINT_RESULTS=False, OUTPUT_SUMMARY=False, OUTPUT_DETAILED=False, PLOT_CURVES=False, TIME_PROGRESS=False, LOG_ON_ERROR=None, BREAK_ON_ERROR=True, **quiet))
     result, _ = evaluator.evaluate([data], [trackeval.metrics.CLEAR(quiet), trackeval.metrics.Identity(quiet), trackeval.metrics.HOTA()])
     want = result["MotChallenge2DBox"]["ours"]["SEQ"]["pedestrian"]
-    got = T.tracking_scores(mine, folder / "gt/gt.txt", frames=range(30))
+    got = T.tracking_scores(mine, folder / "gt/gt.txt", frames=range(30), benchmark=benchmark)
     assert got["MOTA"] == pytest.approx(want["CLEAR"]["MOTA"], abs=1e-9) and got["switches"] == want["CLEAR"]["IDSW"]
     assert got["IDF1"] == pytest.approx(want["Identity"]["IDF1"], abs=1e-9) and got["HOTA"] == pytest.approx(np.mean(want["HOTA"]["HOTA"]), abs=1e-6)
 
@@ -477,9 +477,136 @@ def test_perfect_and_empty_scores():
     scores = T.tracking_scores(perfect, gt)
     assert scores["MOTA"] == scores["IDF1"] == 1 and scores["HOTA"] == pytest.approx(1)
     assert (T.match_truth(perfect, gt) == gt["id"]).all()
-    nobody = T.tracking_scores(perfect, gt[:0])
+    with pytest.warns(UserWarning, match="truth holds no box"): nobody = T.tracking_scores(perfect, gt[:0])
     assert nobody["recall"] == 0 and nobody["truth_boxes"] == 0
-    with pytest.raises(ValueError, match="one video"): T.tracking_scores(pd.concat([perfect, perfect.assign(video="w")]), gt)
+    two = pd.concat([perfect, perfect.assign(video="w")])
+    for score in (T.tracking_scores, T.match_truth):
+        with pytest.raises(ValueError, match="one video"): score(two, gt)
+
+
+# ---------------------------------------------------------------- files that people really have
+
+def three_people(cls=lambda i: 1, flag=lambda i: 1, ids=lambda i: i, n=30, speed=1):
+    "Three people who walk side by side, as rows of a truth file (frames from 0 here)."
+    return pd.DataFrame([(f, ids(i), 100 * i + speed * f, 50, 40, 100, flag(i), cls(i), 1) for f in range(n) for i in (1, 2, 3)], columns=list(T.MOT_COLUMNS))
+
+
+def written(path, table, first=1, sep=",", encoding="utf-8"):
+    path.write_bytes(table.assign(frame=table["frame"] + first).to_csv(header=False, index=False, sep=sep).encode(encoding))
+    return path
+
+
+def as_result(table): return table.rename(columns=dict(id="tracklet")).drop(columns=["class", "visibility"]).assign(video="v")
+
+
+def test_one_id_twice_in_a_frame_is_refused_on_every_path(tmp_path):
+    good = three_people()
+    shared, doubled = three_people(ids=lambda i: 1 if i == 3 else i), pd.concat([good, good])
+    for bad in (shared, doubled):
+        file = written(tmp_path / "bad.txt", bad)
+        for gt in (bad, file, str(file), T.read_mot(file)):
+            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): T.tracking_scores(as_result(good), gt)
+            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): T.match_truth(as_result(good), gt)
+        for result in (as_result(bad), bad, file, T.read_mot(file)):
+            with pytest.raises(ValueError, match="result: id 1 .* in frame 1"): T.tracking_scores(result, good)
+        with pytest.raises(ValueError, match="id 1 .* in frame 1"): T.tracklets_to_mot(as_result(bad), tmp_path / "r.txt")
+    late = pd.concat([good, good[good["frame"] == 17].assign(x=500)])
+    with pytest.raises(ValueError, match="id 1 .* in frame 18 .*; 17 from 0"): T.tracking_scores(as_result(late), good)
+    with pytest.raises(ValueError, match="id -1 .* detections"): T.tracking_scores(good.assign(id=-1), good)
+    with pytest.raises(ValueError, match="id -1 .* detections"): T.tracking_scores(good, written(tmp_path / "det.txt", good.assign(id=-1)))
+
+
+def test_the_reference_s_own_guard_stands_behind_ours(monkeypatch):
+    import trackeval
+    monkeypatch.setattr(T, "_check_ids", lambda *a: None)
+    good = three_people()
+    with pytest.raises(trackeval.utils.TrackEvalException, match="same ID more than once"): T.tracking_scores(pd.concat([good, good]), good)
+
+
+@pytest.mark.parametrize("cls,classes,boxes", [
+    (lambda i: 2, 2, 90), (lambda i: 4, (4,), 90), (lambda i: 0, [0], 90), (lambda i: 1 if i == 1 else 2, (1, 2), 90), (lambda i: 1 if i == 1 else 6, (6,), 60)])
+def test_class_numbers_of_another_tool_are_refused_until_named(tmp_path, cls, classes, boxes):
+    gt, result = written(tmp_path / "gt.txt", three_people(cls)), as_result(three_people())
+    for score in (T.tracking_scores, T.match_truth):
+        with pytest.raises(ValueError, match=r"gt.txt: truth: classes .*boxes.*benchmark=.*classes=") as e: score(result, gt)
+    got = T.tracking_scores(result, gt, classes=classes)
+    assert got["truth_boxes"] == boxes and got["truth_left_out"] == 90 - boxes == sum(got.left_out["truth_of_class"].values())
+    assert got["recall"] == 1 and (T.match_truth(result, gt, classes=classes) > 0).sum() == boxes
+    every = T.tracking_scores(result, gt, benchmark="MOT15")
+    assert every["MOTA"] == 1 and every["truth_left_out"] == 0
+
+
+def test_benchmarks_differ_as_the_reference_says(tmp_path):
+    gt, result = three_people(lambda i: 1 if i == 1 else 6, flag=lambda i: int(i == 1)), as_result(three_people())
+    with pytest.raises(ValueError, match="6 .60 boxes"): T.tracking_scores(result, gt)                 # MOT17 and MOT20 differ there
+    assert T.tracking_scores(result, gt, benchmark="MOT17")["MOTA"] == -1
+    twenty = T.tracking_scores(result, gt, benchmark="mot-20")
+    assert twenty["MOTA"] == 1 and twenty["boxes_left_out"] == twenty.left_out["boxes_on_distractors"] == 60
+    (tmp_path / "MOT20-01/gt").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="taken for MOT20"): named = T.tracking_scores(result, written(tmp_path / "MOT20-01/gt/gt.txt", gt))
+    assert named.benchmark == "MOT20" and named["MOTA"] == 1
+    with pytest.warns(UserWarning, match="taken for MOT17"): guessed = T.tracking_scores(result, gt.assign(**{"class": gt["class"].replace(6, 7)}))
+    assert guessed.benchmark == "MOT17" and guessed["MOTA"] == 1 and "MOT17" in guessed.notes[0]
+    with pytest.raises(ValueError, match="known: MOT15"): T.tracking_scores(result, gt, benchmark="MOT99")
+    with pytest.raises(ValueError, match="classes 1 to 13"): T.tracking_scores(result, three_people(lambda i: i - 1), benchmark="MOT17")
+    with pytest.raises(ValueError, match="classes 1 to 13"): T.tracking_scores(result, three_people(lambda i: -1), benchmark="MOT17")
+    with pytest.raises(ValueError, match="not both"): T.tracking_scores(result, gt, benchmark="MOT17", classes=1)
+
+
+def test_world_coordinates_are_no_classes(tmp_path):
+    gt = three_people().astype({"class": float}).assign(**{"class": lambda t: t["x"] / 7 - 9.3})
+    assert T.tracking_scores(as_result(three_people()), gt)["MOTA"] == 1 and T.tracking_scores(gt, gt).benchmark == "MOT15"
+    ten = three_people(lambda i: 1 if i == 1 else 4, flag=lambda i: int(i == 1)).assign(occlusion=0)    # VisDrone's columns, or MOT15's
+    with pytest.raises(ValueError, match="VisDrone"): T.tracking_scores(as_result(three_people()), written(tmp_path / "gt.txt", ten))
+
+
+def test_nothing_left_to_score_is_an_error():
+    result = as_result(three_people())
+    with pytest.raises(ValueError, match="none of its 90 .*'truth_with_flag_0': 90"): T.tracking_scores(result, three_people(flag=lambda i: 0))
+    assert (T.match_truth(result, three_people(flag=lambda i: 0)) > 0).all()                            # ignored rows name people
+    with pytest.raises(ValueError, match="none of its 90"): T.tracking_scores(result, three_people(), classes=7)
+    with pytest.raises(ValueError, match="no class numbers"): T.tracking_scores(result, three_people(lambda i: -1), classes=7)
+    with pytest.raises(ValueError, match="no box lies in the frames"): T.tracking_scores(result, three_people(), frames=range(40, 50))
+    with pytest.raises(ValueError, match="share no frame"): T.tracking_scores(result.assign(frame=result["frame"] + 100), three_people())
+    with pytest.raises(ValueError, match="a flag"): T.tracking_scores(result, three_people(flag=lambda i: .9))
+    with pytest.raises(ValueError, match="is no box"): T.tracking_scores(result.assign(w=-3), three_people())
+    with pytest.raises(ValueError, match="no column x"): T.tracking_scores(result.drop(columns="x"), three_people())
+    with pytest.raises(ValueError, match="classes 1 .30.*2 .30"): T.tracking_scores(three_people(lambda i: i), three_people())
+    part = T.tracking_scores(three_people(lambda i: i), three_people(), classes=1)
+    assert part.left_out["boxes_of_other_classes"] == part["boxes_left_out"] == 60 and part["recall"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda r: r[:0], "result holds no box"), (lambda r: r[r["frame"] < 12], "covers frames 0 to 11"), (lambda r: r[r["frame"] % 3 == 0], r"every 3th frame.*range\(0, n, 3\)"),
+    (lambda r: r.assign(frame=r["frame"] + 1), "moved by -1 frame.*counts? frames from 0"), (lambda r: r[r["frame"] > 0].assign(frame=lambda t: t["frame"] - 1), r"moved by \+1 frame"),
+    (lambda r: r.assign(x=r["x"] * 7), "no box overlaps")])
+def test_results_that_do_not_fit_their_truth_are_said(change, says):
+    truth = three_people(speed=6)
+    with pytest.warns(UserWarning, match=says) as caught: scores = T.tracking_scores(as_result(change(truth)), truth)
+    assert len(caught) == len(scores.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert T.tracking_scores(as_result(truth), truth).notes == []
+
+
+def test_read_mot_takes_what_programs_write(tmp_path):
+    want, file = three_people(n=4), tmp_path / "a.txt"
+    for sep, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-8"), (" ", "utf-8"), (", ", "utf-8")):
+        text = want.assign(frame=want["frame"] + 1).astype(str).agg(sep.join, axis=1)
+        file.write_bytes("\r\n".join([*text, ""]).encode(encoding))
+        pd.testing.assert_frame_equal(T.read_mot(file), want.astype(T.read_mot(file).dtypes))
+    file.write_text("1.000e+00,2e0,1.5E+02,5e1,4e1,1e2,9.9e-01,-1,-1,-1\n")
+    assert T.read_mot(file)[["frame", "id", "x", "score"]].iloc[0].tolist() == [0, 2, 150, .99]
+    assert T.read_mot(written(file, want, first=0), first_frame=0)["frame"].max() == 3
+    for line, says in (("1;1;399,5;182,0;121;229;1", "decimal point"), ("1 1 399,5 182,0 121 229 1", "decimal point"), ("1,1,399,5,182,0,121,2,229,1,1,-1", "12 fields.*not commas"),
+                       ("frame,id,x,y,w,h", "delete a header"), ("0 1 Pedestrian 0 0 -1.57 12 50 60 120 1.8 .6 .5 1 2 3 0", "KITTI"), ("1,1.5,0,0,5,5,1", "whole number"),
+                       ("1,1,,0,5,5,1", "no row of numbers"), ("1,1,nan,0,5,5,1", "not finite"), ("0,1,0,0,5,5,1", "first_frame=0"), ("1,1,0,0,5,5,1\n2,1,0,0,5,5", "line 2.*6 fields, the first line 7")):
+        file.write_text(line + "\n")
+        with pytest.raises(ValueError, match=says) as e: T.read_mot(file)
+        assert str(file) in str(e.value) and "line " in str(e.value)
+    for encoding in ("utf-16", "gbk"):
+        file.write_bytes("1,1,0,0,5,5,1 # 行人\n".encode(encoding))
+        with pytest.raises(ValueError, match="a.txt.*UTF-8"): T.read_mot(file)
 
 
 def test_matching_is_one_to_one():
