@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MOT_COLUMNS', 'TRACKERS', 'BOX_COLUMNS', 'DISTRACTORS', 'BENCHMARKS', 'UnreadableVideo', 'VideoInfo', 'Video', 'nms',
            'box_iou', 'HogDetector', 'letterbox', 'decode_yolox', 'OnnxDetector', 'TorchvisionDetector', 'read_mot',
-           'MotDetections', 'create_detector', 'create_tracker', 'detect', 'track', 'track_videos', 'TrackingScores',
-           'tracking_scores', 'match_truth', 'tracklets_to_mot', 'draw_tracks', 'contact_sheet']
+           'MotDetections', 'create_detector', 'create_tracker', 'detect', 'NothingLeft', 'track', 'track_videos',
+           'TrackingScores', 'tracking_scores', 'match_truth', 'tracklets_to_mot', 'draw_tracks', 'contact_sheet']
 
 # %% ../nbs/03_tracking.ipynb #fbbcaac2
-import configparser, importlib, inspect, itertools, json, os, re, shutil, warnings, zipfile
+import configparser, hashlib, importlib, inspect, itertools, json, os, re, shutil, warnings, zipfile
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -58,18 +58,22 @@ class VideoInfo:
 
 # %% ../nbs/03_tracking.ipynb #f55b42a9
 def _open_video(path: Path):
-    "An opened `cv2.VideoCapture` that has shown it can deliver a frame, and its `VideoInfo`."
+    "An opened `cv2.VideoCapture`, its `VideoInfo`, and what was done or assumed."
     cv2, path = _cv2(), Path(path)
-    if not path.is_file(): raise UnreadableVideo(path, "no such file" if not path.exists() else "a folder, not a video file")
+    if not path.is_file(): raise UnreadableVideo(path, "no such file")
     if path.stat().st_size == 0: raise UnreadableVideo(path, "zero bytes: copy or download it again")
     video = cv2.VideoCapture(str(path))
     if not video.isOpened(): raise UnreadableVideo(path, _why_closed(path))
     code = int(video.get(cv2.CAP_PROP_FOURCC)) & 0xFFFFFFFF
     codec = code.to_bytes(4, "little").decode("ascii", "replace").strip("\0 ")
     fps, frames = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    notes, turn = [], int(video.get(cv2.CAP_PROP_ORIENTATION_META)) % 360
+    if not 0 < fps < 1000: notes.append("the container gives no frame rate, 25 frames per second are assumed; `frame_rate` says otherwise")
+    if turn and video.get(cv2.CAP_PROP_ORIENTATION_AUTO):
+        notes.append(f"the frames are turned by {turn} degrees, as the container asks; boxes made on unturned frames do not fit")
     info = VideoInfo(int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT)),
                      float(fps) if 0 < fps < 1000 else 25.0, max(frames, 0), codec)
-    return video, info
+    return video, info, notes
 
 def _why_closed(path: Path) -> str:
     with open(path, "rb") as f: head = f.read(64)
@@ -80,12 +84,164 @@ def _why_closed(path: Path) -> str:
         return "a video container, but damaged or in a codec this OpenCV lacks: `ffmpeg -i IN -c:v libx264 OUT.mp4` converts it"
     return "no video format that this OpenCV knows (its first bytes are none): check that it is the file you meant"
 
+# %% ../nbs/03_tracking.ipynb #f3887b4b
+@dataclass
+class _Images:
+    "An image sequence."
+    folder: Path
+    name: str         # of the sequence
+    files: dict       # frame number, from 0 -> file name, in order
+    rate: float       # frames per second
+    notes: list       # what was assumed or left out
+
+def _some(names, most: int = 3) -> str: return ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
+
+def _image_folder(path: Path) -> Path:
+    "The folder that holds a sequence's images: `path`, or the only one in it that has some."
+    def images(folder): return any(f.suffix.lower() in IMAGE_SUFFIXES for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
+    inner = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] != "." and images(f)]
+    if (info := path / "seqinfo.ini").is_file():
+        told = path / _seqinfo(info).get("imdir", "img1")
+        inner = [told] if told in inner else inner
+    if images(path) + len(inner) == 1: return inner[0] if inner else path
+    if inner: raise UnreadableVideo(path, f"several folders with images ({_some(['.'] * images(path) + [f.name for f in inner])}): "
+                                          "pass one of them, or all to `track_videos`")
+    held = [f.name for f in path.iterdir() if f.is_file() and f.name[0] != "."]
+    raise UnreadableVideo(path, "a folder without images" + (f"; it holds {_some(held)}: pass a video file by its own path" if held else ""))
+
+def _seqinfo(file: Path) -> dict:
+    "The `[Sequence]` of a MOTChallenge seqinfo.ini. ValueError that names the file."
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(read_text(file))
+        return dict(parser["Sequence"])
+    except (configparser.Error, KeyError) as e: raise ValueError(f"{file} is no seqinfo.ini with a [Sequence] ({e})") from None
+
+def _numbers(names: list, folder: Path) -> tuple[dict, str]:
+    "File name -> number, by the field of the names that counts; and what to say of the choice."
+    split = {n: re.split(r"(\d+)", Path(n).stem) for n in names}
+    split = {n: parts for n, parts in split.items() if len(parts) > 1}
+    if not split: raise UnreadableVideo(folder, f"no number in the names of its images ({_some(names)}); a sequence is numbered: 000001.jpg, …")
+    kinds = {}
+    for n, parts in split.items(): kinds.setdefault((*parts[::2], Path(n).suffix.lower()), n)
+    if len(kinds) > 1: raise UnreadableVideo(folder, f"names of several kinds ({_some(kinds.values())}): pass a pattern, as {folder.name}/%06d.jpg")
+    columns = {k: [int(p[k]) for p in split.values()] for k in range(1, len(next(iter(split.values()))), 2)}
+    fit = {k: c for k, c in columns.items() if len(set(c)) == len(c)}
+    if not fit: raise UnreadableVideo(folder, f"no number in the names is different in every image ({_some(split)}): are two files one frame?")
+    chosen = min(reversed(fit), key=lambda k: max(fit[k]) - min(fit[k]))
+    note = f"of the numbers in the names ({_some(split, 1)}) the {['first', 'second', 'third', 'fourth', 'fifth'][min(chosen // 2, 4)]} is the frame's"
+    return dict(zip(split, fit[chosen])), note if len(fit) > 1 else ""
+
+def _matching(pattern: Path) -> dict:
+    "File name -> number of the files that fit a pattern with one `%d`."
+    before, width, after = re.fullmatch(r"(.*)%(0\d+)?d(.*)", pattern.name).groups()
+    if not pattern.parent.is_dir(): raise UnreadableVideo(pattern, f"there is no folder {pattern.parent}")
+    fits = re.compile(re.escape(before) + r"(\d{%d,})" % int(width or 1) + re.escape(after), re.I)
+    found = {f.name: int(m[1]) for f in pattern.parent.iterdir() if (m := fits.fullmatch(f.name))}
+    if found: return found
+    raise UnreadableVideo(pattern, f"no file fits this pattern; the folder holds {_some([f.name for f in pattern.parent.iterdir()]) or 'nothing'}")
+
+# %% ../nbs/03_tracking.ipynb #ff6f52d9
+def _images(path: Path, frame_rate: float | None = None) -> _Images | None:
+    "The sequence that a folder or a pattern names, None for any other path. UnreadableVideo for one image of many."
+    if path.is_dir():
+        folder = _image_folder(path)
+        numbers, note = _numbers([f.name for f in _listed_files(folder) if f.suffix.lower() in IMAGE_SUFFIXES], folder)
+    elif re.fullmatch(r"[^%]*%(0\d+)?d[^%]*", path.name) and not path.is_file(): folder, numbers, note = path.parent, _matching(path), ""
+    elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file(): raise UnreadableVideo(
+        path, f"one image, not a video. For the sequence it is part of pass its folder, {path.parent}, or a pattern, "
+              f"{path.parent / re.sub(r'[0-9]+(?=[^0-9]*$)', lambda m: f'%0{len(m[0])}d', path.name)}")
+    else: return None
+    files, gaps = _frames_of(numbers, folder)
+    left = [f for f in _listed_files(folder) if f.name not in numbers and f.name != "seqinfo.ini"]
+    kinds = ", ".join(f"{k or 'no ending'}: {n}" for k, n in pd.Series([f.suffix.lower() for f in left], dtype=object).value_counts().sort_index().items())
+    rate, name, said = _told(folder, files, frame_rate)
+    return _Images(folder, name, files, rate, [n for n in (note, gaps, left and f"{len(left)} files of the folder are no frames ({kinds})", *said) if n])
+
+def _listed_files(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != "." and f.name.lower() != "thumbs.db"]
+
+def _frames_of(numbers: dict, folder: Path) -> tuple[dict, str]:
+    "Frame number from 0 -> name, in order; and what to say of numbers that are missing."
+    order = sorted(numbers, key=lambda n: (numbers[n], n))
+    first, last = numbers[order[0]], numbers[order[-1]]
+    if twice := next(((a, b) for a, b in itertools.pairwise(order) if numbers[a] == numbers[b]), None):
+        raise UnreadableVideo(folder, f"{twice[0]} and {twice[1]} have the same number: pass a pattern that one of them fits")
+    gone = last - min(first, 1) + 1 - len(order)
+    hole = 1 if first > 1 else next((numbers[a] + 1 for a, b in itertools.pairwise(order) if numbers[b] - numbers[a] > 1), 0)
+    note = f"{gone} of the numbers {min(first, 1)} to {last} have no image, from {hole} on; the names' numbers stay the frames' numbers"
+    return {numbers[n] - min(first, 1): n for n in order}, note if gone else ""
+
+def _told(folder: Path, files: dict, frame_rate: float | None) -> tuple[float, str, list]:
+    "Frame rate and name of a sequence, from `seqinfo.ini` in its folder or one above; and what to say."
+    named = folder.parent if folder.name.lower() in ("img1", "img", "images", "frames") else folder
+    file = next((f for f in (folder / "seqinfo.ini", folder.parent / "seqinfo.ini") if f.is_file()), None)
+    if file is None:
+        assumed = [] if frame_rate else ["no seqinfo.ini, 25 frames per second are assumed; `frame_rate` says otherwise"]
+        return frame_rate or 25.0, named.name, assumed
+    told, said = _seqinfo(file), []
+    if file.parent != folder and told.get("imdir", folder.name) != folder.name: said.append(f"{file.name} is of {told['imdir']}, not of {folder.name}")
+    try: rate, length = float(told.get("framerate", "nan")), int(told.get("seqlength", len(files)))
+    except ValueError: raise ValueError(f"{file}: frameRate and seqLength are no numbers") from None
+    if length != len(files): said.append(f"{file.name} announces {length} frames, there are {len(files)}")
+    if not frame_rate and not 0 < rate < 1000: said.append(f"{file.name} gives no frame rate, 25 frames per second are assumed; `frame_rate` says otherwise")
+    return frame_rate or (rate if 0 < rate < 1000 else 25.0), told.get("name", named.name), said
+
+# %% ../nbs/03_tracking.ipynb #74c98512
+class _ImageCapture:
+    "What `cv2.VideoCapture` is for a video file."
+    def __init__(self, images: _Images): self._images, self._walk, self.number = images, iter(images.files), -1
+    def grab(self) -> bool:
+        self.number = next(self._walk, None)
+        return self.number is not None
+    def retrieve(self):
+        file = self._images.folder / self._images.files[self.number]
+        try: return True, np.ascontiguousarray(np.asarray(open_image(file))[..., ::-1])
+        except UnreadableImage as e:
+            raise UnreadableVideo(file, f"frame {self.number} (from 0) cannot be read: {e.reason}; copy it again, or delete it (a gap is allowed)") from e
+    def release(self) -> None: self._walk = iter(())
+
+def _open_images(images: _Images):
+    "A capture of a sequence, its `VideoInfo`, and what was assumed. UnreadableVideo where images differ in size."
+    sizes, turned = {}, []
+    for name in images.files.values():
+        file = images.folder / name
+        try:
+            with Image.open(file) as image: sizes[name] = image.size; turned += [name] * (image.getexif().get(274, 1) > 1)
+        except OSError as e:
+            raise UnreadableVideo(file, f"a frame that is empty or no image ({type(e).__name__}); copy it again, or delete it (a gap is allowed)") from e
+    first, size = next(iter(sizes.items()))
+    if odd := next((n for n, s in sizes.items() if s != size), None):
+        raise UnreadableVideo(images.folder / odd, "{}x{} pixels, but {} has {}x{}: the images of a sequence have one size".format(*sizes[odd], first, *size))
+    notes = images.notes + ([f"{len(turned)} images have an EXIF orientation, it is treated as by `open_image`"] if turned else [])
+    return _ImageCapture(images), VideoInfo(*size, images.rate, max(images.files) + 1, Path(first).suffix[1:].lower()), notes
+
+def _content(path: Path, images: _Images | None, whole: int = 64 << 20, end: int = 32 << 10) -> str:
+    "A video's fingerprint; of a sequence by the numbers, sizes and bytes of its images (ends only, above 64 MB in all)."
+    if images is None: return fingerprint(path)
+    files, parts = {n: images.folder / f for n, f in images.files.items()}, []
+    sizes = {n: f.stat().st_size for n, f in files.items()}
+    small = sum(sizes.values()) <= whole
+    for number, file in files.items():
+        with open(file, "rb") as f:
+            if small: data = f.read()
+            else: data = f.read(end); f.seek(max(0, sizes[number] - end)); data += f.read(end)
+        parts.append((number, sizes[number], hashlib.sha256(data).hexdigest()))
+    return fingerprint(parts)
+
 # %% ../nbs/03_tracking.ipynb #01d47a61
 class Video:
-    "A video file, read once from its start; `info` is what the container announces, `read` how many frames there were so far."
-    def __init__(self, path):
-        self.path, self.read = Path(path), 0
-        self._capture, self.info = _open_video(self.path)
+    "A video file or image sequence, read once from its start; `info` is what it announces, `read` the number after the last frame read."
+    def __init__(self,
+                 path,                            # video file, folder of numbered images, or a pattern such as img1/%06d.jpg
+                 frame_rate: float | None = None, # frames per second; None: what the container or seqinfo.ini says, else 25
+                ):
+        if frame_rate is not None and not 0 < frame_rate < 1000: raise ValueError(f"frame_rate {frame_rate}: frames per second, above 0")
+        self.path, self.read, self._images = Path(path), 0, _images(Path(path), frame_rate)
+        self._capture, self.info, self.notes = _open_images(self._images) if self._images else _open_video(self.path)
+        if frame_rate is not None: self.info.fps, self.notes = float(frame_rate), [n for n in self.notes if "`frame_rate` says" not in n]
+        self.name = self._images.name if self._images else self.path.stem
+        self._least, self._most = float("inf"), 0.0     # milliseconds from frame to frame, as far as it was walked
 
     def frames(self,
                stride: int = 1,           # every stride-th frame
@@ -94,19 +250,42 @@ class Video:
               ) -> Iterator:              # (frame number, function that returns this frame: (h, w, 3) uint8, BGR)
         "Walk through the frames in order. `UnreadableVideo` if not one can be decoded."
         if stride < 1: raise ValueError(f"stride {stride}: it must be 1 or more")
+        before = None
         try:
             while (stop is None or self.read < stop) and self._capture.grab():
-                number, self.read = self.read, self.read + 1
+                number = self._capture.number if self._images else self.read
+                if stop is not None and number >= stop: break
+                self.read, before = number + 1, self._clock(before)
                 if number >= start and number % stride == 0: yield number, self._picture
         finally: self._capture.release()
         if self.read == 0:
             raise UnreadableVideo(self.path, f"it opens (codec {self.info.codec or 'unknown'}, {self.info.frames} frames announced) but no frame of it can be "
                                              "decoded: a missing codec or a damaged file; `ffmpeg -i IN -c:v libx264 OUT.mp4` shows which, and converts it")
 
+    def _clock(self, before):
+        "The time of this frame; keeps the least and the most that passed between two."
+        if self._images: return None
+        now = self._capture.get(_cv2().CAP_PROP_POS_MSEC)
+        if before is not None and now > before: self._least, self._most = min(self._least, now - before), max(self._most, now - before)
+        return now
+
     def _picture(self):
         ok, frame = self._capture.retrieve()
         if not ok: raise UnreadableVideo(self.path, f"frame {self.read - 1} was found but could not be decoded")
         return frame
+
+    @property
+    def content(self) -> str: return _content(self.path, self._images)
+
+    @property
+    def numbers(self): return self._images.files if self._images else range(self.read)
+
+    @property
+    def uneven(self) -> list[str]:
+        "What to say of frames that lay unevenly in time, once they were walked through."
+        if self._most < 1.5 * self._least: return []
+        return ["variable frame rate ({:.0f} to {:.0f} ms from frame to frame): frames are numbered by their order and tracked as evenly spaced; "
+                "`ffmpeg -i IN -fps_mode cfr OUT.mp4` makes them so".format(self._least, self._most)]
 
 # %% ../nbs/03_tracking.ipynb #fd8f81f7
 def nms(
@@ -278,7 +457,7 @@ def _fields(line: str) -> list[str]:
 def _mot_row(line: str, first: int) -> list[float]:
     "One line as numbers. ValueError with what is wrong in it."
     parts = _fields(line)
-    if re.fullmatch(r"\d+ \d+ [A-Za-z_]+", " ".join(parts[:3])):
+    if re.fullmatch(r"\d+ -?\d+ (?!nan|inf)[A-Za-z_]+", " ".join(parts[:3])):
         raise ValueError("looks like KITTI's labels (frame, id, type, …): write them as MOT first, right - left as width")
     try: row = [float(p) for p in parts]
     except ValueError: raise ValueError("is no row of numbers (delete a header; numbers need a decimal point)") from None
@@ -309,23 +488,56 @@ def read_mot(
     table.attrs.update(path=str(path), columns=columns)
     return table
 
+# %% ../nbs/03_tracking.ipynb #f30edb5e
+def _classes(table: pd.DataFrame) -> np.ndarray | None:
+    "Whole class numbers of a table; None where it has none (MOT15 writes -1 or world coordinates there)."
+    c = table["class"].to_numpy(float) if "class" in table else np.full(len(table), -1.0)
+    return None if (c % 1 != 0).any() or (c == -1).all() else c.astype(np.int64)
+
+def _listed(classes) -> str:
+    return ", ".join(f"{k} ({n} boxes)" for k, n in zip(*np.unique(classes, return_counts=True)))
+
 # %% ../nbs/03_tracking.ipynb #a59e22b7
+def _stretched(score: np.ndarray, path) -> np.ndarray:
+    "Scores of a file as numbers from 0 to 1."
+    if not len(score) or (score.max() <= 1 and score.min() >= 0): return score
+    if score.max() == score.min(): return np.ones_like(score)                    # one value for all: the file has no scores
+    warnings.warn(f"{path}: scores from {score.min():g} to {score.max():g} are stretched to 0–1", stacklevel=3)
+    return (score - score.min()) / (score.max() - score.min())
+
 class MotDetections:
-    "Detections read from a MOT file."
+    "Detections read from a MOT file. `counts`: boxes in the file, and those left out by reason."
     uses_frames = False
-    def __init__(self, path):
+    def __init__(self,
+                 path,                  # MOT text file
+                 classes=None,          # its class numbers that are people, where it has several
+                 first_frame: int = 1): # the number the file gives to its first frame
         if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such detections file")
-        table = read_mot(path)
-        score, self.settings = table["score"].to_numpy(), dict(detector="mot", content=fingerprint(Path(path)))
-        if len(score) and (score.max() > 1 or score.min() < 0):
-            if score.max() > score.min():
-                warnings.warn(f"{path}: scores from {score.min():g} to {score.max():g} are stretched to 0–1", stacklevel=2)
-                score = (score - score.min()) / (score.max() - score.min())
-            else: score = np.ones_like(score)                    # one value for all: the file has no scores
+        table = read_mot(path, first_frame)
+        own, stay = _classes(table), np.ones(len(table), bool)
+        if classes is not None: stay = np.isin(own if own is not None else np.full(len(table), -1), np.atleast_1d(classes))
+        elif own is not None and len(np.unique(own)) > 1: raise ValueError(
+            f"{path}: has classes {_listed(own)}; say which are people: MotDetections({str(path)!r}, classes=(…))")
+        if len(table) and not stay.any(): raise ValueError(
+            f"{path}: no box is of classes {classes}; the file has {_listed(own) if own is not None else 'no class numbers'}")
+        twice = table.duplicated([c for c in MOT_COLUMNS if c != "id"]).to_numpy() & stay
+        flat = (table[["w", "h"]] <= 0).any(axis=1).to_numpy() & stay & ~twice
+        self.counts = dict(in_file=len(table), other_classes=int((~stay).sum()), same_box_twice=int(twice.sum()), without_area=int(flat.sum()))
+        table = table[stay & ~twice & ~flat]
+        left = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in self.counts.items() if n and k not in ("in_file", "other_classes"))
+        if left: warnings.warn(f"{path}: of {self.counts['in_file']} boxes are left out: {left}", stacklevel=2)
+        if len(table) == 0: warnings.warn(f"{path}: holds no box", stacklevel=2)
+        score = _stretched(table["score"].to_numpy(), path)
+        self.settings = dict(detector="mot", content=fingerprint(Path(path))) | {k: v for k, v in dict(
+            classes=np.atleast_1d(classes).tolist() if classes is not None else None, first_frame=first_frame if first_frame != 1 else None).items() if v is not None}
         boxes = np.column_stack([table["x"], table["y"], table["x"] + table["w"], table["y"] + table["h"]])
         self._of = {f: (boxes[i], score[i]) for f, i in table.groupby("frame").indices.items()}
 
     def detect(self, frames: Iterable[int]) -> list: return [self._of.get(int(f), _no_boxes()) for f in frames]
+
+    def unused(self, numbers, stride: int = 1) -> tuple[int, int]:
+        "Boxes of the file in frames (of the stride) that are not among `numbers`, and the last frame with a box (-1: none)."
+        return sum(len(s) for f, (_, s) in self._of.items() if f % stride == 0 and f not in numbers), max(self._of, default=-1)
 
 # %% ../nbs/03_tracking.ipynb #49fcc727
 def create_detector(
@@ -364,57 +576,63 @@ def _detector_settings(detector) -> dict:
     return own if own is not None else dict(detector=f"{type(detector).__module__}.{type(detector).__qualname__}", settings=repr(sorted(vars(detector).items())))
 
 def _checked(found, n, detector):
-    "A detector's answer as float32 arrays without NaN, or a ValueError that says what it should have been."
+    "A detector's answer as float32 arrays without NaN and how many had some, or a ValueError that says what it should have been."
     found = [(np.asarray(b, np.float32).reshape(-1, 4), np.asarray(s, np.float32).reshape(-1)) for b, s in found]
     if len(found) != n or any(len(b) != len(s) for b, s in found):
         raise ValueError(f"{type(detector).__name__}.detect returned {[(b.shape, s.shape) for b, s in found]} for {n} frames; "
                          "it must return for each frame boxes (n, 4) and scores (n,)")
     finite = [np.isfinite(b).all(1) & np.isfinite(s) for b, s in found]
-    return [(b[ok], s[ok]) for (b, s), ok in zip(found, finite)]
+    return [(b[ok], s[ok]) for (b, s), ok in zip(found, finite)], sum(int((~ok).sum()) for ok in finite)
 
 # %% ../nbs/03_tracking.ipynb #1e48dd9b
 def _read_block(file: Path):
     "A cached block, or None where there is none that can be read."
     try:
-        with np.load(file) as z: return {k: z[k] for k in ("frame", "box", "score", "end")}
+        with np.load(file) as z: return {k: z[k] for k in ("frame", "box", "score", "end", "next", "not_finite")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
 
 def _detect_block(detector, walk, block, size, bar):
-    "The next `block` frames of `walk`, detected `size` at a time: their numbers, boxes and scores."
-    numbers, found, uses_frames = [], [], getattr(detector, "uses_frames", True)
+    "The next `block` frames of `walk`, detected `size` at a time: their numbers, boxes and scores, and how many were not finite."
+    numbers, found, lost, uses_frames = [], [], 0, getattr(detector, "uses_frames", True)
     while len(numbers) < block:
         part = [(n, picture() if uses_frames else n) for n, picture in itertools.islice(walk, min(size, block - len(numbers)))]
         if not part: break
         numbers += [n for n, _ in part]
-        found += _checked(detector.detect([p for _, p in part]), len(part), detector)
+        checked, n = _checked(detector.detect([p for _, p in part]), len(part), detector)
+        found, lost = found + checked, lost + n
         bar.update(len(part))
-    return numbers, found
+    return numbers, found, lost
 
 # %% ../nbs/03_tracking.ipynb #2d90d67a
 def detect(
-    video,              # video file
+    video,              # video file, folder of images or pattern
     detector,           # a detector, or a string that `create_detector` knows
     cache,              # folder for the blocks; a folder per detector is made in it
     stride: int = 1,
     block: int = 64,    # frames a block
 ) -> tuple[pd.DataFrame, int]: # boxes: frame, left, top, right, bottom, score; and how many frames the file really holds
-    "All boxes of a video; continues where an earlier call was stopped."
-    video, detector = Path(video), create_detector(detector)
-    cache = Path(cache) / fingerprint([fingerprint(video), _detector_settings(detector), stride, block])
+    "All boxes of a video; continues where an earlier call was stopped. What had to be assumed of the video is warned of."
+    reader = Video(video)
+    for note in reader.notes: warnings.warn(f"{video}: {note}", stacklevel=2)
+    return _detect(reader, create_detector(detector), cache, stride, block)
+
+def _detect(reader: Video, detector, cache, stride: int, block: int = 64) -> tuple[pd.DataFrame, int]:
+    "`detect` on a video that was opened for it; `attrs` count boxes that were not finite."
+    cache = Path(cache) / fingerprint([reader.content, _detector_settings(detector), stride, block])
     blocks = list(itertools.takewhile(lambda b: b is not None, (_read_block(cache / f"{i:06d}.npz") for i in itertools.count())))
     if not blocks or blocks[-1]["end"] < 0:
-        reader = Video(video)
         size = int(np.clip(2 ** 26 // (reader.info.width * reader.info.height * 3 + 1), 1, 8))    # frames at once: 64 MB at most
-        walk = reader.frames(stride, start=len(blocks) * block * stride)
-        with progress(total=-(-reader.info.frames // stride) or None, initial=len(blocks) * block, desc=f"detect {video.name}", unit="frame") as bar:
+        walk = reader.frames(stride, start=int(blocks[-1]["next"]) if blocks else 0)
+        with progress(total=-(-reader.info.frames // stride) or None, initial=len(blocks) * block, desc=f"detect {reader.path.name}", unit="frame") as bar:
             while not blocks or blocks[-1]["end"] < 0:
-                numbers, found = _detect_block(detector, walk, block, size, bar)
+                numbers, found, lost = _detect_block(detector, walk, block, size, bar)
                 blocks.append(dict(frame=np.repeat(np.array(numbers, np.int64), [len(s) for _, s in found]),
                                    box=np.concatenate([b for b, _ in found] or [_no_boxes()[0]]), score=np.concatenate([s for _, s in found] or [_no_boxes()[1]]),
-                                   end=np.int64(reader.read if len(numbers) < block else -1)))
+                                   end=np.int64(reader.read if len(numbers) < block else -1), next=np.int64(reader.read), not_finite=np.int64(lost)))
                 with atomic(cache / f"{len(blocks) - 1:06d}.npz") as tmp: np.savez(tmp, **blocks[-1])
     boxes = pd.DataFrame(np.concatenate([b["box"] for b in blocks]), columns=["left", "top", "right", "bottom"])
     boxes.insert(0, "frame", np.concatenate([b["frame"] for b in blocks]))
+    boxes.attrs["not_finite"] = int(sum(b["not_finite"] for b in blocks))
     return boxes.assign(score=np.concatenate([b["score"] for b in blocks])), int(blocks[-1]["end"])
 
 # %% ../nbs/03_tracking.ipynb #14527eb6
@@ -457,11 +675,12 @@ def _cut(
 ) -> tuple[pd.DataFrame, dict]:  # one row a crop; counts
     "Write a crop for every tracked box that is large enough; number tracklets in order of their first crop."
     xyxy, score = boxes[["left", "top", "right", "bottom"]].to_numpy(np.float32), boxes["score"].to_numpy(np.float32)
-    parts, tracklets, counts = [], {}, dict(frames=0, tracked=0, too_small=0, crops_written=0)
+    parts, tracklets, counts = [], {}, dict(frames=0, tracked=0, outside=0, too_small=0, crops_written=0)
     for number, picture, rows, ids in tracked:
         x1, y1, x2, y2 = box = _clip(xyxy[rows], *size).T
         large = (y2 - y1 >= max(1, settings["min_height"])) & (x2 - x1 >= max(1, settings["min_width"]))
-        counts["frames"] += 1; counts["tracked"] += len(rows); counts["too_small"] += int((~large).sum())
+        outside = (y2 <= y1) | (x2 <= x1)
+        counts["frames"] += 1; counts["tracked"] += len(rows); counts["outside"] += int(outside.sum()); counts["too_small"] += int((~large & ~outside).sum())
         for (l, t, r, b), row, i in zip(box.T[large].tolist(), rows[large].tolist(), ids[large].tolist()):
             tracklet = tracklets.setdefault(i, settings["first_tracklet"] + len(tracklets))
             path = f"crops/{name}/{tracklet:06d}/{number:06d}.jpg"
@@ -473,11 +692,50 @@ def _cut(
     table = pd.DataFrame(parts, columns=["path", "tracklet", "frame", "x", "y", "w", "h", "score"])
     return table.sort_values(["tracklet", "frame"], ignore_index=True), counts | dict(tracklets=len(tracklets))
 
+# %% ../nbs/03_tracking.ipynb #fc9d81ff
+class NothingLeft(ValueError): "There were boxes, and a filter or a mismatch left none."
+
+def _check_boxes(boxes: pd.DataFrame, size: tuple, what: str) -> list[str]:
+    "What is odd about boxes in a picture of `size`. NothingLeft where they are no boxes of it."
+    if not len(boxes): return []
+    x1, y1, x2, y2 = boxes[["left", "top", "right", "bottom"]].to_numpy(float).T
+    (h, w), flat = size, (x2 <= x1) | (y2 <= y1)
+    outside = (x2 <= 0) | (y2 <= 0) | (x1 >= w) | (y1 >= h)
+    beyond = (x2 > w + .5 * (x2 - x1)) | (y2 > h + .5 * (y2 - y1))
+    as_corners = (x2 - x1 <= 1.02 * w) & (y2 - y1 <= 1.02 * h) & (x2 - x1 > x1) & (y2 - y1 > y1)
+    if max(x2.max(), y2.max()) <= 2: raise NothingLeft(f"{what}: no box reaches beyond 2 pixels: fractions of the picture? They must be pixels")
+    if flat.mean() > .5: raise NothingLeft(f"{what}: {flat.sum()} of {len(boxes)} boxes have right <= left or bottom <= top: "
+                                           "left, top, width, height from a detector that must give left, top, right, bottom?")
+    if (beyond | outside).mean() > .3 and as_corners.mean() > .95: raise NothingLeft(
+        f"{what}: {(beyond | outside).sum()} of {len(boxes)} boxes leave the picture ({w}x{h}), and all lie in it if their numbers are "
+        "left, top, right, bottom: MOT has left, top, width, height")
+    if outside.mean() > .5: raise NothingLeft(f"{what}: {outside.sum()} of {len(boxes)} boxes lie outside of the picture ({w}x{h}): "
+                                              "another video, or another resolution?")
+    return [f"{what}: {outside.sum()} of {len(boxes)} boxes lie outside of the picture ({w}x{h})"] if outside.any() else []
+
+def _check_frames(detector, reader: Video, stride: int) -> tuple[list[str], int]:
+    "Boxes of a file that belong to frames the video lacks: what to say, and how many. NothingLeft where it is most of them."
+    if not hasattr(detector, "unused"): return [], 0
+    broke_off = reader.read < reader.info.frames
+    lost, last = detector.unused(reader.numbers, stride)
+    held = sum(len(s) for f, (_, s) in detector._of.items() if f % stride == 0)
+    if not broke_off and lost > .5 * held: raise NothingLeft(
+        f"{lost} of {held} detections lie in frames that {reader.path} lacks (it has {len(reader.numbers)}; the last box is in frame {last + 1}, from 1): another video?")
+    if lost and not broke_off: return [f"{lost} detections lie in frames that the video lacks; the last is in frame {last + 1} (from 1), it has {len(reader.numbers)}"], lost
+    if 0 <= last < .5 * (reader.read - 1): return [f"the detections end in frame {last + 1} of {reader.read} (from 1): are they of this video?"], lost
+    return [], lost
+
+def _some_left(n: int, left: int, frames: int, why: str) -> list[str]:
+    "NothingLeft where a step lost all of many boxes; what to say where it lost all of a few."
+    if left or not n: return []
+    if n >= frames / 2: raise NothingLeft(why)
+    return [why]
+
 # %% ../nbs/03_tracking.ipynb #eb181376
 BOX_COLUMNS = ("x", "y", "w", "h", "score")   # left, top, width, height in pixels; the detector's score
 
 def track(
-    video,                              # video file
+    video,                              # video file, folder of numbered images (or its parent with seqinfo.ini), or pattern (img1/%06d.jpg)
     out,                                # folder for this video's crops, table and cached detections
     detector="torchvision",             # a detector, or "hog", "torchvision", "yolox.onnx", "det.txt"
     tracker: str = "bytetrack",         # one of `TRACKERS`, or a tracker object of the library
@@ -485,39 +743,60 @@ def track(
     min_height: int = 48,               # pixels; lower boxes are tracked but not cut out
     min_width: int = 12,                # pixels, likewise
     min_score: float = 0.1,             # detections below do not reach the tracker
-    video_name: str | None = None,      # the table's `video`; None: the file's name without ending
+    video_name: str | None = None,      # the table's `video`; None: the file's name without ending, or the sequence's
     camid: int = -1,                    # the table's `camid`
     first_tracklet: int = 0,            # tracklets are numbered from here
     crop_quality: int = 95,             # JPEG quality
     tracker_settings: dict | None = None, # for the library's tracker class
+    frame_rate: float | None = None,    # frames per second; None: the container's or seqinfo.ini's
     resume: bool = True,                # use what an earlier call left in `out`; False starts over
 ) -> pd.DataFrame:                      # samples with x, y, w, h (pixels) and score; sorted by tracklet and frame
     """Cut every tracked person out of a video: `out/crops/…`, `out/samples.parquet`, `out/tracking.json`.
-    A video without people gives an empty table; one that breaks off gives what was there and a warning; one that cannot be read raises `UnreadableVideo`."""
+    A video without people gives an empty table; one that breaks off gives what was there and a warning; one that cannot be read raises `UnreadableVideo`;
+    boxes of which a filter leaves none raise `NothingLeft`. What was left out is counted in `attrs["counts"]`."""
     if stride < 1: raise ValueError(f"stride {stride}: it must be 1 or more")
     video, out = resolve(video), resolve(out)
-    name = video_name if video_name is not None else video.stem
-    reader = Video(video)
-    with closing(reader.frames()) as walk: size = next(walk)[1]().shape[:2]
-    detector = create_detector(detector)
-    fps = reader.info.fps / stride
+    reader = Video(video, frame_rate)
+    name = video_name if video_name is not None else reader.name
+    with closing(Video(video, frame_rate).frames()) as walk: size = next(walk)[1]().shape[:2]
+    detector, fps = create_detector(detector), reader.info.fps / stride
     made = create_tracker(tracker, fps, **(tracker_settings or {})) if isinstance(tracker, str) else tracker
-    settings = dict(video=fingerprint(video), video_name=name, detector=_detector_settings(detector), tracker=tracker if isinstance(tracker, str) else repr(vars(tracker)),
+    settings = dict(video=reader.content, video_name=name, detector=_detector_settings(detector), tracker=tracker if isinstance(tracker, str) else repr(vars(tracker)),
                     tracker_settings=tracker_settings or {}, trackers=metadata.version("trackers"), stride=stride, min_height=min_height, min_width=min_width, min_score=min_score,
-                    camid=camid, first_tracklet=first_tracklet, crop_quality=crop_quality)
+                    camid=camid, first_tracklet=first_tracklet, crop_quality=crop_quality, fps=reader.info.fps)
     with _claimed(out, settings, resume) as finished:
-        if finished is None:
-            boxes, n_read = detect(video, detector, out / "detections", stride)
-            boxes = boxes[boxes["score"] >= min_score].reset_index(drop=True)
-            made.reset()
-            walk = progress(Video(video).frames(stride, stop=n_read), total=-(-n_read // stride), desc=f"track {video.name}", unit="frame")
-            rows, counts = _cut(_tracked(boxes, walk, made), boxes, out, _folder(name), size, settings)
-            finished = _finish(out, rows, settings, dict(file=video.name, **asdict(reader.info), read=n_read), counts | dict(detections=len(boxes)))
+        if finished is None: finished = _track(video, reader, detector, made, out, size, settings)
     samples, report = finished
+    for note in report["notes"]: warnings.warn(f"{video}: {note}", stacklevel=2)
     if report["video"]["read"] < report["video"]["frames"]:
         warnings.warn(f"{video}: {report['video']['read']} of the {report['video']['frames']} announced frames could be read; the file breaks off or is damaged there. "
                       "The table holds what came before", stacklevel=2)
+    samples.attrs["counts"] = report["counts"]
     return samples
+
+# %% ../nbs/03_tracking.ipynb #e2ae126e
+def _track(video: Path, reader: Video, detector, made, out: Path, size: tuple, settings: dict):
+    "Detect, compare, track, cut, in a folder that is claimed: the table and its report."
+    stride = settings["stride"]
+    boxes, n_read = _detect(reader, detector, out / "detections", stride)
+    reader.read = n_read
+    said, unused = _check_frames(detector, reader, stride)
+    notes = reader.notes + said + _check_boxes(boxes, size, "detections")
+    if boxes.attrs["not_finite"]: notes.append(f"{boxes.attrs['not_finite']} boxes of the detector are not finite")
+    kept = boxes[boxes["score"] >= settings["min_score"]].reset_index(drop=True)
+    n_frames = 1 if not getattr(detector, "uses_frames", True) else -(-len(reader.numbers) // stride)
+    notes += _some_left(len(boxes), len(kept), n_frames, f"all {len(boxes)} detections are below min_score={settings['min_score']} "
+                        f"(the best has {boxes['score'].max():.3g}): lower it")
+    made.reset()
+    walked = Video(video, settings["fps"])
+    walk = progress(walked.frames(stride, stop=n_read), total=-(-n_read // stride), desc=f"track {video.name}", unit="frame")
+    rows, counts = _cut(_tracked(kept, walk, made), kept, out, _folder(settings["video_name"]), size, settings)
+    notes += _some_left(counts["tracked"], len(rows), counts["frames"], f"all {counts['tracked']} tracked boxes are lower than min_height={settings['min_height']}, "
+                        f"narrower than min_width={settings['min_width']} or outside of the picture: lower these")
+    if len(kept) and not counts["tracked"]: notes.append(f"the tracker made no track of {len(kept)} detections (best score {kept['score'].max():.3g}): see its settings")
+    counts |= dict(found=len(boxes), below_score=len(boxes) - len(kept), detections=len(kept), untracked=len(kept) - counts["tracked"],
+                   not_finite=boxes.attrs["not_finite"], in_missing_frames=unused) | {f"file_{k}": n for k, n in getattr(detector, "counts", {}).items()}
+    return _finish(out, rows, settings, dict(file=video.name, **asdict(reader.info), read=n_read), counts, notes + walked.uneven)
 
 # %% ../nbs/03_tracking.ipynb #dfe9acf5
 def _folder(name: str) -> str: return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"
@@ -546,22 +825,23 @@ def _finished(out, report):
     "The table of a finished folder, unless a crop of it has gone."
     if not (out / "samples.parquet").exists(): return None
     samples = read_samples(out / "samples.parquet")
+    report.setdefault("notes", [])
     return (samples, report) if all((out / p).exists() for p in samples["path"]) else None
 
 # %% ../nbs/03_tracking.ipynb #c486c772
-def _finish(out: Path, rows: pd.DataFrame, settings: dict, video: dict, counts: dict):
+def _finish(out: Path, rows: pd.DataFrame, settings: dict, video: dict, counts: dict, notes: list):
     "Table first, report last: a folder whose report says `finished` is whole."
     samples = make_samples(rows["path"].tolist(), camid=settings["camid"], video=settings["video_name"], tracklet=rows["tracklet"].to_numpy(), frame=rows["frame"].to_numpy())
     samples = samples.assign(**{c: rows[c].to_numpy(np.float32) for c in BOX_COLUMNS})
     write_samples(samples, out / "samples.parquet")
     versions = {p: metadata.version(p) for p in ("opencv-python", "trackers", "numpy")}
-    report = dict(settings=settings, video=video, counts=counts | dict(crops=len(samples)), versions=versions, finished=True)
+    report = dict(settings=settings, video=video, counts=counts | dict(crops=len(samples)), notes=notes, versions=versions, finished=True)
     write_json(out / "tracking.json", report)
     return samples, report
 
 # %% ../nbs/03_tracking.ipynb #455de71b
 def track_videos(
-    videos,                    # video files, or a dict name -> file
+    videos,                    # video files, folders of images or patterns, or a dict name -> one of these
     out,                       # each video gets a folder in it; the joined table is `out/samples.parquet`
     detector="torchvision",    # as in `track`, loaded once
     camids=None,               # a camera per video; None: unknown
@@ -570,20 +850,37 @@ def track_videos(
 ) -> pd.DataFrame:             # one table, tracklets unique over all videos, paths relative to `out`
     "Track video after video and join their tables; what is done is not done again."
     if on_unreadable not in ("raise", "skip"): raise ValueError(f'on_unreadable {on_unreadable!r}: "raise" or "skip"')
-    named = list(videos.items()) if isinstance(videos, dict) else [(Path(v).stem, v) for v in videos]
+    if isinstance(videos, (str, Path)): raise ValueError(f"videos={str(videos)!r} is one path: pass a list, or use `track`")
+    named = list(videos.items()) if isinstance(videos, dict) else [(_called(v), v) for v in videos]
+    if isinstance(camids, dict): camids = [camids[name] for name, _ in named]
+    if camids is not None and len(camids) != len(named): raise ValueError(f"{len(camids)} camids for {len(named)} videos: one each")
     twice = {n for n, _ in named if sum(_folder(n) == _folder(m) for m, _ in named) > 1}
     if twice: raise ValueError(f"several videos are called {', '.join(sorted(twice))}: pass a dict name -> file")
     out, detector, tables, n = resolve(out), create_detector(detector), [make_samples([]).assign(**{c: np.zeros(0, np.float32) for c in BOX_COLUMNS})], 0
+    counts, empty = {}, []
     for i, (name, video) in enumerate(named):
         try: table = track(video, out / _folder(name), detector, video_name=name, camid=-1 if camids is None else camids[i], **settings)
         except UnreadableVideo as e:
             if on_unreadable == "raise": raise
             warnings.warn(f"skipped: {e}", stacklevel=2); continue
+        except NothingLeft as e:
+            if len(named) == 1: raise
+            warnings.warn(f"{video}: nothing of it is in the table: {e}", stacklevel=2); empty.append(name); continue
+        counts[name] = table.attrs["counts"]
         tables.append(table.assign(path=_folder(name) + "/" + table["path"], tracklet=table["tracklet"] + n))
         n += table["tracklet"].nunique()
+    if empty and not n: raise NothingLeft(f"nothing is left of {_some(empty)}; the warnings say why")
     samples = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+    samples.attrs = dict(counts=counts)
     write_samples(samples, out / "samples.parquet")
     return samples
+
+def _called(video) -> str:
+    "The name of a video or sequence by its path; an unreadable one is named by its file."
+    path = resolve(video)
+    try: images = _images(path)
+    except UnreadableVideo: images = None
+    return images.name if images else path.stem
 
 # %% ../nbs/03_tracking.ipynb #ceff5c46
 DISTRACTORS = (2, 7, 8, 12)    # MOT16 and later: person on vehicle, static person, distractor, reflection
@@ -637,14 +934,6 @@ def _boxes_of(table, key: str, what: str) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 # %% ../nbs/03_tracking.ipynb #a8bdd359
-def _classes(table: pd.DataFrame) -> np.ndarray | None:
-    "Whole class numbers of a table; None where it has none (MOT15 writes -1 or world coordinates there)."
-    c = table["class"].to_numpy(float) if "class" in table else np.full(len(table), -1.0)
-    return None if (c % 1 != 0).any() or (c == -1).all() else c.astype(np.int64)
-
-def _listed(classes) -> str:
-    return ", ".join(f"{k} ({n} boxes)" for k, n in zip(*np.unique(classes, return_counts=True)))
-
 def _guess_benchmark(table, classes, flag) -> tuple[str, str]:
     "The benchmark whose classes a truth file has, and what to say of it. ValueError where they may be another's."
     if classes is None or len(classes) == 0: return "MOT15", ""
