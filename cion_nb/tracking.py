@@ -701,12 +701,12 @@ def _check_boxes(boxes: pd.DataFrame, size: tuple, what: str) -> list[str]:
     x1, y1, x2, y2 = boxes[["left", "top", "right", "bottom"]].to_numpy(float).T
     (h, w), flat = size, (x2 <= x1) | (y2 <= y1)
     outside = (x2 <= 0) | (y2 <= 0) | (x1 >= w) | (y1 >= h)
-    beyond = (x2 > w + .5 * (x2 - x1)) | (y2 > h + .5 * (y2 - y1))
+    beyond = (x2 > 1.02 * w) | (y2 > 1.02 * h)
     as_corners = (x2 - x1 <= 1.02 * w) & (y2 - y1 <= 1.02 * h) & (x2 - x1 > x1) & (y2 - y1 > y1)
     if max(x2.max(), y2.max()) <= 2: raise NothingLeft(f"{what}: no box reaches beyond 2 pixels: fractions of the picture? They must be pixels")
     if flat.mean() > .5: raise NothingLeft(f"{what}: {flat.sum()} of {len(boxes)} boxes have right <= left or bottom <= top: "
                                            "left, top, width, height from a detector that must give left, top, right, bottom?")
-    if (beyond | outside).mean() > .3 and as_corners.mean() > .95: raise NothingLeft(
+    if (beyond | outside).mean() > .2 and as_corners.mean() > .95: raise NothingLeft(
         f"{what}: {(beyond | outside).sum()} of {len(boxes)} boxes leave the picture ({w}x{h}), and all lie in it if their numbers are "
         "left, top, right, bottom: MOT has left, top, width, height")
     if outside.mean() > .5: raise NothingLeft(f"{what}: {outside.sum()} of {len(boxes)} boxes lie outside of the picture ({w}x{h}): "
