@@ -124,8 +124,9 @@ def test_size_and_score_limits(street, tmp_path):
     assert len(tall) and tall["h"].min() >= 50
     wide = T.track(street[0], tmp_path / "b", ColourDetector(), min_height=20, min_width=23)
     assert wide["w"].min() >= 23
-    none = T.track(street[0], tmp_path / "c", ColourDetector(), min_height=20, min_score=0.95)
-    assert len(none) == 0
+    with pytest.raises(T.NothingLeft, match="all 3.. detections are below min_score=0.95 .the best has 0.9"): T.track(street[0], tmp_path / "c", ColourDetector(), min_score=0.95)
+    with pytest.raises(T.NothingLeft, match="lower than min_height=500"): T.track(street[0], tmp_path / "c", ColourDetector(), min_height=500)
+    assert not (tmp_path / "c/samples.parquet").exists()
     counts = json.loads((tmp_path / "a/tracking.json").read_text())["counts"]
     assert counts["crops"] == len(tall) and counts["tracked"] == len(tall) + counts["too_small"]
 
@@ -238,7 +239,7 @@ def test_nobody_gives_an_empty_valid_table(tmp_path):
     again = T.track(tmp_path / "empty.avi", tmp_path / "sort", ColourDetector(), "sort")
     assert len(again) == 0
     assert T.contact_sheet(samples, tmp_path).size[0] > 0 and len(T.match_truth(samples, write_street(tmp_path / "t.avi", n=3))) == 0
-    assert T.tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
+    with pytest.warns(UserWarning, match="result holds no box"): assert T.tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
 
 
 @pytest.mark.parametrize("name,data,reason", [
@@ -251,8 +252,178 @@ def test_what_is_no_video_says_why(tmp_path, name, data, reason):
     assert name in str(error.value) and error.value.path.endswith(name) and not (tmp_path / "out").exists()
 
 
-def test_a_folder_is_no_video(tmp_path):
-    with pytest.raises(T.UnreadableVideo, match="a folder"): T.Video(tmp_path)
+# ---------------------------------------------------------------- image sequences
+
+@pytest.fixture(scope="module")
+def sequence(tmp_path_factory):
+    "A folder as MOT17 has them, its detections, and its frames as a lossless list."
+    home = tmp_path_factory.mktemp("sequences") / "MOT17-77"
+    (home / "img1").mkdir(parents=True)
+    truth = write_street(home.parent / "s.avi", n=24)
+    frames = [picture() for _, picture in T.Video(home.parent / "s.avi").frames()]
+    for i, frame in enumerate(frames, 1): cv2.imwrite(str(home / f"img1/{i:06d}.png"), frame)
+    (home / "seqinfo.ini").write_text("[Sequence]\nname=MOT17-77\nimDir=img1\nframeRate=15\nseqLength=24\n")
+    return home, truth, frames
+
+
+def some_frames(folder, names, shape=(48, 64, 3)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, n in enumerate(names): cv2.imwrite(str(folder / n), np.full(shape, i, np.uint8))
+    return folder
+
+
+def test_a_sequence_is_read_as_its_video_is(sequence, tmp_path):
+    home, truth, frames = sequence
+    want = T.track(home.parent / "s.avi", tmp_path / "video", **OPTIONS)
+    for path in (home / "img1", home / "img1/%06d.png", home / "img1/%d.png"):
+        assert T.Video(path).content == T.Video(home).content and T.Video(path).name == "MOT17-77" and T.Video(path).notes == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = T.track(home, tmp_path / "images", **OPTIONS)
+    assert got["video"].eq("MOT17-77").all() and len(got) == len(want)
+    pd.testing.assert_frame_equal(got[["tracklet", "frame", *T.BOX_COLUMNS]], want[["tracklet", "frame", *T.BOX_COLUMNS]])
+    video = T.Video(home)
+    assert video.info.frames == 24 and video.info.fps == 15 and (video.info.width, video.info.height) == (W, H)
+    for (number, picture), frame in zip(video.frames(), frames): assert (picture() == frame).all()
+    assert number == 23 == video.read - 1
+
+
+def test_a_sequence_s_state_covers_its_images(sequence, tmp_path):
+    home, _, frames = sequence
+    folder = Path(shutil.copytree(home / "img1", tmp_path / "seq"))
+    first, detector = T.track(folder, tmp_path / "out", frame_rate=15, **OPTIONS), ColourDetector()
+    again = T.track(folder, tmp_path / "out", frame_rate=15, **{**OPTIONS, "detector": detector})
+    assert detector.calls == 0 and again.equals(first)
+    T.track(folder, tmp_path / "out", frame_rate=5, **{**OPTIONS, "detector": detector})
+    assert detector.calls == 0                                             # the tracker's memory changes, the boxes do not
+    cv2.imwrite(str(folder / "000009.png"), frames[3])
+    with pytest.raises(ValueError, match="another video"): T.track(folder, tmp_path / "out", frame_rate=15, **OPTIONS)
+
+
+def test_numbers_in_names_are_the_frames(tmp_path):
+    def numbers(names): return [n for n, _ in T.Video(some_frames(tmp_path / str(len(list(tmp_path.iterdir()))), names), frame_rate=5).frames()]
+    assert numbers(["1.png", "2.png", "10.png"]) == [0, 1, 9]
+    assert numbers(["000000.png", "000001.png"]) == [0, 1]
+    assert numbers(["cam3_f0005.png", "cam3_f0006.png"]) == [4, 5]
+    assert numbers(["f1_t1700001.png", "f2_t1700041.png"]) == [0, 1]
+    gap = T.Video(some_frames(tmp_path / "gap", ["000001.png", "000002.png", "000007.png"]))
+    assert "4 of the numbers 1 to 7 have no image, from 3 on" in " ".join(gap.notes) and "25 frames per second are assumed" in " ".join(gap.notes)
+    (tmp_path / "gap/notes.txt").write_text("x"); cv2.imwrite(str(tmp_path / "gap/cover.png"), np.zeros((5, 5, 3), np.uint8))
+    assert "2 files of the folder are no frames (.png: 1, .txt: 1)" in " ".join(T.Video(tmp_path / "gap").notes)
+
+
+def test_gaps_and_blocks_go_together(tmp_path):
+    folder = some_frames(tmp_path / "s", [f"{i}.png" for i in (1, 2, 3, 50, 51, 52, 90)])
+    class Seen(ColourDetector):
+        def _one(self, frame): return np.array([[1, 1, 20, 40]]), np.array([.9])
+    with pytest.warns(UserWarning, match="have no image"): boxes, n = T.detect(folder, Seen(), tmp_path / "c", block=2)
+    assert boxes["frame"].tolist() == [0, 1, 2, 49, 50, 51, 89] and n == 90
+    for file in sorted(tmp_path.rglob("*.npz"))[2:]: file.unlink()
+    again = Seen()
+    with pytest.warns(UserWarning): pd.testing.assert_frame_equal(T.detect(folder, again, tmp_path / "c", block=2)[0], boxes)
+    assert again.calls == 3
+
+
+@pytest.mark.parametrize("names,path,says", [
+    (["000001.jpg", "000002.jpg"], "000001.jpg", r"one image, not a video.*%06d.jpg"), ([], "", "a folder without images"), (["a.jpg"], "", "no number in the names"),
+    (["1.jpg", "01.jpg"], "", "different in every|same number"), (["1.jpg", "1.png"], "", "several kinds"), (["a1.jpg", "b2.jpg"], "", "several kinds"), (["1.jpg"], "%06d.png", "no file fits"),
+    (["x/1.jpg", "y/1.jpg"], "", "several folders"), (["1.jpg"], "none/%d.jpg", "no folder")])
+def test_what_is_no_sequence_says_why(tmp_path, names, path, says):
+    for n in names: some_frames((tmp_path / "s" / n).parent, [Path(n).name])
+    (tmp_path / "s").mkdir(exist_ok=True)
+    with pytest.raises(T.UnreadableVideo, match=says): T.track(tmp_path / "s" / path if path else tmp_path / "s", tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_images_and_seqinfo_are_named(tmp_path):
+    folder = some_frames(tmp_path / "s", ["1.png", "2.png", "3.png"])
+    cv2.imwrite(str(folder / "2.png"), np.zeros((48, 66, 3), np.uint8))
+    with pytest.raises(T.UnreadableVideo, match="2.png: 66x48 pixels, but 1.png has 64x48"): T.Video(folder)
+    (folder / "2.png").write_bytes(b"")
+    with pytest.raises(T.UnreadableVideo, match="2.png: a frame that is empty"): T.Video(folder)
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    with pytest.raises(T.UnreadableVideo, match="2.png"): [picture() for _, picture in T.Video(folder).frames()]
+    some_frames(folder, ["1.png", "2.png", "3.png"])
+    (folder / "seqinfo.ini").write_text("[Sequence]\nframeRate=12\nseqLength=9\n")
+    assert T.Video(folder).info.fps == 12 and "announces 9 frames, there are 3" in T.Video(folder).notes[0]
+    assert T.Video(folder, frame_rate=3).info.fps == 3
+    (folder / "seqinfo.ini").write_text("[Sequence]\nframeRate=fast\n")
+    with pytest.raises(ValueError, match="seqinfo.ini.*no numbers"): T.Video(folder)
+    with pytest.raises(ValueError, match="frame_rate 0"): T.Video(folder, frame_rate=0)
+
+
+def phone_video(path, turned=False, uneven=False):
+    "An MP4 with a turned picture, or with a second half four times as slow."
+    import struct
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25, (64, 48))
+    for i in range(20): video.write(np.full((48, 64, 3), 5 * i, np.uint8))
+    video.release()
+    data = bytearray(path.read_bytes())
+    if turned:
+        at = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+        data[at:at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    if uneven:
+        at = data.index(b"stts")
+        n, step = struct.unpack(">II", data[at + 12:at + 20])
+        data[at + 8:at + 20] = struct.pack(">5I", 2, n // 2, step, n - n // 2, 4 * step)
+        for box in (b"stts", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
+            at = data.index(box) - 4
+            data[at:at + 4] = struct.pack(">I", struct.unpack(">I", data[at:at + 4])[0] + 8)
+    path.write_bytes(data)
+    return path
+
+
+def test_turned_and_uneven_videos_are_said(tmp_path):
+    turned = T.Video(phone_video(tmp_path / "t.mp4", turned=True))
+    assert "turned by 90 degrees" in turned.notes[0] and (turned.info.width, turned.info.height) == (48, 64)
+    walk = turned.frames()
+    assert next(walk)[1]().shape == (64, 48, 3)
+    with pytest.warns(UserWarning, match="variable frame rate .40 to 160 ms"): T.track(phone_video(tmp_path / "u.mp4", uneven=True), tmp_path / "out", ColourDetector())
+    with pytest.warns(UserWarning, match="variable frame rate"): T.track(tmp_path / "u.mp4", tmp_path / "out", ColourDetector())     # when read back too
+    even = T.Video(phone_video(tmp_path / "e.mp4"))
+    assert len(list(even.frames())) == 20 and even.notes == even.uneven == []
+
+
+# ---------------------------------------------------------------- detections and their video
+
+def det_file(path, truth, **values):
+    return written(path, truth.assign(**({"id": -1, "score": .9} | values)))
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda t: t.assign(w=t["x"] + t["w"], h=t["y"] + t["h"]), "left, top, right, bottom"), (lambda t: t.assign(x=t["x"] + 1000), "outside of the picture"),
+    (lambda t: t.assign(x=t["x"] / W, y=t["y"] / H, w=t["w"] / W, h=t["h"] / H), "fractions"), (lambda t: t.assign(frame=t["frame"] + 500), "another video"),
+    (lambda t: t.assign(score=.01), "below min_score")])
+def test_detections_of_another_kind_are_refused(street, tmp_path, change, says):
+    file = written(tmp_path / "det.txt", change(street[1].assign(id=-1, score=.9)))
+    with pytest.raises(T.NothingLeft, match=says): T.track(street[0], tmp_path / "out", str(file), min_height=20)
+    assert not (tmp_path / "out/samples.parquet").exists() and not (tmp_path / "out/crops").exists()
+
+
+def test_what_is_left_out_is_counted(street, tmp_path):
+    truth = street[1]
+    late = truth[truth["frame"] >= 80].assign(frame=lambda t: t["frame"] + 20)
+    weak = truth[truth["frame"] % 10 == 0].assign(score=.02, id=9)
+    file = written(tmp_path / "det.txt", pd.concat([truth.assign(score=.9), late.assign(score=.9), weak, truth[:5].assign(score=.9)]).assign(id=-1))
+    with pytest.warns(UserWarning) as caught: samples = T.track(street[0], tmp_path / "out", str(file), min_height=20)
+    said, counts = " ".join(str(w.message) for w in caught), samples.attrs["counts"]
+    assert f"{len(late)} detections lie in frames that the video lacks" in said and "5 same box twice" in said
+    assert counts["in_missing_frames"] == len(late) and counts["below_score"] == len(weak) and counts["file_same_box_twice"] == 5
+    assert counts["detections"] == counts["tracked"] + counts["untracked"] and counts["tracked"] == counts["crops"] + counts["too_small"] + counts["outside"]
+    assert counts["file_in_file"] == counts["detections"] + counts["below_score"] + len(late) + 5
+    early = det_file(tmp_path / "early.txt", truth[truth["frame"] < 30])
+    with pytest.warns(UserWarning, match="end in frame 30 of 90"): T.track(street[0], tmp_path / "e", str(early), min_height=20)
+
+
+def test_classes_of_a_detections_file_are_asked_for(tmp_path):
+    file = det_file(tmp_path / "det.txt", three_people(lambda i: i))
+    with pytest.raises(ValueError, match=r"classes 1 .30 boxes.*MotDetections"): T.create_detector(str(file))
+    detector = T.MotDetections(file, classes=1)
+    assert detector.counts["other_classes"] == 60 and len(detector.detect([0])[0][0]) == 1
+    with pytest.raises(ValueError, match="no box is of classes 8"): T.MotDetections(file, classes=8)
+    assert T.MotDetections(written(tmp_path / "zero.txt", three_people(), first=0), first_frame=0).detect([29])[0][0].shape == (3, 4)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.warns(UserWarning, match="holds no box"): T.MotDetections(tmp_path / "empty.txt")
 
 
 def test_a_missing_codec_says_so(street, tmp_path):
@@ -297,6 +468,8 @@ def test_many_videos_share_no_tracklet(street, tmp_path):
     assert samples.groupby("video")["camid"].first().to_dict() == dict(street=4, second=5)
     assert all((tmp_path / "out" / p).exists() for p in samples["path"])
     pd.testing.assert_frame_equal(samples, read_samples(tmp_path / "out/samples.parquet"))
+    with pytest.raises(ValueError, match="3 camids for 4 videos"): T.track_videos(videos, tmp_path / "out", camids=[1, 2, 3], **OPTIONS)
+    with pytest.raises(ValueError, match="pass a list"): T.track_videos(str(street[0]), tmp_path / "out", **OPTIONS)
     with pytest.raises(ValueError, match="dict name"): T.track_videos([street[0], street[0]], tmp_path / "o", **OPTIONS)
     assert len(T.track_videos([], tmp_path / "none", **OPTIONS)) == 0
 
@@ -465,7 +638,7 @@ def test_scores_equal_the_reference_run_from_files(tmp_path, seed, benchmark):
     evaluator = trackeval.Evaluator(dict(PRINT_RESULTS=False, OUTPUT_SUMMARY=False, OUTPUT_DETAILED=False, PLOT_CURVES=False, TIME_PROGRESS=False, LOG_ON_ERROR=None, BREAK_ON_ERROR=True, **quiet))
     result, _ = evaluator.evaluate([data], [trackeval.metrics.CLEAR(quiet), trackeval.metrics.Identity(quiet), trackeval.metrics.HOTA()])
     want = result["MotChallenge2DBox"]["ours"]["SEQ"]["pedestrian"]
-    got = T.tracking_scores(mine, folder / "gt/gt.txt", frames=range(30))
+    got = T.tracking_scores(mine, folder / "gt/gt.txt", frames=range(30), benchmark=benchmark)
     assert got["MOTA"] == pytest.approx(want["CLEAR"]["MOTA"], abs=1e-9) and got["switches"] == want["CLEAR"]["IDSW"]
     assert got["IDF1"] == pytest.approx(want["Identity"]["IDF1"], abs=1e-9) and got["HOTA"] == pytest.approx(np.mean(want["HOTA"]["HOTA"]), abs=1e-6)
 
@@ -477,9 +650,136 @@ def test_perfect_and_empty_scores():
     scores = T.tracking_scores(perfect, gt)
     assert scores["MOTA"] == scores["IDF1"] == 1 and scores["HOTA"] == pytest.approx(1)
     assert (T.match_truth(perfect, gt) == gt["id"]).all()
-    nobody = T.tracking_scores(perfect, gt[:0])
+    with pytest.warns(UserWarning, match="truth holds no box"): nobody = T.tracking_scores(perfect, gt[:0])
     assert nobody["recall"] == 0 and nobody["truth_boxes"] == 0
-    with pytest.raises(ValueError, match="one video"): T.tracking_scores(pd.concat([perfect, perfect.assign(video="w")]), gt)
+    two = pd.concat([perfect, perfect.assign(video="w")])
+    for score in (T.tracking_scores, T.match_truth):
+        with pytest.raises(ValueError, match="one video"): score(two, gt)
+
+
+# ---------------------------------------------------------------- files that people really have
+
+def three_people(cls=lambda i: 1, flag=lambda i: 1, ids=lambda i: i, n=30, speed=1):
+    "Three people who walk side by side, as rows of a truth file (frames from 0 here)."
+    return pd.DataFrame([(f, ids(i), 100 * i + speed * f, 50, 40, 100, flag(i), cls(i), 1) for f in range(n) for i in (1, 2, 3)], columns=list(T.MOT_COLUMNS))
+
+
+def written(path, table, first=1, sep=",", encoding="utf-8"):
+    path.write_bytes(table.assign(frame=table["frame"] + first).to_csv(header=False, index=False, sep=sep).encode(encoding))
+    return path
+
+
+def as_result(table): return table.rename(columns=dict(id="tracklet")).drop(columns=["class", "visibility"]).assign(video="v")
+
+
+def test_one_id_twice_in_a_frame_is_refused_on_every_path(tmp_path):
+    good = three_people()
+    shared, doubled = three_people(ids=lambda i: 1 if i == 3 else i), pd.concat([good, good])
+    for bad in (shared, doubled):
+        file = written(tmp_path / "bad.txt", bad)
+        for gt in (bad, file, str(file), T.read_mot(file)):
+            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): T.tracking_scores(as_result(good), gt)
+            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): T.match_truth(as_result(good), gt)
+        for result in (as_result(bad), bad, file, T.read_mot(file)):
+            with pytest.raises(ValueError, match="result: id 1 .* in frame 1"): T.tracking_scores(result, good)
+        with pytest.raises(ValueError, match="id 1 .* in frame 1"): T.tracklets_to_mot(as_result(bad), tmp_path / "r.txt")
+    late = pd.concat([good, good[good["frame"] == 17].assign(x=500)])
+    with pytest.raises(ValueError, match="id 1 .* in frame 18 .*; 17 from 0"): T.tracking_scores(as_result(late), good)
+    with pytest.raises(ValueError, match="id -1 .* detections"): T.tracking_scores(good.assign(id=-1), good)
+    with pytest.raises(ValueError, match="id -1 .* detections"): T.tracking_scores(good, written(tmp_path / "det.txt", good.assign(id=-1)))
+
+
+def test_the_reference_s_own_guard_stands_behind_ours(monkeypatch):
+    import trackeval
+    monkeypatch.setattr(T, "_check_ids", lambda *a: None)
+    good = three_people()
+    with pytest.raises(trackeval.utils.TrackEvalException, match="same ID more than once"): T.tracking_scores(pd.concat([good, good]), good)
+
+
+@pytest.mark.parametrize("cls,classes,boxes", [
+    (lambda i: 2, 2, 90), (lambda i: 4, (4,), 90), (lambda i: 0, [0], 90), (lambda i: 1 if i == 1 else 2, (1, 2), 90), (lambda i: 1 if i == 1 else 6, (6,), 60)])
+def test_class_numbers_of_another_tool_are_refused_until_named(tmp_path, cls, classes, boxes):
+    gt, result = written(tmp_path / "gt.txt", three_people(cls)), as_result(three_people())
+    for score in (T.tracking_scores, T.match_truth):
+        with pytest.raises(ValueError, match=r"gt.txt: truth: classes .*boxes.*benchmark=.*classes=") as e: score(result, gt)
+    got = T.tracking_scores(result, gt, classes=classes)
+    assert got["truth_boxes"] == boxes and got["truth_left_out"] == 90 - boxes == sum(got.left_out["truth_of_class"].values())
+    assert got["recall"] == 1 and (T.match_truth(result, gt, classes=classes) > 0).sum() == boxes
+    every = T.tracking_scores(result, gt, benchmark="MOT15")
+    assert every["MOTA"] == 1 and every["truth_left_out"] == 0
+
+
+def test_benchmarks_differ_as_the_reference_says(tmp_path):
+    gt, result = three_people(lambda i: 1 if i == 1 else 6, flag=lambda i: int(i == 1)), as_result(three_people())
+    with pytest.raises(ValueError, match="6 .60 boxes"): T.tracking_scores(result, gt)                 # MOT17 and MOT20 differ there
+    assert T.tracking_scores(result, gt, benchmark="MOT17")["MOTA"] == -1
+    twenty = T.tracking_scores(result, gt, benchmark="mot-20")
+    assert twenty["MOTA"] == 1 and twenty["boxes_left_out"] == twenty.left_out["boxes_on_distractors"] == 60
+    (tmp_path / "MOT20-01/gt").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="taken for MOT20"): named = T.tracking_scores(result, written(tmp_path / "MOT20-01/gt/gt.txt", gt))
+    assert named.benchmark == "MOT20" and named["MOTA"] == 1
+    with pytest.warns(UserWarning, match="taken for MOT17"): guessed = T.tracking_scores(result, gt.assign(**{"class": gt["class"].replace(6, 7)}))
+    assert guessed.benchmark == "MOT17" and guessed["MOTA"] == 1 and "MOT17" in guessed.notes[0]
+    with pytest.raises(ValueError, match="known: MOT15"): T.tracking_scores(result, gt, benchmark="MOT99")
+    with pytest.raises(ValueError, match="classes 1 to 13"): T.tracking_scores(result, three_people(lambda i: i - 1), benchmark="MOT17")
+    with pytest.raises(ValueError, match="classes 1 to 13"): T.tracking_scores(result, three_people(lambda i: -1), benchmark="MOT17")
+    with pytest.raises(ValueError, match="not both"): T.tracking_scores(result, gt, benchmark="MOT17", classes=1)
+
+
+def test_world_coordinates_are_no_classes(tmp_path):
+    gt = three_people().astype({"class": float}).assign(**{"class": lambda t: t["x"] / 7 - 9.3})
+    assert T.tracking_scores(as_result(three_people()), gt)["MOTA"] == 1 and T.tracking_scores(gt, gt).benchmark == "MOT15"
+    ten = three_people(lambda i: 1 if i == 1 else 4, flag=lambda i: int(i == 1)).assign(occlusion=0)    # VisDrone's columns, or MOT15's
+    with pytest.raises(ValueError, match="VisDrone"): T.tracking_scores(as_result(three_people()), written(tmp_path / "gt.txt", ten))
+
+
+def test_nothing_left_to_score_is_an_error():
+    result = as_result(three_people())
+    with pytest.raises(ValueError, match="none of its 90 .*'truth_with_flag_0': 90"): T.tracking_scores(result, three_people(flag=lambda i: 0))
+    assert (T.match_truth(result, three_people(flag=lambda i: 0)) > 0).all()                            # ignored rows name people
+    with pytest.raises(ValueError, match="none of its 90"): T.tracking_scores(result, three_people(), classes=7)
+    with pytest.raises(ValueError, match="no class numbers"): T.tracking_scores(result, three_people(lambda i: -1), classes=7)
+    with pytest.raises(ValueError, match="no box lies in the frames"): T.tracking_scores(result, three_people(), frames=range(40, 50))
+    with pytest.raises(ValueError, match="share no frame"): T.tracking_scores(result.assign(frame=result["frame"] + 100), three_people())
+    with pytest.raises(ValueError, match="a flag"): T.tracking_scores(result, three_people(flag=lambda i: .9))
+    with pytest.raises(ValueError, match="is no box"): T.tracking_scores(result.assign(w=-3), three_people())
+    with pytest.raises(ValueError, match="no column x"): T.tracking_scores(result.drop(columns="x"), three_people())
+    with pytest.raises(ValueError, match="classes 1 .30.*2 .30"): T.tracking_scores(three_people(lambda i: i), three_people())
+    part = T.tracking_scores(three_people(lambda i: i), three_people(), classes=1)
+    assert part.left_out["boxes_of_other_classes"] == part["boxes_left_out"] == 60 and part["recall"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda r: r[:0], "result holds no box"), (lambda r: r[r["frame"] < 12], "covers frames 0 to 11"), (lambda r: r[r["frame"] % 3 == 0], r"every 3th frame.*range\(0, n, 3\)"),
+    (lambda r: r.assign(frame=r["frame"] + 1), "moved by -1 frame.*counts? frames from 0"), (lambda r: r[r["frame"] > 0].assign(frame=lambda t: t["frame"] - 1), r"moved by \+1 frame"),
+    (lambda r: r.assign(x=r["x"] * 7), "no box overlaps")])
+def test_results_that_do_not_fit_their_truth_are_said(change, says):
+    truth = three_people(speed=6)
+    with pytest.warns(UserWarning, match=says) as caught: scores = T.tracking_scores(as_result(change(truth)), truth)
+    assert len(caught) == len(scores.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert T.tracking_scores(as_result(truth), truth).notes == []
+
+
+def test_read_mot_takes_what_programs_write(tmp_path):
+    want, file = three_people(n=4), tmp_path / "a.txt"
+    for sep, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-8"), (" ", "utf-8"), (", ", "utf-8")):
+        text = want.assign(frame=want["frame"] + 1).astype(str).agg(sep.join, axis=1)
+        file.write_bytes("\r\n".join([*text, ""]).encode(encoding))
+        pd.testing.assert_frame_equal(T.read_mot(file), want.astype(T.read_mot(file).dtypes))
+    file.write_text("1.000e+00,2e0,1.5E+02,5e1,4e1,1e2,9.9e-01,-1,-1,-1\n")
+    assert T.read_mot(file)[["frame", "id", "x", "score"]].iloc[0].tolist() == [0, 2, 150, .99]
+    assert T.read_mot(written(file, want, first=0), first_frame=0)["frame"].max() == 3
+    for line, says in (("1;1;399,5;182,0;121;229;1", "decimal point"), ("1 1 399,5 182,0 121 229 1", "decimal point"), ("1,1,399,5,182,0,121,2,229,1,1,-1", "12 fields.*not commas"),
+                       ("frame,id,x,y,w,h", "delete a header"), ("0 1 Pedestrian 0 0 -1.57 12 50 60 120 1.8 .6 .5 1 2 3 0", "KITTI"), ("1,1.5,0,0,5,5,1", "whole number"),
+                       ("1,1,,0,5,5,1", "no row of numbers"), ("1,1,nan,0,5,5,1", "not finite"), ("0,1,0,0,5,5,1", "first_frame=0"), ("1,1,0,0,5,5,1\n2,1,0,0,5,5", "line 2.*6 fields, the first line 7")):
+        file.write_text(line + "\n")
+        with pytest.raises(ValueError, match=says) as e: T.read_mot(file)
+        assert str(file) in str(e.value) and "line " in str(e.value)
+    for encoding in ("utf-16", "gbk"):
+        file.write_bytes("1,1,0,0,5,5,1 # 行人\n".encode(encoding))
+        with pytest.raises(ValueError, match="a.txt.*UTF-8"): T.read_mot(file)
 
 
 def test_matching_is_one_to_one():
