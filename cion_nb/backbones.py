@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .checkpoints import read_checkpoint
 from .runs import atomic, read_json, resolve, table5, write_json
 
 # %% ../nbs/04_backbones.ipynb #2af33901
@@ -244,7 +245,7 @@ def _repvit(arch, image_size, **kw):
             block.se = timm.layers.SqueezeExcite(block.se.fc1.in_channels, 0.25, rd_divisor=4, gate_layer="hard_sigmoid")
     return model
 
-def _as_is(arch, image_size, **kw): return timm.create_model(arch.timm, num_classes=0, **kw)
+def _as_is(arch, image_size, **kw): return timm.create_model(arch.timm, num_classes=0, drop_rate=0., **kw) # timm drops .2 of GhostNet's feature
 
 # %% ../nbs/04_backbones.ipynb #b0ef2925
 @dataclass(frozen=True)
@@ -427,30 +428,6 @@ def _grow(model: nn.Module, name: str, value: Tensor) -> None:
     if name != "reg_token": model.get_submodule(name[:-5]).bias = parameter; return
     model.reg_token, model.num_reg_tokens, model.num_prefix_tokens = parameter, value.shape[1], 1 + value.shape[1]
 
-# %% ../nbs/04_backbones.ipynb #119a33e4
-def _read_checkpoint(
-    path: Path,
-    allow: tuple = (), # classes that may be unpickled besides tensors and containers
-) -> Mapping:
-    "The file's content; never runs code from it."
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-    with open(path, "rb") as f: head = f.read(64)
-    if not head: raise ValueError(f"{path} is empty: fetch it again")
-    for start, what in ((b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run `git lfs pull`"), (b"<", "a web page, not a checkpoint: a download that asked for a login, perhaps")):
-        if head.lstrip().startswith(start): raise ValueError(f"{path} is {what}")
-    try:
-        if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(list(allow)): return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        kinds = _foreign_classes(path) if path.suffix != ".safetensors" else []
-        if not kinds: raise ValueError(f"{path} is not a checkpoint that can be read: {type(e).__name__}: {str(e).splitlines()[0]}") from e
-        raise ValueError(f"{path} holds Python objects besides tensors ({', '.join(kinds)}), and unpickling those can run code. If you trust "
-                         f"where it comes from, allow them by class, e.g. load_backbone_weights(model, path, allow=[argparse.Namespace])") from e
-
-def _foreign_classes(path):
-    try: return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception: return []  # not a zip file: an old or broken one
-
 # %% ../nbs/04_backbones.ipynb #8f0685c2
 def _tensor_tables(
     x,                # a checkpoint or a part of it
@@ -565,12 +542,12 @@ def load_backbone_weights(
     path: str | Path | Mapping, # .pth, .pt or .safetensors file, an already loaded checkpoint, or "imagenet"
     min_matched: float = 0.95, # refuse below this share of the model's entries
     part: str | None = None,   # only tables under this key or prefix, e.g. "student"
-    allow: tuple = (),         # classes that may be unpickled, e.g. [argparse.Namespace]; never for files you do not trust
+    allow: tuple = (),         # other objects in the file, as `read_checkpoint` takes them: ["yacs.config.CfgNode"] leaves them out
     semantic: float = 0.2,     # SOLIDER's weight λ of meaning against appearance, in [0, 1]; only its files have one
 ) -> LoadReport:
     "Find the backbone inside a checkpoint and load it. ValueError, and an unchanged model, if too little matches or a value is not finite."
     if isinstance(path, str) and path == "imagenet": return load_imagenet_weights(model)
-    file, source = (path, "checkpoint") if isinstance(path, Mapping) else (_read_checkpoint(resolve(path), allow), str(path))
+    file, source = (path, "checkpoint") if isinstance(path, Mapping) else (read_checkpoint(resolve(path), allow), str(path))
     best = None
     for place, tensors in _tensor_tables(file):
         for prefix in _prefixes(tensors, least=len(model.state_dict()) // 10):
