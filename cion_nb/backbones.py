@@ -464,6 +464,37 @@ def _grid_of(patches: int) -> tuple | None:
         columns = round((patches / ratio) ** 0.5)
         if ratio * columns ** 2 == patches: return ratio * columns, columns
 
+# %% ../nbs/04_backbones.ipynb #7b01252c
+_HEADS = re.compile(r"^(fc\d*|\w*heads?\d*|head_\w+|\w*classifier\w*|linear|last_linear|\w*bottleneck\w*|\w*neck|feat|feat_bn|proj_head|projector|projection\w*|predictor|decoder|"
+                    r"gap|avgpool|global_pool|pool\w*|gem|queue\w*|prototypes?|pixel_\w+|centers?|mask_token|total_ops|total_params|b\d(_\w+)?|"
+                    r"student|teacher|encoder_[qk]|\w*ema)(\.|$)|(^|\.)(num_batches_tracked|relative_position_index|attn_mask|total_ops|total_params)$")
+_CAMERAS = re.compile(r"(^|\.)((sie|cam|camera|view)(_embed\w*)?)$")
+_CHANGES = ((_CAMERAS, "camera or view vectors added to the tokens"), (re.compile(r"(^|\.)(NL_\d|non_?local)", re.I), "non-local blocks"),
+            (re.compile(r"(^|\.)(se|se_module|se_layer)\."), "squeeze-excitation"), (re.compile(r"(reg|register|storage|dist|part)_?tokens?|rope|pos_embed|_pos$"), "tokens or positions"),
+            (re.compile(r"(gamma|\.ls\d|layer_scale)"), "layer scale"), (re.compile(r"(norm|bn|\.IN\.|\.BN\.)"), "norms"))
+
+def _lost(report) -> dict[str, list]: # what a file's trunk has and the model lacks: module -> the file's names
+    "Unexpected entries that are no head (`_HEADS`), by module; camera vectors outside the prefix too."
+    ours = {name.rsplit(".", i)[0] for name in report.matched for i in range(name.count(".") + 1)}
+    lost, whole = {}, report.names == "solider"
+    for name in report.unexpected + [n for n in report.outside if _CAMERAS.search(n) and "student" not in n]:
+        rest = name.removeprefix(report.prefix)
+        if _HEADS.search(rest) or whole and re.match(r"norm[012]\.|semantic_embed_[wb]\.3\.", rest): continue
+        parts = rest.split(".")
+        depth = next((d for d in range(1, len(parts)) if ".".join(parts[:d]) not in ours), len(parts))
+        lost.setdefault(".".join(parts[:depth]), []).append(name)
+    return lost
+
+def _warn_lost(model, report) -> None:
+    lost = _lost(report)
+    report.lost = [name for names in lost.values() for name in names]
+    if not lost: return
+    kinds = dict.fromkeys(next((what for pattern, what in _CHANGES if pattern.search(n)), "") for n in report.lost)
+    some = ", ".join(f"{module} ({len(names)})" for module, names in list(lost.items())[:8]) + (f" and {len(lost) - 8} modules more" if len(lost) > 8 else "")
+    what = ", ".join(filter(None, kinds))
+    warnings.warn(f"{report.path}: its trunk has {len(report.lost)} entries that {model.name} has no place for, left out: {some}"
+                  + (f" [{what}]" if what else "") + "; the features are not those of the network that was trained", stacklevel=3)
+
 # %% ../nbs/04_backbones.ipynb #45af4561
 @dataclass
 class LoadReport:
@@ -477,6 +508,7 @@ class LoadReport:
     resized: list = field(default_factory=list)    # (name, the file's shape, the model's)
     unexpected: list = field(default_factory=list)
     outside: list = field(default_factory=list)    # entries without the prefix: heads, the student, optimizers
+    lost: list = field(default_factory=list)       # unexpected entries of the trunk: another network was trained
     added: list = field(default_factory=list)      # what the model took up: PASS's part tokens, SOLIDER's shifts
     names: str = "timm"                            # whose names the file uses
 
@@ -560,6 +592,7 @@ def load_backbone_weights(
     if best is None: raise ValueError(f"{source} holds no named tensors" + (f" under {part!r}" if part else ""))
     _, report, found = best
     _refuse_bad(model, report, found, min_matched)
+    _warn_lost(model, report)
     for name in report.added: _grow(model, name, found[name])
     model.load_state_dict(found, strict=False)
     model.weights = source

@@ -46,8 +46,14 @@ class Placeholder(dict):
     def __setstate__(self, state):
         if isinstance(state, Mapping): self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
 
-def _allowed(allow) -> list: # for torch's `safe_globals`: each name is a placeholder class of its own
-    return _harmless() + [(type("Placeholder", (Placeholder,), {}), x) if isinstance(x, str) else x for x in allow]
+def _load(path: Path, allow, device="cpu"):
+    "torch's own reader. What is allowed by name is read as a placeholder, or, as torch fills no other mapping, as an `OrderedDict`."
+    for stand_in in (Placeholder, collections.OrderedDict):
+        known = _harmless() + [(stand_in, x) if isinstance(x, str) else x for x in allow]
+        try:
+            with torch.serialization.safe_globals(known): return torch.load(path, map_location=device, weights_only=True)
+        except Exception as e:
+            if stand_in is not Placeholder or "SETITEM" not in str(e): raise
 
 # %% ../nbs/00b_checkpoints.ipynb #dcedbae2
 _NOT_WEIGHTS = ((b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run `git lfs pull`"),
@@ -77,7 +83,7 @@ def read_checkpoint(
     kind = _kind(path)
     try:
         if kind == "safetensors": return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_allowed(allow)): return torch.load(path, map_location="cpu", weights_only=True)
+        return _load(path, allow)
     except MemoryError: raise
     except Exception as e:
         if kind == "torch" and (foreign := _foreign(path, allow)): raise ValueError(
@@ -90,10 +96,11 @@ def _foreign(path: Path, allow) -> list[str]: # names of all that the file wants
     names = []
     for _ in range(50):
         try:
-            with torch.serialization.safe_globals(_allowed((*allow, *names))): torch.load(path, map_location="meta", weights_only=True)
+            _load(path, (*allow, *names), "meta")
         except Exception as e:
             found = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported global.*?`?(\S+)`? from|Trying to load unsupported GLOBAL (\S+)", str(e))
             name = next(filter(None, found.groups()), None) if found else None
+            if name and "." not in name: name = f"builtins.{name}"                       # as torch shortens it
             if name is None or name in names: break
             names.append(name)
         else: break
