@@ -580,7 +580,7 @@ def load_backbone_weights(
     "Find the backbone inside a checkpoint and load it. ValueError, and an unchanged model, if too little matches or a value is not finite."
     if isinstance(path, str) and path == "imagenet": return load_imagenet_weights(model)
     file, source = (path, "checkpoint") if isinstance(path, Mapping) else (read_checkpoint(resolve(path), allow), str(path))
-    best = None
+    best, tried = None, []
     for place, tensors in _tensor_tables(file):
         for prefix in _prefixes(tensors, least=len(model.state_dict()) // 10):
             if part is not None and part not in (*place, *prefix.split(".")): continue
@@ -588,10 +588,12 @@ def load_backbone_weights(
                 report = LoadReport(source, place, prefix, names=names)
                 found = _match(model, tensors, rename, semantic, report)
                 rank = (len(found), -_preference(place, prefix), -len(report.unexpected))
+                tried.append((rank, report, found))
                 if best is None or rank > best[0]: best = rank, report, found
     if best is None: raise ValueError(f"{source} holds no named tensors" + (f" under {part!r}" if part else ""))
     _, report, found = best
     _refuse_bad(model, report, found, min_matched)
+    _refuse_ambiguous(best, tried)
     _warn_lost(model, report)
     for name in report.added: _grow(model, name, found[name])
     model.load_state_dict(found, strict=False)
@@ -610,6 +612,14 @@ def _refuse_bad(model, report, found, min_matched):
     whole = [name for name, value in found.items() if name in own and own[name].is_floating_point() and not value.is_floating_point()]
     if whole: raise ValueError(f"{report.path}: {len(whole)} entries are {found[whole[0]].dtype}, not floating-point numbers, nothing was loaded: {', '.join(whole[:6])}")
     if report.missing or report.mismatched: warnings.warn(f"loaded, but not completely\n{report}", stacklevel=3)
+
+def _refuse_ambiguous(best, tried):
+    "Raise where several tables fit equally, hold other values, and nothing says which is meant; a teacher before its student is meant."
+    where = lambda report: f"{' > '.join(report.place) or 'the top level'}, prefix '{report.prefix}'"
+    rank, chosen, found = best
+    rivals = [r for k, r, f in tried if k[:2] == rank[:2] and (r.place, r.prefix) != (chosen.place, chosen.prefix) and any(not torch.equal(f[n], found[n]) for n in found if n in f)]
+    if rivals: raise ValueError(f"{chosen.path} holds several networks that fit equally, with other values, nothing was loaded: {'; '.join(map(where, [chosen, *rivals]))}. "
+                                "Say which with part=, a key or a word of the prefix")
 
 # %% ../nbs/04_backbones.ipynb #74a1694b
 def load_imagenet_weights(
