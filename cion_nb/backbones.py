@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .checkpoints import read_checkpoint
 from .runs import atomic, read_json, resolve, table5, write_json
 
 # %% ../nbs/04_backbones.ipynb #2af33901
@@ -244,7 +245,7 @@ def _repvit(arch, image_size, **kw):
             block.se = timm.layers.SqueezeExcite(block.se.fc1.in_channels, 0.25, rd_divisor=4, gate_layer="hard_sigmoid")
     return model
 
-def _as_is(arch, image_size, **kw): return timm.create_model(arch.timm, num_classes=0, **kw)
+def _as_is(arch, image_size, **kw): return timm.create_model(arch.timm, num_classes=0, drop_rate=0., **kw) # timm drops .2 of GhostNet's feature
 
 # %% ../nbs/04_backbones.ipynb #b0ef2925
 @dataclass(frozen=True)
@@ -427,30 +428,6 @@ def _grow(model: nn.Module, name: str, value: Tensor) -> None:
     if name != "reg_token": model.get_submodule(name[:-5]).bias = parameter; return
     model.reg_token, model.num_reg_tokens, model.num_prefix_tokens = parameter, value.shape[1], 1 + value.shape[1]
 
-# %% ../nbs/04_backbones.ipynb #119a33e4
-def _read_checkpoint(
-    path: Path,
-    allow: tuple = (), # classes that may be unpickled besides tensors and containers
-) -> Mapping:
-    "The file's content; never runs code from it."
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-    with open(path, "rb") as f: head = f.read(64)
-    if not head: raise ValueError(f"{path} is empty: fetch it again")
-    for start, what in ((b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run `git lfs pull`"), (b"<", "a web page, not a checkpoint: a download that asked for a login, perhaps")):
-        if head.lstrip().startswith(start): raise ValueError(f"{path} is {what}")
-    try:
-        if path.suffix == ".safetensors": return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(list(allow)): return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        kinds = _foreign_classes(path) if path.suffix != ".safetensors" else []
-        if not kinds: raise ValueError(f"{path} is not a checkpoint that can be read: {type(e).__name__}: {str(e).splitlines()[0]}") from e
-        raise ValueError(f"{path} holds Python objects besides tensors ({', '.join(kinds)}), and unpickling those can run code. If you trust "
-                         f"where it comes from, allow them by class, e.g. load_backbone_weights(model, path, allow=[argparse.Namespace])") from e
-
-def _foreign_classes(path):
-    try: return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception: return []  # not a zip file: an old or broken one
-
 # %% ../nbs/04_backbones.ipynb #8f0685c2
 def _tensor_tables(
     x,                # a checkpoint or a part of it
@@ -487,6 +464,37 @@ def _grid_of(patches: int) -> tuple | None:
         columns = round((patches / ratio) ** 0.5)
         if ratio * columns ** 2 == patches: return ratio * columns, columns
 
+# %% ../nbs/04_backbones.ipynb #7b01252c
+_HEADS = re.compile(r"^(fc\d*|\w*heads?\d*|head_\w+|\w*classifier\w*|linear|last_linear|\w*bottleneck\w*|\w*neck|feat|feat_bn|proj_head|projector|projection\w*|predictor|decoder|"
+                    r"gap|avgpool|global_pool|pool\w*|gem|queue\w*|prototypes?|pixel_\w+|centers?|mask_token|total_ops|total_params|b\d(_\w+)?|"
+                    r"student|teacher|encoder_[qk]|\w*ema)(\.|$)|(^|\.)(num_batches_tracked|relative_position_index|attn_mask|total_ops|total_params)$")
+_CAMERAS = re.compile(r"(^|\.)((sie|cam|camera|view)(_embed\w*)?)$")
+_CHANGES = ((_CAMERAS, "camera or view vectors added to the tokens"), (re.compile(r"(^|\.)(NL_\d|non_?local)", re.I), "non-local blocks"),
+            (re.compile(r"(^|\.)(se|se_module|se_layer)\."), "squeeze-excitation"), (re.compile(r"(reg|register|storage|dist|part)_?tokens?|rope|pos_embed|_pos$"), "tokens or positions"),
+            (re.compile(r"(gamma|\.ls\d|layer_scale)"), "layer scale"), (re.compile(r"(norm|bn|\.IN\.|\.BN\.)"), "norms"))
+
+def _lost(report) -> dict[str, list]: # what a file's trunk has and the model lacks: module -> the file's names
+    "Unexpected entries that are no head (`_HEADS`), by module; camera vectors outside the prefix too."
+    ours = {name.rsplit(".", i)[0] for name in report.matched for i in range(name.count(".") + 1)}
+    lost, whole = {}, report.names == "solider"
+    for name in report.unexpected + [n for n in report.outside if _CAMERAS.search(n) and "student" not in n]:
+        rest = name.removeprefix(report.prefix)
+        if _HEADS.search(rest) or whole and re.match(r"norm[012]\.|semantic_embed_[wb]\.3\.", rest): continue
+        parts = rest.split(".")
+        depth = next((d for d in range(1, len(parts)) if ".".join(parts[:d]) not in ours), len(parts))
+        lost.setdefault(".".join(parts[:depth]), []).append(name)
+    return lost
+
+def _warn_lost(model, report) -> None:
+    lost = _lost(report)
+    report.lost = [name for names in lost.values() for name in names]
+    if not lost: return
+    kinds = dict.fromkeys(next((what for pattern, what in _CHANGES if pattern.search(n)), "") for n in report.lost)
+    some = ", ".join(f"{module} ({len(names)})" for module, names in list(lost.items())[:8]) + (f" and {len(lost) - 8} modules more" if len(lost) > 8 else "")
+    what = ", ".join(filter(None, kinds))
+    warnings.warn(f"{report.path}: its trunk has {len(report.lost)} entries that {model.name} has no place for, left out: {some}"
+                  + (f" [{what}]" if what else "") + "; the features are not those of the network that was trained", stacklevel=3)
+
 # %% ../nbs/04_backbones.ipynb #45af4561
 @dataclass
 class LoadReport:
@@ -500,6 +508,7 @@ class LoadReport:
     resized: list = field(default_factory=list)    # (name, the file's shape, the model's)
     unexpected: list = field(default_factory=list)
     outside: list = field(default_factory=list)    # entries without the prefix: heads, the student, optimizers
+    lost: list = field(default_factory=list)       # unexpected entries of the trunk: another network was trained
     added: list = field(default_factory=list)      # what the model took up: PASS's part tokens, SOLIDER's shifts
     names: str = "timm"                            # whose names the file uses
 
@@ -565,13 +574,13 @@ def load_backbone_weights(
     path: str | Path | Mapping, # .pth, .pt or .safetensors file, an already loaded checkpoint, or "imagenet"
     min_matched: float = 0.95, # refuse below this share of the model's entries
     part: str | None = None,   # only tables under this key or prefix, e.g. "student"
-    allow: tuple = (),         # classes that may be unpickled, e.g. [argparse.Namespace]; never for files you do not trust
+    allow: tuple = (),         # other objects in the file, as `read_checkpoint` takes them: ["yacs.config.CfgNode"] leaves them out
     semantic: float = 0.2,     # SOLIDER's weight λ of meaning against appearance, in [0, 1]; only its files have one
 ) -> LoadReport:
     "Find the backbone inside a checkpoint and load it. ValueError, and an unchanged model, if too little matches or a value is not finite."
     if isinstance(path, str) and path == "imagenet": return load_imagenet_weights(model)
-    file, source = (path, "checkpoint") if isinstance(path, Mapping) else (_read_checkpoint(resolve(path), allow), str(path))
-    best = None
+    file, source = (path, "checkpoint") if isinstance(path, Mapping) else (read_checkpoint(resolve(path), allow), str(path))
+    best, tried = None, []
     for place, tensors in _tensor_tables(file):
         for prefix in _prefixes(tensors, least=len(model.state_dict()) // 10):
             if part is not None and part not in (*place, *prefix.split(".")): continue
@@ -579,10 +588,13 @@ def load_backbone_weights(
                 report = LoadReport(source, place, prefix, names=names)
                 found = _match(model, tensors, rename, semantic, report)
                 rank = (len(found), -_preference(place, prefix), -len(report.unexpected))
+                tried.append((rank, report, found))
                 if best is None or rank > best[0]: best = rank, report, found
     if best is None: raise ValueError(f"{source} holds no named tensors" + (f" under {part!r}" if part else ""))
     _, report, found = best
     _refuse_bad(model, report, found, min_matched)
+    _refuse_ambiguous(best, tried)
+    _warn_lost(model, report)
     for name in report.added: _grow(model, name, found[name])
     model.load_state_dict(found, strict=False)
     model.weights = source
@@ -600,6 +612,14 @@ def _refuse_bad(model, report, found, min_matched):
     whole = [name for name, value in found.items() if name in own and own[name].is_floating_point() and not value.is_floating_point()]
     if whole: raise ValueError(f"{report.path}: {len(whole)} entries are {found[whole[0]].dtype}, not floating-point numbers, nothing was loaded: {', '.join(whole[:6])}")
     if report.missing or report.mismatched: warnings.warn(f"loaded, but not completely\n{report}", stacklevel=3)
+
+def _refuse_ambiguous(best, tried):
+    "Raise where several tables fit equally, hold other values, and nothing says which is meant; a teacher before its student is meant."
+    where = lambda report: f"{' > '.join(report.place) or 'the top level'}, prefix '{report.prefix}'"
+    rank, chosen, found = best
+    rivals = [r for k, r, f in tried if k[:2] == rank[:2] and (r.place, r.prefix) != (chosen.place, chosen.prefix) and any(not torch.equal(f[n], found[n]) for n in found if n in f)]
+    if rivals: raise ValueError(f"{chosen.path} holds several networks that fit equally, with other values, nothing was loaded: {'; '.join(map(where, [chosen, *rivals]))}. "
+                                "Say which with part=, a key or a word of the prefix")
 
 # %% ../nbs/04_backbones.ipynb #74a1694b
 def load_imagenet_weights(
