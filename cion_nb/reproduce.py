@@ -12,6 +12,7 @@ __all__ = ['STAGES', 'WORTH_A_PROCESS', 'FAILURES', 'THRESHOLDS', 'TRIALS', 'TIT
 import argparse, json, os, queue, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 import pandas as pd
 import torch
 from fastcore.basics import patch
@@ -283,8 +284,8 @@ class Page:
         return {str(part): why for key, why in self.failed.items() if set(within) <= set(key) for part in key if part not in within and isinstance(part, str)}
 
     def judge(self, claim: str, rows: pd.DataFrame, column: str, better: str, worse: str, score: str = "mAP", within: tuple = ()) -> str:
-        "`report.judge`, which learns here what failed."
-        return judge(claim, rows, column, better, worse, score, self.lost(*within))
+        "`report.judge`, which learns here what failed, in short; the footnotes have it whole."
+        return judge(claim, rows, column, better, worse, score, {arm: shorten(why, 100, placeholder=" …") for arm, why in self.lost(*within).items()})
 
     def footnotes(self) -> list[str]:
         "What failed and what collapsed, a line each."
@@ -303,7 +304,7 @@ def finish(self: Page,
     shown=None,            # lines for the reader of the page; None: the verdicts
     measured: bool = True, # False: `smoke` numbers, which mean nothing
     **more,                # for `write_report`
-):                         # Markdown with the failures in its metadata, where `run_notebook` finds them
+):                         # Markdown with the failures in its metadata, where `run_notebook` finds them; None where there is nothing to say
     "Write the report; the verdict box, with what failed."
     failed, rang = self.footnotes(), [f"{_label(key)} collapsed: alarm {', '.join(names)}" for key, names in self.alarms.items()]
     write_report(self.name, self.profile, rows, verdicts, [*notes, *rang], failed=failed, **more)
@@ -311,7 +312,7 @@ def finish(self: Page,
     if failed: text += "\n**Not on this page, since it failed:**\n\n" + "".join(f"* {line}\n" for line in failed)
     if rang: text += "\n**Alarms:**\n\n" + "".join(f"* {line}\n" for line in rang)
     if self.profile == "smoke" and measured: text += "\n\nThis was the `smoke` profile: a thumbnail that proves the cells run. Its numbers mean nothing; set `profile = \"tiny\"` above."
-    return Markdown(text, metadata=dict(failed=failed))
+    return Markdown(text, metadata=dict(failed=failed)) if text else None
 
 def _label(key) -> str:
     return ", ".join(f"seed {part}" if isinstance(part, int) else f"{part:g}" if isinstance(part, float) else str(part) for part in key)
