@@ -532,9 +532,10 @@ def test_a_sweep_goes_on_without_what_failed(people, runs, monkeypatch, jobs):
     monkeypatch.setattr(reproduce_room, "WORTH_A_PROCESS", 1)
     wrong = asked(people, batch_size=20, n_id=[3], n_id_epochs=[0], seed=5)
     needs_it = recipe("finetune", "tiny", data=str(people), epochs=1, images_per_epoch=32, batch_size=16, weights=wrong)
-    with pytest.warns(UserWarning, match=f"{Run(wrong).name} failed, and 1 runs that need it are left out"): found = make_runs([needs_it, *beside(people)], jobs=jobs, on_error="go on")
-    assert [r.is_done for r in found] == [False, True, True, True]
-    with pytest.raises(ValueError, match="choose 'raise' or 'go on'"): make_runs([], on_error="ignore")
+    page = reproduce_room.Page("table4", "tiny")
+    done = page.runs({("needs it", 0): needs_it} | {("beside", s): r for s, r in enumerate(beside(people))}, jobs=jobs)
+    assert list(done) == [("beside", s) for s in range(3)]
+    assert page.failed["needs it", 0].startswith(f"it needs {Run(wrong).name}, which failed: ") and len(page.failed) == 1
 
 
 def test_children_leave_with_their_parent(people, runs, tmp_path):
