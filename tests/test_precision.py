@@ -221,9 +221,9 @@ def test_two_processes_decide_together(tmp_path, env, ends):
 def test_the_answer_is_kept_per_machine_and_an_unwritable_folder_is_no_error(runs, monkeypatch):
     verdict = room.Verdict(True, None, 3, .002, .1)
     remember("key", verdict); assert known("key") == verdict and known("other") is None
-    for name, value in (("ONEDNN_MAX_CPU_ISA", "AVX2"),):
-        monkeypatch.setenv(name, value); assert known("key") is None
-        monkeypatch.delenv(name); assert known("key") == verdict
+    with monkeypatch.context() as other:
+        other.setenv("ONEDNN_MAX_CPU_ISA", "SSE41"); assert known("key") is None
+    assert known("key") == verdict
     next((runs / ".precision").glob("*.json")).write_text("torn{"); assert known("key") is None
     blocked = runs / "file"; blocked.write_text(""); monkeypatch.setenv("CION_NB_RUNS", str(blocked))
     assert remember("key", verdict) == verdict and known("key") is None
