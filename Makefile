@@ -6,11 +6,13 @@ STAMP   := .venv/.installed
 EXTRAS  := cpu,track,onnx,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test readme notebooks lab clean
+.PHONY: help install reproduce test test-isa test-gpu readme notebooks lab clean
 
 help:
 	@echo "make reproduce   the whole companion at PROFILE=$(PROFILE) -> reports/$(PROFILE)/index.html"
 	@echo "make test        notebooks, pytest, nbdev checks, a papermill run"
+	@echo "make test-isa    precision tests and a smoke road under each instruction set of this CPU"
+	@echo "make test-gpu    every CUDA path against its CPU twin, with a report to paste"
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make readme      README.md from nbs/index.ipynb"
 	@echo "make notebooks   nbdev_export + nbdev_clean (before every commit)"
@@ -30,6 +32,12 @@ reproduce: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) .ci/test.py
+
+test-isa: $(STAMP)
+	@$(PY) .ci/test_isa.py
+
+test-gpu: $(STAMP)
+	@$(PY) .ci/test_gpu.py
 
 readme: $(STAMP)
 	$(PY) .ci/readme.py

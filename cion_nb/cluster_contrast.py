@@ -273,6 +273,15 @@ class ClusterContrast(Task):
         pixels, boxes, noise = self.transform(self.images[rows], rows, epoch=seen)
         return dict(pixels=pixels, boxes=boxes, noise=noise, rows=torch.from_numpy(rows))
 
+    def trial(self, model, accelerator):
+        "A batch of made-up clusters, and the features of as many images as are embedded at once (and as the last time)."
+        memory, n, r = self.modules["memory"], self.n_images, self.recipe
+        features, labels = torch.randn(n, memory.centroids.shape[1]), torch.arange(n) % max(n // r["k"], r["batch_size"] // r["k"])
+        memory.start(features.to(accelerator.device), labels.to(accelerator.device), 0)
+        yield from super().trial(model, accelerator)
+        share = -(-n // accelerator.num_processes)
+        for size in {min(share, 256), share % 256} - {0}: embed_rows(self.modules["model"], self.images, np.arange(size) % n, r["image_size"], autocast=accelerator.autocast)
+
     def schedule(self, share):
         r = self.recipe
         self.modules["memory"].waiting.clear()     # of a step that was given up

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .backbones import InputSpec
+from .precision import trust_inference
 from .runs import Run, atomic, progress, read_json, resolve, write_json
 from .datasets import READERS
 from .samples import UnreadableImage, as_samples, open_image, to_rgb, read_cion_al, read_samples, write_samples
@@ -131,6 +132,11 @@ def _autocast(device: torch.device, compute: str | None):
     if compute not in known: raise ValueError(f"compute={compute!r}: use one of {list(known)}")
     return torch.autocast(device.type, known[compute]) if known[compute] else nullcontext()
 
+def _trust(model, device: torch.device, compute: str | None, n: int, batch_size: int) -> None:
+    "bfloat16 on a CPU is probed at this model's input and batch sizes, the last batch's too. ValueError where it is not sound."
+    if compute != "bfloat16" or device.type != "cpu" or not isinstance(model, nn.Module) or not n: return
+    trust_inference(model, [(size, *model.input.shape) for size in sorted({min(n, batch_size), n % batch_size} - {0})], len(getattr(model, "columns", ())))
+
 # %% ../nbs/05_features.ipynb #e254aff4
 def _forward(
     model,              # in evaluation mode, on `device`
@@ -179,6 +185,7 @@ def embed(
     names = [str(i) if isinstance(i, (str, os.PathLike)) else f"image {n}" for n, i in enumerate(images)]
     spec = _spec(model)
     with _inference(model, device):
+        _trust(model, device, compute, len(images), batch_size)
         rows = [_unit_rows(_forward(model, np.stack([to_pixels(i, spec) for i in images[s:s + batch_size]]), device, flip, compute, [c[s:s + batch_size] for c in more]), names[s:s + batch_size])
                 for s in range(0, len(images), batch_size)]
     return np.concatenate(rows) if rows else np.zeros((0, model.embed_dim), np.float32)
@@ -377,6 +384,7 @@ def _extract(samples, root, model, spec, out, request, batch_size, workers, on_u
     names, columns = samples.path.tolist(), [samples[c].to_numpy(np.int64) for c in getattr(model, "columns", ())]      # a model may want more than pixels, such as the camera
     try:
         with _inference(model, device), progress(total=len(names), initial=store.read, desc="extract", unit="img") as bar:
+            _trust(model, device, request["compute"], len(names) - store.read, batch_size)
             for images in _batches([str(root / n) for n in names], spec, store.read, batch_size, workers):
                 rows = range(store.read, store.read + len(images))
                 bad = [[row, names[row], i.reason] for row, i in zip(rows, images) if isinstance(i, UnreadableImage)]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from numba import njit
 from scipy.sparse import csr_matrix
 from scipy.stats import chi2
+from .precision import bf16_matmul_is_sound, cpu
 from .runs import processors
 
 # %% ../nbs/07_noise.ipynb #6dd9fadc
@@ -188,11 +189,14 @@ def radii(
 # %% ../nbs/07_noise.ipynb #88126193
 def screen_type(
     device: str = "cpu",
-) -> str:          # "bfloat16", "float16" or "float32"
-    "The shortest number format that `device` multiplies in hardware and adds up in float32."
+    dim: int = 768,    # length of the rows
+) -> str:              # "bfloat16", "float16" or "float32"
+    "The shortest number format that `device` multiplies in hardware and adds up in float32; on a CPU, one whose products were tried on a poisoned heap and keep the bound above."
     if torch.device(device).type == "cuda": return "float16"
-    can = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+    can = cpu()
+    return "bfloat16" if (can.get("avx512_bf16") or can.get("amx_bf16")) and bf16_matmul_is_sound(dim, _rounding(dim)) else "float32"
+
+def _rounding(dim): return (dim + 8) * 2.0**-22     # what adding up `dim` products in float32 may cost, relative to the rows' lengths
 
 @dataclass(frozen=True)
 class _Screened:
@@ -218,7 +222,7 @@ def _screen(units, first, end, kind, device) -> _Screened:
 def _least_product(a: _Screened, b: _Screened, sigma: float) -> float:
     "t of the box above, rounded down to a number of the format: no pair closer than `sigma` shows less."
     e_a, e_b, l_a, l_b = a.error.max(), b.error.max(), a.length.max(), b.length.max()
-    t = 1 - sigma - e_a * (l_b + e_b) - l_a * e_b - (a.light.shape[1] + 8) * 2.0**-22 * l_a * l_b
+    t = 1 - sigma - e_a * (l_b + e_b) - l_a * e_b - _rounding(a.light.shape[1]) * l_a * l_b
     down = torch.tensor(t, dtype=a.light.dtype)
     return (torch.nextafter(down, torch.full_like(down, -torch.inf)) if down.double() > t else down).item()
 
@@ -282,7 +286,7 @@ def close_pairs(
     last: np.ndarray = None, # (n,) row i is compared with i+1 … last[i]; never decreasing; None: with all rows after it
     tile: int = None,        # rows of one product, which has up to twice as many columns; None: from the reach of `last`
     device: str = None,      # "cpu" or "cuda"; None: CUDA where there is one
-    screen: str = None,      # format of the fast product; None: `screen_type(device)`
+    screen: str = None,      # format of the fast product; None: as `screen_type` says
     panel_bytes: int = None, # memory of a panel; None: 128 MB, on a GPU 2 GB
     rows: tuple = None,      # (start, stop): only pairs whose i is one of these rows; None: all
 ):                           # yields (i, j, distance) arrays with i < j
@@ -291,7 +295,7 @@ def close_pairs(
     The order of the pairs is fixed, but no particular one. Memory: a panel, a tile, and the pairs of one tile (2 million at most, on a GPU 34 million)."""
     n, device = units.shape[0], device or ("cuda" if torch.cuda.is_available() else "cpu")
     last = np.full(n, n - 1) if last is None else np.minimum(last, n - 1)
-    tile, screen, waiting = tile or _tile_size(last, device), screen or screen_type(device), []
+    tile, screen, waiting = tile or _tile_size(last, device), screen or screen_type(device, units.shape[1]), []
     panel_bytes = panel_bytes or (2**31 if torch.device(device).type == "cuda" else 2**27)
     for a, b, top, left, first, end in _tiles(units, last, tile, panel_bytes, screen, device, *(rows or (0, n))):
         i, j = _large_products(a, b, sigma, first, end)

@@ -1,7 +1,8 @@
 """A small distillation-like training in a process of its own, for test_engine.py: `python training_job.py FOLDER [kill_at_image] [nan_at_image]`.
 
 BatchNorm, dropout, AdamW, an EMA teacher, a centre and a curriculum: everything whose state a checkpoint must carry.
-The environment's JOB_RECIPE (JSON) changes the recipe, JOB_SIGNAL is sent instead of SIGKILL (to the whole process group with JOB_GROUP=1), JOB_NAN says where the NaN starts: "loss" or "weights", JOB_NAN_RANK on which rank.
+The environment's JOB_RECIPE (JSON) changes the recipe, JOB_SIGNAL is sent instead of SIGKILL (to the whole process group with JOB_GROUP=1), JOB_NAN says where the NaN starts: "loss" or "weights", JOB_NAN_RANK on which rank (with JOB_NAN_SHORT only where it does not compute in float32).
+JOB_BF16 claims a CPU that multiplies bf16 fast, JOB_SICK_RANK is the rank whose probe finds a fault.
 """
 import json, os, signal, sys
 from copy import deepcopy
@@ -48,7 +49,7 @@ class Job(Task):
         with torch.no_grad(): target = self.modules["centre"](self.modules["teacher"](batch[0]))
         out = model(batch[0])
         loss = nn.functional.cross_entropy(out, batch[1]) + .1 * (out - target).square().mean()
-        if self.nan_at is not None and self.seen >= self.nan_at and os.environ.get("JOB_NAN", "loss") == "loss" and os.environ.get("JOB_NAN_RANK") in (None, os.environ.get("RANK")): loss = loss * float("nan")
+        if self.nan_at is not None and self.seen >= self.nan_at and os.environ.get("JOB_NAN", "loss") == "loss" and os.environ.get("JOB_NAN_RANK") in (None, os.environ.get("RANK")) and not (os.environ.get("JOB_NAN_SHORT") and accelerator.mixed_precision == "no"): loss = loss * float("nan")
         return loss, dict(teacher=target.abs().mean())
 
     def before_step(self, share):
@@ -62,7 +63,15 @@ class Job(Task):
         if self.kill_at is not None and self.seen >= self.kill_at and int(os.environ.get("RANK", 0)) == 0: (os.killpg if os.environ.get("JOB_GROUP") else os.kill)(os.getpid(), int(os.environ.get("JOB_SIGNAL", signal.SIGKILL)))
 
 
+def pretend():
+    "The CPU that the environment asks for."
+    from cion_nb import engine, precision
+    if os.environ.get("JOB_BF16"): precision.has_fast_bf16 = lambda cpu: True
+    if os.environ.get("JOB_SICK_RANK") == os.environ.get("RANK", "0"): engine.probe = lambda *args: precision.Verdict(False, "model.0 (linear): the result is not finite", 2, None, .1)
+
+
 if __name__ == "__main__":
+    pretend()
     folder = Path(sys.argv[1])
     job = Job()
     job.kill_at = int(sys.argv[2]) if len(sys.argv) > 2 and sys.argv[2] != "-" else None
