@@ -88,10 +88,15 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     assert abs(np.asarray(seen).mean() - 128) < (130 if mode == "1" else 4)
 
 
-def test_exif_rotation_is_ignored(tmp_path):
-    exif = Image.Exif(); exif[0x0112] = 6
-    Image.new("RGB", (8, 16)).save(tmp_path / "x.jpg", exif=exif)
-    assert open_image(tmp_path / "x.jpg").size == (8, 16)
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_orientation_is_undone(tmp_path, turn):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1))
+    there = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[turn]                     # the transposition that a viewer undoes
+    exif = Image.Exif(); exif[0x0112] = turn
+    (picture if there is None else picture.transpose(there)).save(tmp_path / "x.png", exif=exif)
+    seen = open_image(tmp_path / "x.png")
+    assert seen.size == (64, 128) and (np.asarray(seen) == np.asarray(picture)).all()
+    assert S.to_rgb(seen).size == seen.size                                              # turned once
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tif"])
@@ -187,7 +192,7 @@ def test_cion_al(tmp_path):
     file.write_text(json.dumps([dict(id=4, file_path=str(tmp_path / "sec0" / "a.jpg"), score=.5), dict(id=9, file_path="sec1/b.jpg", score=1)]))
     table = read_cion_al(file, tmp_path)
     assert table.path.tolist() == ["sec0/a.jpg", "sec1/b.jpg"] and table.score.tolist() == [.5, 1] and table.attrs == dict(dataset="cion_al")
-    for text, words in (("{}", "expected a list"), ("[1]", "entry 0"), ('[{"id": "x", "file_path": "a"}]', "'pid', row 0"), ("[", "no JSON"),
+    for text, words in (("{}", "expected a list"), ("[1]", "entry 0"), ('[{"id": "x", "file_path": "a"}]', "'pid', row 0"), ("[", "not valid JSON"),
                         ('[{"id": 0, "file_path": "/elsewhere/a.jpg"}]', "does not lie under root")):
         file.write_text(text)
         with pytest.raises(ValueError, match=words): read_cion_al(file, tmp_path)
