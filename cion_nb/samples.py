@@ -482,7 +482,7 @@ def _located(paths, root=None, prefix=None) -> list:
 def _locate(path: str, root: Path|None, cut: str|None) -> str:
     "One path below `root`."
     plain = _slashed(path, root is not None or cut is not None)
-    if root is not None and plain != path and _is_there(root, path): return path   # really called so
+    if root is not None and ("\\" in path or path != path.strip()) and _is_there(root, path): return path   # really called so
     if cut is not None:
         if not (plain.lower().startswith(cut.lower()) if ":" in cut else plain.startswith(cut)): raise ValueError(f"{path!r} does not begin with prefix {cut!r}")
         plain = plain[len(cut):].lstrip("/")
@@ -635,9 +635,9 @@ def _natural(name: str) -> list:
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])(?:0\.[0-9]+|1\.0+)(?![0-9])|[0-9]+")  # 0.93 is one number, and no frame
 
 def _named_numbers(stem: str) -> tuple[tuple, list]:
-    "What stands before each number of a name, in letters, and the numbers as written."
+    "What stands before each number of a name (a null behind it for a fraction), and the numbers as written."
     found, end, before = list(_NUMBER.finditer(stem)), 0, []
-    for m in found: before.append(stem[end:m.start()] + "." * ("." in m[0])); end = m.end()
+    for m in found: before.append(stem[end:m.start()] + "\0" * ("." in m[0])); end = m.end()
     return tuple(before), [m[0] for m in found]
 
 def _frames(rows: pd.DataFrame, root) -> tuple[np.ndarray, dict]:
@@ -675,7 +675,7 @@ def _frame_field(before: tuple, numbers: list, tracklet: np.ndarray) -> tuple[in
     fits = []
     for k, column in enumerate(columns):
         bad = same & ~(np.diff(column[order]) > 0)
-        fits.append(0 if before[k].endswith(".") or (column >= 2**31).any() else n - len(np.unique(tracklet[order][1:][bad])))
+        fits.append(0 if before[k].endswith("\0") or (column >= 2**31).any() else n - len(np.unique(tracklet[order][1:][bad])))
     if 2 * max(fits) < n: return None, []
     left = [k for k, fit in enumerate(fits) if fit == max(fits)]
     words = {k: re.sub("[^a-z]", "", before[k].lower()) for k in left}
