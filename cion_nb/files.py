@@ -12,12 +12,17 @@ from typing import Any
 
 # %% ../nbs/00_files.ipynb #4c295094
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}      # what a file of another encoding begins with
+_KINDS = {b"PK\x03\x04": "an Excel workbook or a zip archive, no text: save it as CSV UTF-8, or unpack it",
+          b"\x1f\x8b": "packed by gzip: unpack it by `gzip -dk`", b"PAR1": "a parquet table, no text: `read_samples` reads those"}
 
 def read_text(
     path: str | Path,
+    keep_ends: bool = False, # leave "\r" as it is, for a reader that tells lines from cells
 ) -> str:  # without the byte-order mark; lines end in "\n"
     "The text of a UTF-8 file, with or without a byte-order mark. ValueError, naming file and remedy, for any other encoding."
     raw = Path(path).read_bytes()
+    for mark, what in _KINDS.items():
+        if raw.startswith(mark): raise ValueError(f"{path} is {what}")
     wrong, at, encoding = None, 0, _MARKS.get(raw[:2], "ENCODING")
     try: text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e: at, wrong = e.start, f"no UTF-8 (byte 0x{raw[e.start]:02x}"
@@ -25,10 +30,13 @@ def read_text(
     if wrong: raise ValueError(
         f"{path} is {wrong} in line {1 + raw.count(10, 0, at)}): save it as UTF-8 in an editor, "
         f"or with `iconv -f {encoding} -t UTF-8`" + " (GBK and CP1252 are frequent)" * (encoding == "ENCODING"))
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    if not keep_ends: text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\n\ufeff", "\n")                                             # a mark within: files were joined
 
 # %% ../nbs/00_files.ipynb #9bb930f6
 def read_json(path: str | Path) -> Any:
     "Read a JSON file. ValueError that names the file where it is damaged or no UTF-8."
     try: return json.loads(read_text(path))
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}); mend it, or delete it if a run wrote it, and run again") from e
+    except json.JSONDecodeError as e:
+        remedy = "one value a line? `jq -s .` makes a list of them" if e.msg == "Extra data" else "mend it, or delete it if a run wrote it, and run again"
+        raise ValueError(f"{path} is not valid JSON ({e}); {remedy}") from e

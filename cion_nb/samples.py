@@ -8,17 +8,19 @@ __all__ = ['COLUMNS', 'DEFAULTS', 'SPLITS', 'IMAGE_SUFFIXES', 'as_samples', 'mak
            'read_tracklets', 'read_folder', 'read_csv', 'DataReport', 'check']
 
 # %% ../nbs/00_samples.ipynb #7dc775b9
-import json, os, re, tempfile, warnings
+import csv, os, re, tempfile, unicodedata, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from html import escape
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps, features
+
+from .files import read_json, read_text
 
 # %% ../nbs/00_samples.ipynb #71b98342
 COLUMNS = dict(path="string", pid="int64", camid="int16", video="string",
@@ -33,10 +35,10 @@ def _cast(values: pd.Series, name: str) -> pd.Series:
     if str(values.dtype) == dtype and (dtype != "string" or not values.hasnans): return values
     if dtype == "string":
         if values.isna().any(): raise ValueError(f"column '{name}', row {_first(values.isna())}: missing text; write '' for unknown")
-        return values.astype(str).astype("string")
-    numbers = pd.to_numeric(values, errors="coerce")
-    info = np.iinfo(dtype)
+        return _utf8(values, name)
+    numbers, info = _numbers(values), np.iinfo(dtype)
     bad = numbers.isna() | (numbers != numbers.round()) | (numbers < info.min) | (numbers > info.max)
+    if numbers.dtype.kind == "f": bad |= numbers.abs() >= 2**53                    # beyond it floats skip whole numbers
     if bad.any():
         row = _first(bad)
         raise ValueError(f"column '{name}', row {row}: {values.iloc[row]!r} is not a whole number that fits {dtype}; write -1 for unknown")
@@ -45,6 +47,31 @@ def _cast(values: pd.Series, name: str) -> pd.Series:
 def _first(is_bad) -> int:
     "Position of the first True."
     return int(np.flatnonzero(np.asarray(is_bad, bool))[0])
+
+def _numbers(values: pd.Series) -> pd.Series:
+    "Numbers of a column; text is read digit by digit: '7.0' is 7, '1.23E+15' (a spreadsheet dropped its last digits) is none."
+    if isinstance(values.dtype, pd.StringDtype):
+        values = values.str.replace(r"^\s*(-?[0-9]+)[.,]0*\s*$", r"\1", regex=True)
+        values = values.mask(values.str.contains("[eE_]", regex=True))
+    return pd.to_numeric(values, errors="coerce")
+
+def _utf8(values: pd.Series, name: str) -> pd.Series:
+    "Text as pandas `string`; ValueError for a row with bytes that are no UTF-8, as file names from another system have."
+    try: return values.astype(str).astype("string")
+    except UnicodeEncodeError:
+        row, text = next((i, str(v)) for i, v in enumerate(values) if not _is_utf8(str(v)))
+        raise ValueError(f"column '{name}', row {row}: {_shown(text)} is no UTF-8; {_RENAME.format('FOLDER')}") from None
+
+_RENAME = ("rename such files by `convmv -r --notest -f ENCODING -t UTF-8 {}`, "
+           "or unpack the archive again by `unzip -O ENCODING` (GBK, CP1252 and SHIFT-JIS are frequent)")
+
+def _is_utf8(text: str) -> bool:
+    "Whether a file's name could be decoded; Python stands surrogates in for bytes that could not."
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+def _shown(text: str) -> str:
+    "A name that any terminal can print: bytes that are no UTF-8 as \\xNN."
+    return repr(os.fsencode(text))[1:] if not _is_utf8(text) else text
 
 # %% ../nbs/00_samples.ipynb #68f00b9f
 def as_samples(
@@ -64,8 +91,8 @@ def as_samples(
 # %% ../nbs/00_samples.ipynb #09a6cad0
 def _as_text(values: pd.Series) -> pd.Series:
     "An extra column; text of any kind becomes pandas `string`, so that parquet returns the dtype it was given."
-    if isinstance(values.dtype, pd.StringDtype) or (values.dtype == object and all(isinstance(v, str) for v in values)):
-        return values.astype("string")
+    if isinstance(values.dtype, pd.StringDtype): return values.astype("string")
+    if values.dtype == object and all(isinstance(v, str) for v in values): return _utf8(values, values.name)
     return values
 
 def _check_values(table: pd.DataFrame) -> None:
@@ -97,7 +124,8 @@ def make_samples(
 ) -> pd.DataFrame:
     "A samples table from columns; a single value stands for all rows."
     if isinstance(path, (str, Path)): path = [path]
-    table = {"path": pd.Series([p.as_posix() if isinstance(p, Path) else p for p in path], dtype="string")}
+    path = pd.Series([p.as_posix() if isinstance(p, Path) else p for p in path], dtype=object)
+    table = {"path": _utf8(path, "path") if not path.isna().any() else path}
     columns = dict(pid=pid, camid=camid, video=video, tracklet=tracklet, frame=frame, split=split, **extra)
     return as_samples(pd.DataFrame(table | {name: _column(name, values, len(table["path"])) for name, values in columns.items()}))
 
@@ -107,7 +135,9 @@ def _column(name: str, values, n: int) -> pd.Series:
         return pd.Series(values, index=pd.RangeIndex(n), dtype=None if n else COLUMNS.get(name))
     if len(values) != n: raise ValueError(f"column '{name}' has {len(values)} rows, 'path' has {n}")
     if isinstance(values, pd.Series): values = values.array
-    return pd.Series(values if getattr(values, "ndim", 0) == 1 else list(values), dtype=None if n else COLUMNS.get(name))
+    if getattr(values, "ndim", 0) == 1: return pd.Series(values, dtype=None if n else COLUMNS.get(name))
+    try: return pd.Series(list(values), dtype=None if n else COLUMNS.get(name))
+    except UnicodeEncodeError: return _utf8(pd.Series(list(values), dtype=object), name)
 
 # %% ../nbs/00_samples.ipynb #63a0f329
 @contextmanager
@@ -135,7 +165,9 @@ def write_samples(
 ) -> Path:
     "Write the table atomically; returns `path`."
     samples, path = as_samples(samples), Path(path)
-    with _beside(path) as beside: samples.to_parquet(beside, index=False)
+    try:
+        with _beside(path) as beside: samples.to_parquet(beside, index=False)
+    except (TypeError, ValueError) as e: raise ValueError(f"{path} was not written: {e}; parquet takes columns of one kind, and plain values in `attrs`") from e
     return path
 
 def read_samples(
@@ -145,7 +177,13 @@ def read_samples(
     if not Path(path).is_file(): raise FileNotFoundError(f"no samples table at {path}: `write_samples` makes one")
     try: table = pd.read_parquet(path)
     except (OSError, ValueError) as e: raise ValueError(f"{path} is no readable samples table ({e}); write it again") from e
+    for c in table.columns.difference(COLUMNS):
+        if any(isinstance(v, np.ndarray) for v in table[c].head(100)): table[c] = [_lists(v) for v in table[c]]
     return as_samples(table)
+
+def _lists(values):
+    "Lists as they were written: parquet returns arrays, captions and tokens nest them."
+    return [_lists(v) for v in values] if isinstance(values, np.ndarray) else values
 
 # %% ../nbs/00_samples.ipynb #84f62a59
 class UnreadableImage(OSError):
@@ -159,7 +197,7 @@ class UnreadableImage(OSError):
 def open_image(
     path,           # image file
 ) -> Image.Image:   # mode RGB, decoded to the last row
-    "The image as RGB; EXIF rotation is ignored, alpha dropped, 16 bits scaled to 8. UnreadableImage if it cannot be decoded."
+    "The image as RGB: upright by its EXIF, transparency over grey, 16 bits scaled to 8. UnreadableImage if it cannot be decoded."
     return _decode(_read_bytes(path), path)
 
 def _read_bytes(path) -> bytes:
@@ -171,42 +209,133 @@ def _read_bytes(path) -> bytes:
     return data
 
 # %% ../nbs/00_samples.ipynb #279e5af8
-def _decode(data: bytes, path) -> Image.Image:
-    "RGB image of a file's bytes; `path` is for the message."
+def _decode(data: bytes, path, see=lambda image, rgb: rgb):
+    "RGB image of a file's bytes, or what `see` makes of the image as stored and as RGB; `path` is for the message."
     try:
         with Image.open(BytesIO(data)) as image:
+            is_deep = any(";16" in str(tile[3]) for tile in image.tile)   # Pillow reads the upper half of 16-bit colour alone
             image.load()  # Image.open reads the header alone
-            return to_rgb(image)
+            rgb = to_rgb(image)
+            if is_deep and image.mode[:1] != "I" and max(high for _, high in rgb.getextrema()) < 16:
+                raise ValueError("16-bit colour that uses at most 12 of its bits; save it as 8 bits")
+            return see(image, rgb)
     except MemoryError: raise
-    except Image.UnidentifiedImageError: raise UnreadableImage(path, "not an image, or a damaged header") from None
+    except Image.UnidentifiedImageError: raise UnreadableImage(path, _not_an_image(data)) from None
     except Exception as e: raise UnreadableImage(path, f"{type(e).__name__}: {e}") from e  # decoders raise nearly anything
 
+def _not_an_image(data: bytes) -> str:
+    "Why Pillow does not know a file."
+    if data[4:8] == b"ftyp": return f"{data[8:12].decode('ascii', 'replace')} (HEIC or its kin): {_HEIC}"
+    return "not an image, or a damaged header"
+
+_HEIC = "convert it to JPEG, or install pillow-heif and call pillow_heif.register_heif_opener() first"
+
+# %% ../nbs/00_samples.ipynb #29d301ec
+_CLEAR = (124, 116, 104)  # ImageNet's mean: what shows through
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    "8-bit RGB of any mode; PIL alone would clip 16-bit grey at 255."
+    "8-bit RGB of any mode, upright by its EXIF. ValueError for pixels without a known range."
+    if _turn(image) != 1: image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.int64)
-        image = Image.fromarray(((grey.clip(0, 65535) + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(((grey * 510 + (top := 2**_depth(grey) - 1)) // (2 * top)).astype(np.uint8))   # rounded
     elif image.mode == "F": raise ValueError("floating-point pixels have no fixed range; save it as 8 or 16 bits")
+    elif _is_clear(image):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*_CLEAR, 255)), image).convert("RGB")
     return image.convert("RGB")
 
+def _depth(grey: np.ndarray) -> int:
+    "Bits of a grey image: the fewest of 8, 10, 12, 14, 16 that hold its brightest pixel."
+    low, high = (int(f(initial=0)) for f in (grey.min, grey.max))
+    if low < 0 or high > 65535: raise ValueError(f"grey values from {low} to {high} have no known range; save it as 8 or 16 bits")
+    return next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+
+def _turn(image: Image.Image) -> int:
+    "EXIF orientation: 1 is upright, 2 to 8 are turned or mirrored."
+    turn = image.getexif().get(0x0112, 1)
+    return turn if turn in range(2, 9) else 1
+
+def _is_clear(image: Image.Image) -> bool:
+    "Whether any pixel is transparent."
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
+# %% ../nbs/00_samples.ipynb #199a5712
+_ODDITIES = ("dark", "turned", "clear", "bits", "several")  # what `check` counts: nearly black, EXIF, transparency, depth of 16-bit grey, many pictures
+
+def _oddities(image: Image.Image, rgb: Image.Image) -> tuple:
+    "The values of `_ODDITIES` for an image as stored and as RGB."
+    bits = _depth(np.asarray(image)) if image.mode.startswith("I") else 0
+    return (_is_dark(rgb), _turn(image) > 1, not bits and _is_clear(image), bits, bool(getattr(image, "is_animated", False)))
+
+def _is_dark(image: Image.Image) -> bool:
+    "Whether 99 of 100 of an RGB image's values lie below an eighth of the range."
+    counts = np.asarray(image.histogram()).reshape(3, 256)
+    return bool(counts[:, 32:].sum() < .01 * counts.sum())
+
 # %% ../nbs/00_samples.ipynb #1d96ef44
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".gif", ".jp2"}
+if features.check("avif"): IMAGE_SUFFIXES.add(".avif")
+_BY_PLUGIN = {".heic", ".heif", ".hif", ".avif", ".jxl"}  # images where Pillow has learnt them
+
+def _is_image(name: str) -> bool:
+    "Whether a file's ending is one that can be read here."
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in IMAGE_SUFFIXES or (suffix in _BY_PLUGIN and suffix in Image.registered_extensions())
+
+def _is_hidden(name: str) -> bool: return name.startswith(".") or name == "__MACOSX"
+
+def _files(
+    root: Path, # folder
+) -> tuple[list[str], list[str]]: # images and other files below it, relative to it, with forward slashes, sorted
+    "Everything below `root`: each folder once, real ones before links. ValueError for image names that are no UTF-8."
+    root, images, others, seen, starts = Path(root), [], [], set(), [""]
+    if not root.is_dir(): raise FileNotFoundError(f"{root} is a file, not a folder" if root.is_file() else f"no folder {root}")
+    def fail(error): raise error                                                   # os.walk passes over folders that it may not read
+    while starts:
+        for folder, subfolders, files in os.walk(root/starts.pop(0), onerror=fail):
+            real, here = os.path.realpath(folder), Path(folder).relative_to(root).as_posix()
+            within = "" if here == "." else here + "/"
+            if real in seen: subfolders.clear(); continue                          # a link may lead back up
+            seen.add(real)
+            others += [within + d for d in subfolders if _is_hidden(d)]
+            subfolders[:] = sorted(d for d in subfolders if not _is_hidden(d))
+            starts += [within + d for d in subfolders if os.path.islink(f"{folder}/{d}")]
+            for f in files: (images if _is_image(f) and not _is_hidden(f) else others).append(within + f)
+    _require_utf8(root, images)
+    return sorted(images), sorted(others)
 
 def _images(
     root: Path, # folder
 ) -> list[str]: # image files under it, relative to it, with forward slashes, sorted
     "All image files below `root`."
-    root, found, seen = Path(root), [], set()
-    if not root.is_dir(): raise FileNotFoundError(f"no folder {root}")
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        subfolders[:] = [] if real in seen else [d for d in subfolders if not d.startswith(".")]  # a link may lead back up
-        if real in seen: continue
-        seen.add(real)
-        within = Path(folder).relative_to(root).as_posix()
-        found += [f if within == "." else f"{within}/{f}" for f in files
-                  if not f.startswith(".") and os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+    return _files(root)[0]
+
+def _require_utf8(root: Path, names: list) -> None:
+    "ValueError counting and showing names that no table could hold."
+    odd = [n for n in names if not _is_utf8(n)]
+    if odd: raise ValueError(f"{_shown(str(root))}: {_n(len(odd), 'file name is', 'file names are')} no UTF-8: {_some(map(_shown, sorted(odd)))}; {_RENAME.format(_shown(str(root)))}")
+
+# %% ../nbs/00_samples.ipynb #3bae3933
+_COMPANIONS = {"hidden", ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".mat", ".npy", ".npz",
+               ".parquet", ".db", ".ini", ".log", ".py", ".zip", ".sh"}  # lie beside pictures and are none
+
+def _endings(names: list) -> dict:
+    "How many files have each ending, the most frequent first."
+    def ending(name): return "hidden" if any(map(_is_hidden, name.split("/"))) else os.path.splitext(name)[1].lower() or "no ending"
+    counts = pd.Series([ending(n) for n in names], dtype=object).value_counts()
+    return {str(e): int(n) for e, n in counts.items()}
+
+def _left_out(root, names: list) -> dict:
+    "`attrs` for files that no reader takes; a warning where pictures or films may be among them."
+    counts = _endings(names)
+    said = {e: n for e, n in counts.items() if e not in _COMPANIONS}
+    if said: warnings.warn(f"{root}: {_n(sum(said.values()), 'file')} left out: {_by_ending(said)}", stacklevel=3)
+    return dict(left_out=counts) if counts else {}
+
+def _by_ending(counts: dict) -> str:
+    "Counts by ending as text, with what can be done."
+    return _some([f"{n:,} {e}" for e, n in counts.items()], 6) + (f" ({_HEIC})" if counts.keys() & _BY_PLUGIN else "")
 
 # %% ../nbs/00_samples.ipynb #63023e23
 from .facts import DATASETS, DatasetFacts, compared, count_differences, facts_of, find_home, homes, not_found, the_home
@@ -332,83 +461,321 @@ def _some(values, n=3) -> str:
     values = list(values)
     return ", ".join(map(str, values[:n])) + (f" and {len(values) - n:,} more" if len(values) > n else "")
 
+# %% ../nbs/00_samples.ipynb #59f29ed8
+def _located(paths, root=None, prefix=None) -> list:
+    "Paths as a file has them -> below `root`, with forward slashes. ValueError naming the first row that lies elsewhere."
+    paths = list(paths)
+    root = None if root is None else Path(root)
+    cut = None if prefix is None else _slashed(str(prefix)).rstrip("/") + "/"
+    for i, path in enumerate(paths):
+        if not isinstance(path, str): raise ValueError(f"row {i}: {path!r} is no path")
+        try: paths[i] = _locate(path, root, cut)
+        except ValueError as e: raise ValueError(f"row {i}: {e}" + _suggested(path, root) * str(e).endswith("another machine")) from None
+    return paths
+
+def _locate(path: str, root: Path|None, cut: str|None) -> str:
+    "One path below `root`."
+    plain = _slashed(path, root is not None or cut is not None)
+    if root is not None and ("\\" in path or path != path.strip()) and _is_there(root, path): return path   # really called so
+    if cut is not None:
+        if not (plain.lower().startswith(cut.lower()) if ":" in cut else plain.startswith(cut)): raise ValueError(f"{path!r} does not begin with prefix {cut!r}")
+        plain = plain[len(cut):].lstrip("/")
+    elif os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\", path): raise ValueError(f"{path!r} is a path of another machine")
+    if root is None or not os.path.isabs(plain): return plain
+    for place in (root.absolute(), root.resolve()):
+        if Path(plain).is_relative_to(place): return Path(plain).relative_to(place).as_posix()
+    raise ValueError(f"{path} does not lie under root {root}; prefix=... cuts off what stands above the images")
+
+def _slashed(path: str, tidy: bool = True) -> str:
+    "Forward slashes, no blanks behind; tidied, none in front either, no './' and '//'."
+    tidy, path = tidy or "\\" in path, path.rstrip().replace("\\", "/")
+    if tidy: path = path.lstrip()
+    if not tidy or ("./" not in path and "//" not in path): return path
+    return "/" * path.startswith("/") + "/".join(p for p in path.split("/") if p not in ("", "."))
+
+def _is_there(root: Path, path: str) -> bool:
+    try: return (root/path).is_file()
+    except (OSError, ValueError): return False
+
+def _suggested(path: str, root: Path|None) -> str:
+    "What `prefix` could be, for an error: what stands above the longest part that lies under `root`."
+    parts = _slashed(path).split("/")
+    above = next((i for i in range(1, len(parts)) if root is not None and _is_there(root, "/".join(parts[i:]))), None)
+    if above is None: return "; prefix='D:/data/images', say, cuts off what stands above the image folder"
+    return f"; prefix={'/'.join(parts[:above])!r} cuts off what stands above root"
+
+# %% ../nbs/00_samples.ipynb #6e1f278d
+def _require_listed(root, paths, said: str) -> None:
+    "FileNotFoundError counting listed images that are not there, with what the first is called instead."
+    lost = [i for i, p in enumerate(paths) if not _is_there(Path(root), p)]
+    if not lost: return
+    first = paths[lost[0]]
+    raise FileNotFoundError(f"{said}: {len(lost):,} of {len(paths):,} images are not under {root}; first row {lost[0]}: {first}{_otherwise(root, first)}")
+
+def _otherwise(root, path: str) -> str:
+    "What a lost file is called on the disk: in other case, other Unicode form, another folder; '' if nothing is like it."
+    def plain(name): return unicodedata.normalize("NFC", name).casefold()
+    there = {plain(n): n for n in _images(root)}
+    if plain(path) in there: return f" (on disk: {there[plain(path)]!r}; names must agree in every letter, NFC and NFD forms of accents too)"
+    inside = next((n for n in there.values() if n.endswith("/" + path) or path.endswith("/" + n)), None)
+    return f" (there is {inside}: another root, or prefix=..., makes them meet)" if inside else ""
+
+def _require_whole_tracklets(samples: pd.DataFrame) -> None:
+    "ValueError for tracklet numbers that count within a camera alone."
+    cameras = samples.loc[samples["tracklet"] >= 0, ["tracklet", "camid"]].drop_duplicates()
+    twice = cameras["tracklet"].duplicated()
+    if twice.any(): raise ValueError(f"column 'tracklet': {cameras['tracklet'][twice].iloc[0]} is used with two cameras; tracklet ids are unique over all cameras and videos")
+
+def _known_splits(values: pd.Series, splits) -> pd.Series:
+    "Names of splits as ours: 'test' is gallery, others as `splits` says. ValueError that offers it."
+    values = values.replace({"test": "gallery", **(splits or {})})
+    odd = ~values.isin(SPLITS)
+    if odd.any():
+        row = _first(odd)
+        raise ValueError(f"column 'split', row {row}: {values.iloc[row]!r} is none of {SPLITS}; splits=dict({str(values.iloc[row]) or 'name'}='train') says what it is")
+    return values
+
 # %% ../nbs/00_samples.ipynb #9b451552
 def read_cion_al(
-    annotation, # JSON file: a list of {id, file_path}
-    root=None,  # image folder; only used to make absolute paths relative
-) -> pd.DataFrame: # all rows in `train`, camid unknown, in the file's order
-    "CION-AL's annotation, or any of the same form."
-    try: entries = json.loads(Path(annotation).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e: raise ValueError(f"{annotation} is no JSON: {e}") from None
-    if not isinstance(entries, list): raise ValueError(f"{annotation}: expected a list of {{id, file_path}}, found a {type(entries).__name__}")
-    for i, entry in enumerate(entries):
-        if not (isinstance(entry, dict) and "id" in entry and "file_path" in entry):
-            raise ValueError(f"{annotation}, entry {i}: expected id and file_path, found {str(entry)[:80]}")
-    rows = pd.DataFrame(entries).rename(columns=dict(id="pid", file_path="path")) if entries else pd.DataFrame(columns=["pid", "path"])
-    if root is not None: rows["path"] = [_relative(p, root) for p in rows["path"]]
-    return _stamp(make_samples(**{"split": "train", **rows}), "cion_al")
+    annotation,   # JSON file: a list of {id, file_path}
+    root=None,    # image folder; absolute paths are made relative to it
+    columns=None, # table column -> the file's key for it, e.g. dict(path="img_path", pid="image_id")
+    prefix=None,  # what paths of another machine begin with, cut off: "D:/data/images"
+    splits=None,  # names of splits in the file -> train, query, gallery or ""; "test" is understood as gallery
+) -> pd.DataFrame: # all rows in `train` unless the file says otherwise, camid unknown, in the file's order
+    "CION-AL's annotation, or any of the same form; `check` compares it with the disk. ValueError naming file and entry."
+    names = dict(pid="id", path="file_path") | dict(columns or {})
+    entries = _entries(annotation, names)
+    rows = pd.DataFrame(entries) if entries else pd.DataFrame(columns=list(names.values()))
+    rows = _renamed(rows, names, annotation)
+    try:
+        rows["path"] = _located(rows["path"], root, prefix)
+        for c in rows.columns.intersection(["camid", "video", "tracklet", "frame"]): rows[c] = rows[c].fillna(DEFAULTS[c])
+        if "split" in rows: rows["split"] = _known_splits(rows["split"], splits)
+        samples = make_samples(**{"split": "train", **rows})
+        _require_whole_tracklets(samples)
+    except ValueError as e: raise ValueError(f"{annotation}: {e} (row 0 is the first entry)") from None
+    is_cion = all(re.match(r"(.*/)?sec\d+/", p) for p in samples["path"])
+    return _stamp(samples, "cion_al" if is_cion else "annotation")
 
-def _relative(path: str, root) -> str:
-    "`path` below `root` with forward slashes; a path that is relative already stays."
-    if not os.path.isabs(path): return path.removeprefix("./")
-    try: return Path(path).relative_to(Path(root).absolute()).as_posix()
-    except ValueError: raise ValueError(f"{path} does not lie under root {root}") from None
+def _entries(annotation, names: dict) -> list:
+    "The list of a JSON file; every entry a dict with an id and a path."
+    entries = read_json(annotation)
+    if not isinstance(entries, list):
+        keys = f" with keys {_some(map(repr, entries))}; save the list in it as a file of its own" if isinstance(entries, dict) else ""
+        raise ValueError(f"{annotation}: expected a list of {{id, file_path}}, found a {type(entries).__name__}{keys}")
+    pid, path = names["pid"], names["path"]
+    for i, entry in enumerate(entries):
+        if not (isinstance(entry, dict) and pid in entry and path in entry):
+            raise ValueError(f"{annotation}, entry {i}: expected {pid} and {path}, found {str(entry)[:80]}; columns=dict(pid=..., path=...) names other keys")
+        if not isinstance(entry[path], str) or not entry[path].strip(): raise ValueError(f"{annotation}, entry {i}: {path} is {entry[path]!r}, no path")
+        if isinstance(entry[pid], (bool, list, dict)): raise ValueError(f"{annotation}, entry {i}: {pid} is {str(entry[pid])[:80]}, no number")
+    return entries
+
+def _renamed(rows: pd.DataFrame, names: dict, file) -> pd.DataFrame:
+    "Columns under our names; one of the file that is called as ours already, beside the one asked for, is kept as <name>_in_file and said."
+    lost = [c for c in names.values() if c not in rows.columns]
+    if lost: raise ValueError(f"{file}: no column {', '.join(map(repr, lost))}; it has {', '.join(map(str, rows.columns))}")
+    taken = [c for c, name in names.items() if name != c and c in rows.columns and c not in names.values()]
+    if taken: warnings.warn(f"{file}: {_some(f'{names[c]!r} is taken as {c}, {c!r} is kept as {c}_in_file' for c in taken)}", stacklevel=3)
+    return rows.rename(columns={c: f"{c}_in_file" for c in taken} | {name: c for c, name in names.items()})
 
 # %% ../nbs/00_samples.ipynb #6d338b85
 def read_tracklets(
-    root, # folder of video/tracklet/frame.jpg or tracklet/frame.jpg
+    root,         # folder of video/tracklet/frame.jpg or tracklet/frame.jpg
+    pattern=None, # of file names, where the frame is not to be guessed: "*_{frame}_*.jpg", or a regular expression with a group `frame`
 ) -> pd.DataFrame: # rows by video, tracklet, frame; pid and camid unknown; `tracklet_name` is the folder
-    "Tracklets as folders of crops."
-    paths = _images(root)
+    "Tracklets as folders of crops. Warns where frame numbers are a guess, a position or repeated, and of files left out."
+    paths, others = _files(root)
+    if not paths: raise ValueError(f"{root}: no images; expected video/tracklet/frame.jpg or tracklet/frame.jpg" + _but(others))
     loose = [p for p in paths if "/" not in p]
     if loose: raise ValueError(f"{root}: {len(loose)} images lie in no tracklet folder: {_some(loose)}")
-    if not paths: raise ValueError(f"{root}: no images; expected video/tracklet/frame.jpg or tracklet/frame.jpg")
     rows = pd.DataFrame(dict(path=paths, folder=[p.rpartition("/")[0] for p in paths]))
-    rows["frame"] = rows.groupby("folder")["path"].transform(_frame_numbers)
-    rows["video"], rows["tracklet_name"] = zip(*[(v, t) for v, _, t in (f.rpartition("/") for f in rows["folder"])])
     folders = sorted(rows["folder"].unique(), key=_natural)
+    _warn_of_nested(root, folders)
     rows["tracklet"] = rows["folder"].map({f: i for i, f in enumerate(folders)})
+    rows["frame"], attrs = _frames(rows, root) if pattern is None else _frames_by(rows, root, pattern)
+    rows["video"], rows["tracklet_name"] = zip(*[(v, t) for v, _, t in (f.rpartition("/") for f in rows["folder"])])
     rows = rows.sort_values(["tracklet", "frame"], kind="stable").drop(columns="folder")
-    return _stamp(make_samples(**rows.to_dict("list")), "tracklets")
+    return _stamp(make_samples(**rows.to_dict("list")), "tracklets", **attrs, **_left_out(root, others))
+
+def _but(others: list) -> str:
+    "What lies there instead of images, for an error."
+    return f"; there are {_by_ending(_endings(others))}" if others else ""
+
+def _warn_of_nested(root, folders: list) -> None:
+    "Folders with images of their own and tracklets below them are tracklets too, which may not be meant."
+    there = set(folders)
+    nested = sorted({up for f in folders if (up := f.rpartition("/")[0]) in there})
+    if nested: warnings.warn(f"{root}: {_n(len(nested), 'folder holds', 'folders hold')} images and tracklets, and is taken for a tracklet too: {_some(nested)}", stacklevel=3)
+
+def _frames_by(rows: pd.DataFrame, root, pattern) -> tuple[list, dict]:
+    "The frame that a pattern finds in each file's name, and `attrs`."
+    rule = _pattern(pattern)
+    if "frame" not in rule.groupindex: raise ValueError(f"pattern {pattern!r} has no {{frame}}")
+    matches = [rule.fullmatch(p.rpartition("/")[2]) for p in rows["path"]]
+    odd = [p for p, m in zip(rows["path"], matches) if m is None or not (m["frame"] or "").isdecimal()]
+    if odd: raise ValueError(f"{root}: {_n(len(odd), 'name does', 'names do')} not fit pattern {pattern!r}: {_some(odd)}")
+    frames = [int(m["frame"]) for m in matches]
+    again = pd.DataFrame(dict(tracklet=rows["tracklet"], frame=frames)).duplicated()
+    if again.any(): warnings.warn(f"{root}: {_n(int(again.sum()), 'image repeats', 'images repeat')} a frame of their tracklet: {_some(rows['path'][again])}", stacklevel=3)
+    return frames, dict(pattern=str(pattern))
 
 # %% ../nbs/00_samples.ipynb #04fe9e92
 def _natural(name: str) -> list:
     "Sorting key under which t2 comes before t10."
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
-def _frame_numbers(paths: pd.Series) -> np.ndarray:
-    "Last number of each file name; positions in natural order where names have none, repeat one, or do not fit int32."
-    numbers = [re.findall(r"\d+", Path(p).stem)[-1:] for p in paths]
-    if all(numbers) and len({int(n[0]) for n in numbers}) == len(paths) and max(int(n[0]) for n in numbers) < 2**31:
-        return np.array([int(n[0]) for n in numbers])
-    order = sorted(range(len(paths)), key=lambda i: _natural(paths.iloc[i]))
-    return np.argsort(order)
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])(?:0\.[0-9]+|1\.0+)(?![0-9])|[0-9]+")  # 0.93 is one number, and no frame
+
+def _named_numbers(stem: str) -> tuple[tuple, list]:
+    "What stands before each number of a name (a null behind it for a fraction), and the numbers as written."
+    found, end, before = list(_NUMBER.finditer(stem)), 0, []
+    for m in found: before.append(stem[end:m.start()] + "\0" * ("." in m[0])); end = m.end()
+    return tuple(before), [m[0] for m in found]
+
+def _frames(rows: pd.DataFrame, root) -> tuple[np.ndarray, dict]:
+    "Frame numbers from file names, positions in the natural order of names where none fits; `attrs` with what was not certain."
+    stems = [os.path.splitext(p.rpartition("/")[2])[0] for p in rows["path"]]
+    named = [_named_numbers(s) for s in stems]
+    kind = pd.Series(pd.factorize(pd.Series([n[0] for n in named], dtype=object))[0], index=rows.index)
+    tracklet = rows["tracklet"]
+    whole = kind.groupby(tracklet).transform("nunique") == 1                        # names of one tracklet are made alike, or tell nothing
+    frames, doubts, attrs = pd.Series(-1, index=rows.index), [], {}
+    for _, at in kind[whole].groupby(kind[whole]):
+        k, doubt = _frame_field(named[at.index[0]][0], [named[i][1] for i in at.index], tracklet[at.index].to_numpy())
+        if k is not None: frames[at.index] = pd.to_numeric(pd.Series([named[i][1][k] for i in at.index]), errors="coerce").fillna(2**31).to_numpy()
+        if doubt: doubts.append((stems[at.index[0]], k, doubt))
+    odd = (frames < 0) | (frames >= 2**31) | pd.DataFrame(dict(t=tracklet, f=frames)).duplicated(keep=False)
+    odd = odd.groupby(tracklet).transform("any")
+    for _, at in rows[odd].groupby("tracklet"):
+        order = sorted(range(len(at)), key=lambda i: _natural(at["path"].iloc[i]))
+        frames[at.index] = np.argsort(order)
+    _warn_of_frames(root, rows, odd, doubts)
+    if odd.any(): attrs["positions"] = int(tracklet[odd].nunique())
+    return frames.to_numpy(np.int64), attrs
+
+# %% ../nbs/00_samples.ipynb #1ae74058
+_FRAME_WORDS = {"f", "fr", "frm", "frame", "frames"}
+_OTHER_WORDS = {"x", "y", "w", "h", "c", "cam", "camera", "s", "seq", "p", "pid", "id", "t", "track", "tracklet", "conf", "score"}
+
+def _frame_field(before: tuple, numbers: list, tracklet: np.ndarray) -> tuple[int|None, list]:
+    "Which number of names made alike is the frame, and the others that could be; None where none grows in half of the tracklets."
+    columns = [pd.to_numeric(pd.Series(n), errors="coerce").to_numpy(float) for n in zip(*numbers)]
+    if not columns: return None, []
+    order = np.lexsort([*columns[::-1], tracklet])                                  # the natural order of names made alike
+    same = np.diff(tracklet[order]) == 0
+    n = len(np.unique(tracklet))
+    fits = []
+    for k, column in enumerate(columns):
+        bad = same & ~(np.diff(column[order]) > 0)
+        fits.append(0 if before[k].endswith("\0") or (column >= 2**31).any() else n - len(np.unique(tracklet[order][1:][bad])))
+    if 2 * max(fits) < n: return None, []
+    left = [k for k, fit in enumerate(fits) if fit == max(fits)]
+    words = {k: re.sub("[^a-z]", "", before[k].lower()) for k in left}
+    written = {k: [row[k] for row in numbers] for k in left}
+    padded = {k for k in left if len({len(v) for v in written[k]}) == 1 and any(v[0] == "0" and v != "0" for v in written[k])}
+    for better in ([k for k in left if words[k] in _FRAME_WORDS], [k for k in left if words[k] not in _OTHER_WORDS], [k for k in left if k in padded]):
+        left = [k for k in left if k in better] or left
+    if len(left) == 1: return left[0], []
+    widest = max(len(written[k][0]) for k in left)
+    widest = [k for k in left if len(written[k][0]) == widest]
+    return widest[0 if same.any() else -1], left
+
+def _warn_of_frames(root, rows: pd.DataFrame, odd: pd.Series, doubts: list) -> None:
+    "One line where a choice was made, one where there was nothing to choose."
+    for stem, k, left in doubts[:1]:
+        found = _named_numbers(stem)[1]
+        pieces = re.split(_NUMBER, stem)
+        shown = "".join(p + ("{frame}" if i == k else "*") * (i < len(found)) for i, p in enumerate(pieces)) + ".*"
+        warnings.warn(f"{root}: the frame in names like {stem!r} could be {' or '.join(found[i] for i in left)}; {found[k]} is taken: "
+                      f"pattern={shown!r} says so without a warning, or another number instead" + f" ({len(doubts) - 1} more kinds of names)" * (len(doubts) > 1), stacklevel=4)
+    if odd.any():
+        n = rows["tracklet"].nunique()
+        warnings.warn(f"{root}: in {rows['tracklet'][odd].nunique():,} of {_n(n, 'tracklet')} no number of the names grows without repeating: {_some(rows['path'][odd])}; "
+                      'frames are positions in the order of names there, which tell no time: pattern="..._{frame}.jpg" names one', stacklevel=4)
 
 # %% ../nbs/00_samples.ipynb #6d061eb4
 def _pattern(pattern) -> re.Pattern:
     "Compile a {field} pattern, or a regular expression with named groups."
     if isinstance(pattern, re.Pattern): return pattern
-    if "(?P<" in pattern: return re.compile(pattern)
+    if "(?P<" in pattern: return _compiled(pattern, pattern)
     wild = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*"}
     def piece(text):
         if text in wild: return wild[text]
         if not (text.startswith("{") and text.endswith("}")): return re.escape(text)
         name = text[1:-1]
         if not name.isidentifier() or name == "path": raise ValueError(f"pattern {pattern!r}: {text} is no field name")
-        return rf"(?P<{name}>{r'-?[0-9]+' if name in ('pid', 'camid', 'tracklet', 'frame') else r'[^/]+?'})"
-    return re.compile("".join(piece(t) for t in re.split(r"(\*\*/|\*\*|\*|\{[^{}]*\})", pattern) if t))
+        return rf"(?P<{name}>{r'0*-1|[0-9]+' if name in ('pid', 'camid', 'tracklet', 'frame') else r'[^/]+?'})"
+    return _compiled("".join(piece(t) for t in re.split(r"(\*\*/|\*\*|\*|\{[^{}]*\})", pattern) if t), pattern)
+
+def _compiled(rule: str, pattern) -> re.Pattern:
+    "ValueError naming the pattern as the user wrote it."
+    try: return re.compile(rule)
+    except re.error as e: raise ValueError(f"pattern {pattern!r}: {e}") from None
 
 # %% ../nbs/00_samples.ipynb #44bc75d6
-def _numbered(rows: pd.DataFrame) -> pd.DataFrame:
-    "Ids as integers: text ids by natural order (kept as <field>_name), and tracklet numbers that videos share made unique."
+def _numbered(rows: pd.DataFrame, where, below_person: bool = False) -> pd.DataFrame:
+    "Ids as integers (text as `_ids` says, kept as <field>_name), and tracklet numbers unique over the table."
     for c in ("pid", "camid", "tracklet"):
-        if c in rows and not rows[c].str.fullmatch(r"-?[0-9]+").all():
-            names = sorted(rows[c].unique(), key=_natural)
-            rows[f"{c}_name"], rows[c] = rows[c], rows[c].map({n: i for i, n in enumerate(names, start=c == "pid")})      # person 0 would be a distractor
-    if "tracklet" in rows and "video" in rows:
-        pairs = rows[["video", "tracklet"]].drop_duplicates()
-        if pairs["tracklet"].duplicated().any(): rows["tracklet"] = rows.groupby(["video", "tracklet"], sort=False).ngroup()
+        if c in rows:
+            ids, said = _ids(rows[c], c)
+            if not rows[c].str.fullmatch(r"-?[0-9]+").all(): rows[f"{c}_name"] = rows[c]
+            rows[c] = ids
+            if said: warnings.warn(f"{where}: {said}", stacklevel=3)
+    return _own_tracklets(rows, where, below_person) if "tracklet" in rows else rows
+
+def _ids(values: pd.Series, name: str) -> tuple[pd.Series, str]:
+    "Numbers of ids written as text: numbers are kept, 00-1 is -1, words follow in natural order; and what is to be said of it."
+    is_junk, is_number = values.str.fullmatch("0*-1"), values.str.fullmatch("-?[0-9]+")
+    ids = pd.to_numeric(values.where(is_number & ~is_junk, "-1"))
+    start = max(int(ids.max()) + 1, int(name == "pid"))                             # person 0 would be a distractor
+    words = sorted(values[~is_number & ~is_junk].unique(), key=_natural)
+    said, odd, written = [], values[is_junk & (values != "-1")], values[is_number & ~is_junk].drop_duplicates()
+    if len(odd): said.append(f"{odd.iloc[0]!r} is read as -1, unknown, in {_n(len(odd), 'image')}")
+    if words and len(written): said.append(f"{_n(len(words), 'word')} among the numbers of {name} ({_some(map(repr, words))}): numbered from {start:,} on, `{name}_name` keeps them")
+    twice = ids[written.index].duplicated(keep=False)
+    if twice.any(): said.append(f"{name} {_some(map(repr, written[twice]))} are one number, and taken for one {name}; a group of another name keeps them apart")
+    return ids.where(is_number | is_junk, values.map({w: n for n, w in enumerate(words, start)})).astype("int64"), "; ".join(said)
+
+def _own_tracklets(rows: pd.DataFrame, where, below_person: bool) -> pd.DataFrame:
+    "Tracklet numbers made unique where they count within a video, a camera, or a person."
+    known = rows[rows["tracklet"] >= 0]
+    within = [c for c in ("video", "camid") if c in rows]
+    if "pid" in rows:
+        people = known[[*within, "tracklet", "pid"]].drop_duplicates().duplicated([*within, "tracklet"]).sum()
+        timed = known[known["frame"].astype("int64") >= 0] if "frame" in rows else known
+        twice = timed.duplicated([*within, "tracklet", *(["frame"] if "frame" in rows else [])]).any()   # a tracklet has a frame once
+        if people and (below_person or twice): within.append("pid")
+        elif people: warnings.warn(f"{where}: {_n(int(people), 'tracklet shows', 'tracklets show')} several people and no frame twice: taken as one", stacklevel=4)
+    keys = known[[*within, "tracklet"]].drop_duplicates()
+    if not keys["tracklet"].duplicated().any(): return rows
+    if keys[[c for c in ("video", "tracklet") if c in keys]].duplicated().any():
+        warnings.warn(f"{where}: tracklet numbers come again with another {' or '.join(c for c in within if c != 'video')}, "
+                      "so they count within it and are numbered anew; `tracklet_name` keeps what the files say", stacklevel=4)
+    if "tracklet_name" not in rows: rows["tracklet_name"] = rows["tracklet"].astype("string")
+    rows.loc[known.index, "tracklet"] = known.groupby([*within, "tracklet"], sort=False).ngroup()
     return rows
+
+# %% ../nbs/00_samples.ipynb #4e8c8ff7
+_ALIASES = dict(path="file filename filepath image imagepath imagename img imgpath imgname", pid="id person personid identity label",
+                camid="cam camera cameraid", video="videoname videoid sequence seq", tracklet="track trackid trackletid tid",
+                frame="frameid frameno framenumber frameidx", split="set subset phase")
+
+def _alias(name: str) -> str:
+    "Our column that a name could mean; '' for none."
+    plain = re.sub(r"[^a-z]", "", str(name).lower())
+    return next((c for c, names in _ALIASES.items() if plain == c or plain in names.split()), "")
+
+def _between(match: re.Match, first: str, second: str) -> str:
+    "What stands between two groups of a pattern; '' where one is absent or they come the other way."
+    return match.string[match.end(first):match.start(second)] if {first, second} <= set(match.re.groupindex) else ""
+
+def _misnamed(names) -> str:
+    "A sentence on names that could mean a column of ours that nothing fills; '' if there are none."
+    could = [(n, _alias(n)) for n in names if n not in COLUMNS]
+    could = [f"{n!r} could mean {c}" for n, c in could if c and c not in names]
+    return f"{', '.join(could)}, and is kept as a column of its own" if could else ""
 
 # %% ../nbs/00_samples.ipynb #698c47e7
 def read_folder(
@@ -417,39 +784,89 @@ def read_folder(
     splits=None, # names of splits in your folders -> train, query, gallery or ""; "test" is understood as gallery
 ) -> pd.DataFrame: # rows in path order; unmatched files are counted in a warning and in `attrs`
     "Any folder whose paths say who is on the image. ValueError if no path fits the pattern."
-    rule, paths = _pattern(pattern), _images(root)
+    rule, (paths, others) = _pattern(pattern), _files(root)
     matches = [rule.fullmatch(p) for p in paths]
-    others = [p for p, m in zip(paths, matches) if m is None]
-    if len(others) == len(paths): raise ValueError(f"{root}: none of {len(paths):,} images fits {pattern!r}" + (f", for example {paths[0]}" if paths else ""))
-    if others: warnings.warn(f"{root}: {len(others):,} of {len(paths):,} images do not fit {pattern!r} and are left out: {_some(others)}")
-    rows = _numbered(pd.DataFrame([m.groupdict() for m in matches if m], dtype="string").fillna({"video": ""}))
+    unfit = [p for p, m in zip(paths, matches) if m is None]
+    if not paths: raise ValueError(f"{root}: no images" + _but(others))
+    if len(unfit) == len(paths): raise ValueError(f"{root}: none of {len(paths):,} images fits {pattern!r}, for example {paths[0]}")
+    if unfit: warnings.warn(f"{root}: {len(unfit):,} of {len(paths):,} images do not fit {pattern!r} and are left out: {_some(unfit)}", stacklevel=2)
+    if said := _misnamed(rule.groupindex): warnings.warn(f"{pattern!r}: {said}", stacklevel=2)
+    fields = pd.DataFrame([m.groupdict() for m in matches if m], columns=list(rule.groupindex), dtype="string")
+    below_person = "/" in _between(next(m for m in matches if m), "pid", "tracklet")
+    rows = _numbered(fields.fillna({c: str(DEFAULTS.get(c, "")) for c in fields}), root, below_person)
     rows.insert(0, "path", [p for p, m in zip(paths, matches) if m])
-    if "split" in rows: rows["split"] = rows["split"].replace({"test": "gallery", **(splits or {})})
-    return _stamp(make_samples(**rows), "folder", pattern=str(pattern), unmatched=len(others))
+    if "split" in rows: rows["split"] = _known_splits(rows["split"], splits)
+    return _stamp(make_samples(**rows), "folder", pattern=str(pattern), unmatched=len(unfit), **_left_out(root, others))
 
 # %% ../nbs/00_samples.ipynb #8eb9845d
 def read_csv(
     path,         # CSV file with a header line
     root=None,    # image folder: absolute paths are made relative to it, and every file must exist
     columns=None, # table column -> the file's name for it, e.g. dict(path="filename", pid="person")
-    sep=",",      # what stands between cells
+    sep=None,     # what stands between cells; None: the one of , ; tab | that the header line shows
+    prefix=None,  # what paths of another machine begin with, cut off: "D:/data/images"
+    splits=None,  # names of splits in the file -> train, query, gallery or ""; "test" is understood as gallery
 ) -> pd.DataFrame: # rows in the file's order; unnamed columns of the file follow as extras
     "Samples from a CSV file. ValueError or FileNotFoundError naming the first bad row."
-    names = {c: c for c in COLUMNS} | dict(columns or {})
-    header = pd.read_csv(path, sep=sep, nrows=0).columns.tolist()
-    asked = [f"'{names[c]}'" for c in ["path", *(columns or {})] if names[c] not in header]
-    if asked: raise ValueError(f"{path}: no column {', '.join(asked)}; it has {', '.join(header)}; say columns=dict(path=...) if it is called otherwise")
-    ours = {names[c]: c for c in COLUMNS if names[c] in header}
-    rows = pd.read_csv(path, sep=sep, dtype={c: "string" for c in ours}, keep_default_na=False, na_values={c: [""] for c in header if c not in ours}).rename(columns={v: k for k, v in (columns or {}).items()})
-    for c in set(ours.values()) & set(DEFAULTS):                                       # blanks around a number mean nothing, in a video's name they may
-        rows[c] = (rows[c] if c == "video" else rows[c].str.strip()).replace("", str(DEFAULTS[c]))
-    if root is not None: rows["path"] = [_relative(p, root) for p in rows["path"]]
-    try: samples = make_samples(**rows)
-    except ValueError as e: raise ValueError(f"{path}: {e} (row 0 is the line after the header)") from None
-    if root is not None:
-        lost = [i for i, p in enumerate(samples["path"]) if not (Path(root)/p).is_file()]
-        if lost: raise FileNotFoundError(f"{path}: {len(lost):,} images are not under {root}; first row {lost[0]}: {samples['path'][lost[0]]}")
+    asked = dict(path="path") | dict(columns or {})
+    rows, sep = _cells(path, sep, asked)
+    rows = _renamed(rows, asked, path)
+    if said := _misnamed([c for c in rows if c not in asked]): warnings.warn(f"{path}: {said}; columns=dict(...) takes it", stacklevel=2)
+    try:
+        for c in rows.columns.intersection(list(DEFAULTS)):                            # blanks around a number mean nothing, in a video's name they may
+            rows[c] = (rows[c] if c == "video" else rows[c].str.strip()).replace("", str(DEFAULTS[c]))
+        rows["path"] = _located(rows["path"], root, prefix)
+        if "split" in rows: rows["split"] = _known_splits(rows["split"], splits)
+        for c in rows.columns.difference(list(COLUMNS)): rows[c] = _typed(rows[c], sep)
+        samples = make_samples(**rows)
+        _require_whole_tracklets(samples)
+    except ValueError as e: raise ValueError(f"{path}: {e} (row 0 follows the header; empty lines do not count)") from None
+    if root is not None: _require_listed(root, samples["path"], path)
     return _stamp(samples, "csv")
+
+# %% ../nbs/00_samples.ipynb #5e5cd712
+def _cells(path, sep, asked: dict) -> tuple[pd.DataFrame, str]:
+    "The cells of a CSV file as text, without empty lines, and what separates them. ValueError naming the line that has more or fewer."
+    if Path(path).is_dir(): raise ValueError(f"{path} is a folder; name one file, of {_some(sorted(f.name for f in Path(path).glob('*.[ct]sv'))) or 'which none ends in .csv'}")
+    text = read_text(path, keep_ends=True).lstrip("\r\n")                              # a cell may hold a line's end
+    if told := re.match(r"sep=(.)[\r\n]+", text): sep, text = sep or told[1], text[told.end():]   # Excel's own first line
+    sep = sep or _separator(re.split(r"[\r\n]", text, maxsplit=1)[0], asked, path)
+    try: lines = [(i, row) for i, row in _lines(text, sep) if any(cell.strip() for cell in row)]
+    except csv.Error as e: raise ValueError(f"{path}: {e}") from None
+    if not lines: raise ValueError(f"{path} is empty; expected a header line with {', '.join(asked.values())}")
+    header = [name.strip() or f"column {i + 1}" for i, name in enumerate(lines[0][1])]
+    odd = next(((i, row) for i, row in lines[1:] if len(row) != len(header)), None)
+    if odd: raise ValueError(f"{path}, line {odd[0]}: {_n(len(odd[1]), 'cell')} between {sep!r}, the header has {len(header)}: {sep.join(odd[1])[:80]!r}")
+    twice = [n for n in header if header.count(n) > 1]
+    if twice: raise ValueError(f"{path}: column {twice[0]!r} appears twice")
+    absent = [repr(n) for n in asked.values() if n not in header]
+    if absent:
+        might = [repr(n) for n in header if _alias(n) == "path"] or ["..."]
+        raise ValueError(f"{path}: no column {', '.join(absent)}; it has {', '.join(header)}; say columns=dict(path={' or '.join(might)}) if it is called otherwise, sep=... if cells do not stand between {sep!r}")
+    return pd.DataFrame([row for _, row in lines[1:]], columns=header, dtype="string"), sep
+
+def _separator(header: str, asked: dict, path) -> str:
+    "The separator under which a header line has the columns asked for, else the most cells; said where it is not a comma."
+    cells = {s: [c.strip() for c in next(csv.reader([header], delimiter=s), [])] for s in ",;\t|"}
+    sep = next((s for s in cells if all(n in cells[s] for n in asked.values())), max(cells, key=lambda s: len(cells[s])))
+    if sep != ",": print(f"{path}: cells stand between {sep!r}")
+    return sep
+
+def _lines(text: str, sep: str):
+    "(line, cells) of a CSV text; a separator of several letters is a regular expression."
+    if len(sep) > 1: yield from ((i, re.split(sep, line.strip())) for i, line in enumerate(text.splitlines(), 1)); return
+    reader = csv.reader(StringIO(text, newline=""), delimiter=sep, strict=True)
+    for row in reader: yield reader.line_num, row
+
+def _typed(values: pd.Series, sep: str) -> pd.Series:
+    "An extra column as numbers where all its cells are some; 0,93 is one where cells do not stand between commas."
+    cells = values.str.strip().replace("", pd.NA)
+    if sep != "," and cells.str.fullmatch(r"-?[0-9]+(,[0-9]+)?").fillna(True).all(): cells = cells.str.replace(",", ".")
+    if cells.isna().all(): return pd.Series(np.nan, index=values.index)
+    if cells.isin(["True", "False"]).all(): return cells == "True"
+    if cells.str.fullmatch(r"0[0-9]+").fillna(False).any(): return values.replace("", pd.NA)     # 007 is a name
+    try: return pd.to_numeric(cells.astype(object).where(cells.notna(), np.nan))
+    except (ValueError, TypeError): return values.replace("", pd.NA)
 
 # %% ../nbs/00_samples.ipynb #b1b23410
 @dataclass
@@ -530,16 +947,26 @@ def _people_findings(samples: pd.DataFrame) -> tuple[list, list, dict]:
         if n: notes.append(f"{n:,} of {len(samples):,} images have no {what} id")
     again = samples["path"].duplicated()
     if again.any(): problems.append(f"{_n(int(again.sum()), 'path is', 'paths are')} in the table more than once: {_some(samples['path'][again])}")
-    return problems, notes, details
+    return problems, notes + _tracklet_notes(samples), details
+
+def _tracklet_notes(samples: pd.DataFrame) -> list:
+    "Sentences on tracklets that show two cameras, or one frame twice."
+    known, notes = samples[samples["tracklet"] >= 0], []
+    cameras = known[known["camid"] >= 0].groupby("tracklet")["camid"].nunique()
+    if (cameras > 1).any(): notes.append(f"{_n(int((cameras > 1).sum()), 'tracklet lies', 'tracklets lie')} in two cameras: {_some(cameras.index[cameras > 1])}")
+    again = known[known["frame"] >= 0].duplicated(["tracklet", "frame"])
+    if again.any(): notes.append(f"{_n(int(again.sum()), 'image repeats', 'images repeat')} a frame of their tracklet: {_some(known.loc[again.index[again], 'path'])}")
+    if samples.attrs.get("positions"): notes.append(f"frames of {_n(samples.attrs['positions'], 'tracklet')} are positions in the order of names: they tell no time")
+    return notes
 
 # %% ../nbs/00_samples.ipynb #e089c291
-def _look(root: Path, path: str, decode: bool) -> tuple[str, str]:
-    "Content hash of a file and what is wrong with it, '' if nothing."
+def _look(root: Path, path: str, decode: bool) -> tuple:
+    "Content hash of a file, what is wrong with it ('' if nothing), and its `_ODDITIES`."
     try:
         data = _read_bytes(root/path)
-        if decode: _decode(data, path)
-        return blake2b(data, digest_size=16).hexdigest(), ""
-    except UnreadableImage as e: return "", e.reason
+        odd = _decode(data, path, _oddities) if decode else (False, False, False, 0, False)
+        return blake2b(data, digest_size=16).hexdigest(), "", *odd
+    except UnreadableImage as e: return "", e.reason, False, False, False, 0, False
 
 def _look_all(root: Path, paths, decode: bool, workers, progress: bool) -> pd.DataFrame:
     "`_look` at every path in a thread pool (Pillow decodes and hashlib hashes outside the interpreter's lock)."
@@ -551,7 +978,7 @@ def _look_all(root: Path, paths, decode: bool, workers, progress: bool) -> pd.Da
         for start in range(0, len(paths), 4096):  # in chunks: a pool would queue millions of calls at once
             part = list(pool.map(lambda p: _look(root, p, decode), paths[start:start + 4096]))
             seen += part; bar.update(len(part))
-    return pd.DataFrame(seen, columns=["hash", "reason"], index=pd.Index(paths, name="path"))
+    return pd.DataFrame(seen, columns=["hash", "reason", *_ODDITIES], index=pd.Index(paths, name="path"))
 
 # %% ../nbs/00_samples.ipynb #77ce4bd4
 def _file_findings(samples: pd.DataFrame, files: pd.DataFrame) -> tuple[list, list, dict]:
@@ -573,6 +1000,36 @@ def _file_findings(samples: pd.DataFrame, files: pd.DataFrame) -> tuple[list, li
             to.append(f"{_n(details[name]['hash'].nunique(), one, many)}: {_some(details[name]['path'])}")
     return problems, notes, details
 
+def _odd_findings(files: pd.DataFrame) -> tuple[list, list, dict]:
+    "Problems, notes and details about how images are stored: nearly black, turned, transparent, deep, several in one."
+    problems, notes, details = [], [], {}
+    for name, what, to in (("dark", "nearly black (99 of 100 values below 32 of 255)", problems), ("turned", "turned by EXIF and read upright", notes),
+                           ("clear", "partly transparent and read over grey", notes), ("several", "read as the first of several pictures in the file", notes)):
+        which = files.index[files[name].astype(bool)].tolist()
+        if which: to.append(f"{_n(len(which), 'image is', 'images are')} {what}: {_some(which)}"); details[name] = which
+    depths = files["bits"][files["bits"] > 0]
+    if len(depths):
+        counts = depths.value_counts().sort_index()
+        by_depth = ", ".join(f"{n:,} as {bits} bits" for bits, n in counts.items())
+        unlike = "; depths differ, so their brightness is not comparable: save them as 8 bits with one scale" if len(counts) > 1 else ""
+        notes.append(f"{_n(len(depths), 'grey image has', 'grey images have')} 16 bits, read by the brightest pixel: {by_depth}{unlike}"); details["bits"] = depths
+    return problems, notes, details
+
+def _disk_findings(samples: pd.DataFrame, root: Path) -> tuple[list, list, dict]:
+    "Notes on what lies beside the table's images, below the folder that they share: images it does not name, files of other kinds."
+    folders = {p.rpartition("/")[0] for p in samples["path"]}
+    if not folders or any(f.startswith("/") or ".." in f.split("/") for f in folders): return [], [], {}
+    home = os.path.commonpath(folders) if "" not in folders else ""
+    if not (root/home).is_dir(): return [], [], {}
+    prefix, listed, notes, details = home + "/" if home else "", set(samples["path"]), [], {}
+    images, others = _files(root/home)
+    unlisted = [prefix + p for p in images if prefix + p not in listed]
+    if unlisted:
+        by_folder = pd.Series([p.removeprefix(prefix).rpartition("/")[0].partition("/")[0] or "." for p in unlisted]).value_counts()
+        notes.append(f"{_n(len(unlisted), 'image')} on disk not in the table, by folder: {_some([f'{n:,} in {f}' for f, n in by_folder.items()])}"); details["unlisted"] = unlisted
+    if others: details["left_out"] = _endings(others); notes.append(f"{_n(len(others), 'file')} of other kinds beside the images: {_by_ending(details['left_out'])}")
+    return [], notes, details
+
 # %% ../nbs/00_samples.ipynb #725b4e81
 def check(
     samples: pd.DataFrame, # the table
@@ -582,7 +1039,7 @@ def check(
     progress=True,         # show a bar
     published=True,        # compare with the published counts of `samples.attrs["dataset"]`
 ) -> DataReport:
-    "Check a table and its files: counts, people, cameras, missing, broken and doubled images."
+    "Check a table and its files: counts, people, cameras; missing, broken, black and doubled images; what the disk has beside."
     samples = as_samples(samples)
     facts = DATASETS.get(samples.attrs.get("dataset"))
     counts = _counts(samples, facts.counts if facts and published else {})
@@ -590,7 +1047,8 @@ def check(
     if root is not None:
         if not Path(root).is_dir(): raise FileNotFoundError(f"no folder {root}")
         paths = pd.unique(samples["path"]).tolist()
-        findings.append(_file_findings(samples, _look_all(Path(root), paths, decode, workers, progress)))
+        files = _look_all(Path(root), paths, decode, workers, progress)
+        findings += [_file_findings(samples, files), _odd_findings(files), _disk_findings(samples, Path(root))]
     name = facts.title if facts else samples.attrs.get("dataset", "samples")
     title = f"{name} {samples.attrs.get('version', '')}".strip() + f", {len(samples):,} images" + (" (files not looked at)" if root is None else "")
     notes = [f"{_n(samples.attrs['junk'], 'junk image')} (pid -1) dropped"] if samples.attrs.get("junk") else []

@@ -88,10 +88,15 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     assert abs(np.asarray(seen).mean() - 128) < (130 if mode == "1" else 4)
 
 
-def test_exif_rotation_is_ignored(tmp_path):
-    exif = Image.Exif(); exif[0x0112] = 6
-    Image.new("RGB", (8, 16)).save(tmp_path / "x.jpg", exif=exif)
-    assert open_image(tmp_path / "x.jpg").size == (8, 16)
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_orientation_is_undone(tmp_path, turn):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1))
+    there = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[turn]                     # the transposition that a viewer undoes
+    exif = Image.Exif(); exif[0x0112] = turn
+    (picture if there is None else picture.transpose(there)).save(tmp_path / "x.png", exif=exif)
+    seen = open_image(tmp_path / "x.png")
+    assert seen.size == (64, 128) and (np.asarray(seen) == np.asarray(picture)).all()
+    assert S.to_rgb(seen).size == seen.size                                              # turned once
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tif"])
@@ -187,7 +192,7 @@ def test_cion_al(tmp_path):
     file.write_text(json.dumps([dict(id=4, file_path=str(tmp_path / "sec0" / "a.jpg"), score=.5), dict(id=9, file_path="sec1/b.jpg", score=1)]))
     table = read_cion_al(file, tmp_path)
     assert table.path.tolist() == ["sec0/a.jpg", "sec1/b.jpg"] and table.score.tolist() == [.5, 1] and table.attrs == dict(dataset="cion_al")
-    for text, words in (("{}", "expected a list"), ("[1]", "entry 0"), ('[{"id": "x", "file_path": "a"}]', "'pid', row 0"), ("[", "no JSON"),
+    for text, words in (("{}", "expected a list"), ("[1]", "entry 0"), ('[{"id": "x", "file_path": "a"}]', "'pid', row 0"), ("[", "not valid JSON"),
                         ('[{"id": 0, "file_path": "/elsewhere/a.jpg"}]', "does not lie under root")):
         file.write_text(text)
         with pytest.raises(ValueError, match=words): read_cion_al(file, tmp_path)
@@ -294,3 +299,162 @@ def test_a_table_that_is_missing_or_damaged_is_named(tmp_path):
     for damaged in (b"", b"PAR1", whole[:-9], whole[:40] + b"\0" * 20 + whole[60:-30] + b"\0" * 22 + whole[-8:]):
         (tmp_path / "t.parquet").write_bytes(damaged)
         with pytest.raises(ValueError, match="t.parquet is no readable samples table"): read_samples(tmp_path / "t.parquet")
+
+
+# ---- files as people have them ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("names, frames, said", [
+    (["000001_0.93", "000002_0.87", "000003_0.87"], [1, 2, 3], ""), (["f000010_x120_y44_w30_h90", "f000011_x121_y44_w31_h88"], [10, 11], ""),
+    (["0001C1T0001F001", "0001C1T0001F002"], [1, 2], ""), (["0001_C1_F0001_X94071", "0001_C1_F0002_X94083"], [1, 2], ""),
+    (["000007_128x64", "000008_128x65", "000009_130x63"], [7, 8, 9], ""), (["0002_c1s1_000451_03", "0002_c1s1_000551_01"], [451, 551], ""),
+    (["0002_c1s1_000451_01", "0002_c1s1_000551_02"], [451, 551], "451 or 01; 000451 is taken"), (["cam1.0451", "cam1.0452"], [451, 452], ""),
+    (["000001", "000002", "000002 (1)"], [0, 2, 1], "no number of the names grows"),
+    (["2024-05-01_10-00-01", "2024-05-01_10-00-02", "2024-05-01_10-01-00"], [0, 1, 2], "no number of the names grows"),
+    (["000002_right", "000001_left"], [1, 2], ""), (["7", "9", "8"], [7, 8, 9], "")])
+def test_the_field_that_is_the_frame(tmp_path, recwarn, names, frames, said):
+    for n in names: paint(tmp_path / "v" / "t1" / f"{n}.jpg")
+    table = read_tracklets(tmp_path)
+    found = dict(zip((Path(p).stem for p in table.path), table.frame))
+    assert sorted(found.values()) == sorted(frames) and [found[n] for n in sorted(found)] == [dict(zip(sorted(names), frames))[n] for n in sorted(found)]
+    assert said in " ".join(str(w.message) for w in recwarn) and bool(said) == bool(len(recwarn))
+
+
+def test_one_odd_tracklet_does_not_change_the_others(tmp_path):
+    for t in range(4):
+        for f in (9, 10): paint(tmp_path / f"t{t}" / f"{f:04d}_{10 * f % 7}.jpg")
+    paint(tmp_path / "t3" / "0009_9.png")
+    with pytest.warns(UserWarning, match="in 1 of 4 tracklets"): table = read_tracklets(tmp_path)
+    assert table.frame.tolist() == [9, 10] * 3 + [0, 1, 2] and table.attrs["positions"] == 1
+    assert any("positions" in n for n in check(table, tmp_path, progress=False).notes)
+    with pytest.warns(UserWarning, match="1 image repeats a frame"): assert read_tracklets(tmp_path, pattern="{frame}_*").frame.max() == 10
+    with pytest.raises(ValueError, match="no {frame}"): read_tracklets(tmp_path, pattern="{pid}_*")
+
+
+def test_images_of_every_ending_are_read_or_counted(tmp_path):
+    for s in (".jpg", ".JPEG", ".jpe", ".jfif", ".PNG", ".gif", ".tif", ".webp"): (tmp_path / "v/t").mkdir(parents=True, exist_ok=True); (tmp_path / f"v/t/{len(s)}{s[1:]}_1{s}").touch()
+    for s in ("0_1.heic", "0_2.HEIC", "0_3.mp4", "Thumbs.db", ".DS_Store", "notes.txt"): (tmp_path / "v/t" / s).touch()
+    (tmp_path / "__MACOSX").mkdir(); (tmp_path / "__MACOSX" / "x.jpg").touch()
+    with pytest.warns(UserWarning, match=r"3 files left out: 2 .heic, 1 .mp4 \(convert it to JPEG, or install pillow-heif"): table = read_folder(tmp_path, "**/*_{frame}.*")
+    assert len(table) == 8 and table.attrs["left_out"] == {".heic": 2, "hidden": 2, ".mp4": 1, ".db": 1, ".txt": 1}
+    (tmp_path / "h").mkdir(); (tmp_path / "h/a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    for read in (read_tracklets, lambda r: read_folder(r, "*")):
+        with pytest.raises(ValueError, match="no images.*1 .heic"): read(tmp_path / "h")
+    with pytest.raises(UnreadableImage, match="pillow-heif"): open_image(tmp_path / "h/a.heic")
+
+
+def test_links_are_followed_once_and_real_folders_win(tmp_path):
+    paint(tmp_path / "z/t/1.jpg"); (tmp_path / "a").symlink_to(tmp_path / "z"); (tmp_path / "out").mkdir()
+    paint(tmp_path.parent / f"{tmp_path.name}-other" / "2.jpg"); (tmp_path / "out/there").symlink_to(tmp_path.parent / f"{tmp_path.name}-other")
+    assert S._images(tmp_path) == ["out/there/2.jpg", "z/t/1.jpg"]
+
+
+def test_names_that_are_no_utf8_are_shown(tmp_path):
+    os.makedirs(os.path.join(os.fsencode(tmp_path), b"caf\xe9")); paint(tmp_path / "ok/1.jpg")
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9", b"1.jpg"), "wb"): pass
+    for read in (read_tracklets, lambda r: read_folder(r, "*/{frame}.jpg")):
+        with pytest.raises(ValueError, match=r"1 file name is no UTF-8: 'caf\\xe9/1.jpg'; .*convmv.*unzip -O"): read(tmp_path)
+    for column in (dict(path=["a", "\udce9"]), dict(path=["a", "b"], video=["a", "\udce9"])):
+        with pytest.raises(ValueError, match=r"row 1: '\\xe9' is no UTF-8"): make_samples(**column)
+
+
+@pytest.mark.parametrize("names, pids, said", [
+    (["-1", "0000", "0002"], [-1, 0, 2], ""), (["00-1", "-1", "0000", "0002"], [-1, -1, 0, 2], "'00-1' is read as -1"), (["alice", "bob"], [1, 2], ""),
+    (["alice", "-1"], [1, -1], ""), (["0007", "bob", "0002"], [7, 8, 2], "1 word among the numbers of pid"), (["7", "007"], [7, 7], "are one number")])
+def test_numbers_stay_numbers(tmp_path, recwarn, names, pids, said):
+    for n in names: paint(tmp_path / n / "1.jpg")
+    table = read_folder(tmp_path, r"(?P<pid>[^/]+)/1\.jpg")
+    assert dict(zip((p.split("/")[0] for p in table.path), table.pid)) == dict(zip(names, pids))
+    assert said in " ".join(str(w.message) for w in recwarn) and bool(said) == bool(len(recwarn))
+
+
+@pytest.mark.parametrize("pattern", ["{pid}C{camid}T{tracklet}F{frame}.jpg", "{pid}C{camid}T{tracklet}F*.jpg"])
+def test_a_tracklet_counts_within_its_camera_and_person(tmp_path, pattern):
+    for p in (1, 2):
+        for c in (1, 2):
+            for f in (1, 2): paint(tmp_path / f"{p:04d}C{c}T0001F{f:03d}.jpg")
+    with pytest.warns(UserWarning, match="numbered anew"): table = read_folder(tmp_path, pattern)
+    assert table.groupby("tracklet").size().tolist() == [2] * 4 and set(table.tracklet_name) == {"1"}
+    with pytest.warns(UserWarning, match="'person' could mean pid"): read_folder(tmp_path, "{person}C*")
+    with pytest.raises(ValueError, match="pattern '{pid}_{pid}'"): read_folder(tmp_path, "{pid}_{pid}")
+
+
+TABLES = {"windows": ("path,pid\r\nsec0\\a.jpg,1\r\n\r\nsec0\\b.jpg,2\r\n", "utf-8-sig", {}), "semicolon": ("path;pid;s\nsec0/a.jpg;1;0,5\nsec0/b.jpg;2;1\n;;\n", "utf-8", {}),
+          "tab": ("path\tpid\nsec0/a.jpg \t1.0\nsec0/b.jpg\t2\n", "utf-8", {}), "bar": ("pid|path\n1|./sec0/a.jpg\n2|sec0//b.jpg", "utf-8", {}), "excel": ("sep=;\n path ;pid\n sec0/a.jpg;001\nsec0/b.jpg;2,0\n", "utf-8", {}),
+          "quotes": ('"path";"pid"\n"sec0/a.jpg";"1"\n"sec0/b.jpg";"2"\n', "utf-8", {}), "drive": ("path,pid\nD:\\d\\sec0\\a.jpg,1\nd:/D\\sec0/b.jpg,2\n", "utf-8", dict(prefix="D:\\d")),
+          "share": ("path,pid\n\\\\nas\\d\\sec0\\a.jpg,1\n\\\\nas\\d\\sec0\\b.jpg,2\n", "utf-8", dict(prefix="\\\\nas\\d")), "names": ("file,id\nsec0/a.jpg,1\nsec0/b.jpg,2\n", "utf-8", dict(columns=dict(path="file", pid="id")))}
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_from_other_hands(tmp_path, name):
+    text, encoding, options = TABLES[name]
+    for n in "ab": paint(tmp_path / f"sec0/{n}.jpg")
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    table = read_csv(tmp_path / "t.csv", tmp_path, **options)
+    assert table.path.tolist() == ["sec0/a.jpg", "sec0/b.jpg"] and table.pid.tolist() == [1, 2]
+    if "s" in table: assert table.s.tolist() == [.5, 1]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("path,pid\nD:\\x\\sec0\\a.jpg,1\n", "prefix='D:/x' cuts off"), ("path,pid\n\\\\nas\\a.jpg,1\n", "another machine"), ("path,pid\nsec0/A.JPG,1\n", "on disk: 'sec0/a.jpg'"),
+    ("path,pid\nimages/sec0/a.jpg,1\n", "there is sec0/a.jpg"), ("path,pid\nsec0/a.jpg,1,2\n", "line 2: 3 cells"), ("path,pid\nsec0/a.jpg\n", "line 2: 1 cell "), ("path,pid,pid\na,1,2\n", "'pid' appears twice"),
+    ("path,pid\nsec0/a.jpg,1.23E+15\n", "not a whole number"), ("", "is empty"), ("img,pid\na,1\n", "columns=dict.path='img'"), ("path,split\nsec0/a.jpg,val\n", r"splits=dict.val='train'"),
+    ("path,camid,tracklet\nsec0/a.jpg,1,1\nsec0/a.jpg,2,1\n", "two cameras"), ("path,video,tracklet\nsec0/a.jpg,u,1\nsec0/a.jpg,v,1\n", "unique over all videos")])
+def test_tables_that_are_refused_are_named(tmp_path, text, words):
+    paint(tmp_path / "sec0/a.jpg"); (tmp_path / "t.csv").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match="t.csv.*" + words): read_csv(tmp_path / "t.csv", tmp_path)
+
+
+def test_other_encodings_and_files_name_their_remedy(tmp_path):
+    file = tmp_path / "t.csv"
+    for data, words in (("path,pid\n人.jpg,1\n".encode("gbk"), "iconv"), ("path,pid\na,1\n".encode("utf-16"), "iconv -f UTF-16"), (b"PK\x03\x04", "Excel"), (b"\x1f\x8b", "gzip")):
+        file.write_bytes(data)
+        for read in (read_csv, read_cion_al):
+            with pytest.raises(ValueError, match=f"t.csv is .*{words}"): read(file)
+    with pytest.raises(ValueError, match="is a folder; name one file, of t.csv"): read_csv(tmp_path)
+    file.write_text("path,person\na,1\n")
+    with pytest.warns(UserWarning, match="'person' could mean pid"): assert read_csv(file).pid.tolist() == [-1]
+
+
+@pytest.mark.parametrize("entries, words", [
+    ([dict(id=1, file_path=None)], "entry 0: file_path is None"), ([dict(id=True, file_path="a")], "entry 0: id is True"), ([dict(id="p1", file_path="a")], "'pid', row 0: 'p1'"), ([dict(id=1, file_path="D:\\a.jpg")], "row 0.*another machine"),
+    ([dict(id=1, file_path="a", split="val")], "splits=dict.val"), (dict(train=[]), "keys 'train'"), ([dict(image_id=1, img="a")], "columns=dict"), ([dict(id=1, file_path="a", frame="x")], "'frame', row 0")])
+def test_annotations_that_are_refused_are_named(tmp_path, entries, words):
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="a.json.*" + words): read_cion_al(tmp_path / "a.json")
+
+
+def test_text_person_annotations_come_back(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([dict(id=5, file_path="CUHK01\\1.png", split=s, captions=["a man", "a hat"], path="x", camid=None) for s in ("train", "test")]))
+    with pytest.warns(UserWarning, match="'path' is kept as path_in_file"): table = read_cion_al(tmp_path / "a.json")
+    assert table.path[0] == "CUHK01/1.png" and table.split.tolist() == ["train", "gallery"] and table.camid[0] == -1 and table.attrs["dataset"] == "annotation"
+    again = read_samples(write_samples(table, tmp_path / "t.parquet"))
+    assert again.captions.tolist() == table.captions.tolist()
+
+
+def test_deep_and_clear_images(tmp_path):
+    ramp = np.linspace(0, 1, 512).reshape(32, 16)
+    want = (ramp * 255).round()
+    for bits in (8, 10, 12, 14, 16):
+        Image.fromarray((ramp * (2**bits - 1)).round().astype(np.uint16)).save(tmp_path / f"{bits}.png")
+        assert abs(np.asarray(open_image(tmp_path / f"{bits}.png"))[..., 0] - want).max() <= 1
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "32.tif")
+    with pytest.raises(UnreadableImage, match="no known range"): open_image(tmp_path / "32.tif")
+    for alpha, seen in ((0, S._CLEAR), (255, (255, 0, 255))):
+        Image.new("RGBA", (4, 4), (255, 0, 255, alpha)).save(tmp_path / "c.png")
+        assert open_image(tmp_path / "c.png").getpixel((0, 0)) == seen
+    Image.new("P", (4, 4), 0).save(tmp_path / "p.png", transparency=0)
+    assert open_image(tmp_path / "p.png").getpixel((0, 0)) == S._CLEAR
+
+
+def test_check_says_how_images_are_stored_and_what_lies_beside(tmp_path):
+    for i in range(3): paint(tmp_path / f"s/{i}.jpg", i)
+    exif = Image.Exif(); exif[0x0112] = 6
+    Image.open(tmp_path / "s/0.jpg").save(tmp_path / "s/turned.jpg", exif=exif)
+    Image.new("RGB", (8, 16), (9, 9, 9)).save(tmp_path / "s/dark.png"); Image.new("RGBA", (8, 16), (99, 0, 0, 9)).save(tmp_path / "s/clear.png")
+    for bits in (12, 16): Image.fromarray(np.full((16, 8), 2**bits - 1, np.uint16)).save(tmp_path / f"s/{bits}.png")
+    Image.new("L", (8, 16), 99).save(tmp_path / "s/film.gif", save_all=True, append_images=[Image.new("L", (8, 16), 9)])
+    for n in ("s/x.heic", "s/Thumbs.db"): (tmp_path / n).touch()
+    names = ["0.jpg", "turned.jpg", "dark.png", "clear.png", "12.png", "16.png", "film.gif"]
+    found = check(make_samples([f"s/{n}" for n in names]), tmp_path, progress=False)
+    assert {k: found.details[k] for k in ("dark", "turned", "clear", "several", "unlisted")} == dict(dark=["s/dark.png"], turned=["s/turned.jpg"], clear=["s/clear.png"], several=["s/film.gif"], unlisted=["s/1.jpg", "s/2.jpg"])
+    assert found.details["bits"].to_dict() == {"s/12.png": 12, "s/16.png": 16} and found.details["left_out"] == {".heic": 1, ".db": 1} and len(found.problems) == 1
+    for words in ("1 image is turned by EXIF", "1 as 12 bits, 1 as 16 bits; depths differ", "2 images on disk not in the table, by folder: 2 in .", "pillow-heif"): assert words in str(found)
