@@ -232,7 +232,7 @@ def _inside(labels, video):
     return np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), np.int64)
 
 # %% ../nbs/07c_calibration.ipynb #56359611
-def _at_most(groups, tried, errors=1.64):
+def _at_most(groups, tried, errors=2.33):
     "The largest share of `tried` strangers that are joined, from the group of each pair that was."
     joined = np.unique(groups, return_counts=True)[1].astype(float)
     return min(1., (joined.sum() + errors * np.sqrt(1 + (joined**2).sum())) / tried) if tried else 1.
