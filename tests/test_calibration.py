@@ -125,15 +125,64 @@ def test_the_share_of_mistakes_is_a_bound(partners, q, n=200_000):
 
 def test_the_choice():
     asked = []
-    def table(*rows): return pd.DataFrame([dict(merged=m, support=s, framed=f, alone=np.nan, precision=np.nan) for m, s, f, _ in rows])
+    def table(*rows): return pd.DataFrame([dict(merged=m, support=s, framed=f, alone=np.nan, strangers=np.nan, precision=np.nan) for m, s, f, _ in rows])
     def choose(*rows):
         asked.clear(); t = table(*rows)
-        return C._choose(t, lambda i: asked.append(i) or rows[i][3]), t
+        return C._choose(t, lambda i: asked.append(i) or (rows[i][3], np.nan)), t
     a, b, chain, seen, lonely, small = (200, .99, np.nan, .95), (230, 1., np.nan, .88), (900, .5, np.nan, 1.), (300, 1., .5, 1.), (310, 1., np.nan, .3), (50, 1., np.nan, 1.)
     at, t = choose(small, a, b, chain, seen, lonely)
     assert at == 1 and asked == [5, 4, 2, 1]                      # of nearly equal ones the most trusted; a chain is never asked, nor one too small to win
     assert t["precision"].round(2).tolist()[1:3] == [.95, .88] and t["precision"][4] == .5 and np.isnan(t["precision"][0])
     assert choose(chain, seen, lonely)[0] is None and choose(small)[0] == 0 and choose((0, np.nan, np.nan, 1.))[0] is None
+
+
+def nobody_returns(seed, dim, videos=24, cast=12, images=8, light=.7, noise=.9, switches=.08, twins=0.):
+    "Everybody is seen in one video, once; a share `twins` of each direction is that of one of 40 kinds of people."
+    rng = np.random.default_rng(seed); n = videos * cast
+    directions = lambda *shape: rng.standard_normal((*shape, dim)) / np.sqrt(dim)
+    person = np.sqrt(1 - twins) * directions(n) + np.sqrt(twins) * directions(40)[rng.integers(0, 40, n)]
+    walk = np.repeat(np.arange(n), images); video = walk // cast
+    frame = rng.integers(0, 20, n)[walk] + np.tile(np.arange(images), n)
+    shown = np.where(rng.random(len(walk)) < switches, video * cast + rng.integers(0, cast, len(walk)), walk)
+    x = person[shown] + light * directions(videos)[video] + noise * directions(len(walk))
+    return x.astype(np.float32), make_samples([f"{i}" for i in range(len(walk))], pid=shown, video=[f"v{v:03d}" for v in video],
+                                              tracklet=walk, frame=frame, x=(walk % cast) * 90., y=0., w=60., h=160.)
+
+
+@pytest.mark.parametrize("seed, dim, twins", [(0, 8, 0.), (1, 8, .8), (2, 12, 0.), (0, 12, .8), (0, 64, .9)])
+def test_where_nobody_comes_back_nothing_is_linked(seed, dim, twins):
+    "Those left alone lose their look-alikes, and believe in links that are all wrong; certain strangers keep them."
+    calibration = calibrate(*nobody_returns(seed, dim, twins=twins), k1=(5, 10), eps=(.3, .45), centres=("video",))
+    assert calibration.sigma_drm == 0 and calibration.link == "threshold"
+    assert any("links nothing" in w for w in calibration.warnings)
+    assert calibration.candidates["strangers"].max() < C.OF_PEOPLE
+
+
+def test_where_frames_say_nothing_the_proposal_says_so(world):
+    features, samples = world
+    unknown = calibrate(features, samples.assign(frame=-1), **QUICK)
+    assert unknown.sigma_drm > 0 and C.BLIND in unknown.warnings
+    assert C.BLIND not in calibrate(features, samples, **QUICK).warnings
+
+
+def test_strangers_are_counted_as_the_slow_way_does(world):
+    _, samples = world
+    layout = lay_out(samples); rng = np.random.default_rng(0)
+    times = C._times(samples["frame"].to_numpy(), layout, rng)
+    by = samples.groupby("tracklet")["frame"].agg(["min", "max"]).loc[layout.tracklets]
+    pairs = [(i, j) for i in range(len(by)) for j in range(i) if layout.video[i] == layout.video[j]]
+    gap = [max(by["min"].iloc[i] - by["max"].iloc[j], by["min"].iloc[j] - by["max"].iloc[i]) for i, j in pairs]
+    assert times["n_far"] == sum(g >= times["far"] for g in gap) and abs(times["far"] - np.median([g for g in gap if g > 0])) <= 1
+    labels = rng.integers(0, 20, len(by))
+    assert {tuple(sorted(p, reverse=True)) for p in C._inside(labels, layout.video).T} == {(i, j) for i, j in pairs if labels[i] == labels[j]}
+
+
+def test_the_share_of_strangers_is_an_upper_one():
+    joined = np.random.default_rng(0).binomial(2000, .01, 400)                         # of 2000 strangers, one in 100 is joined
+    bound = np.array([C._at_most(np.arange(j), 2000) for j in joined])
+    assert (bound >= .01).mean() > .9 and np.median(bound) < .018
+    assert C._at_most(np.zeros(20, int), 2000) > C._at_most(np.arange(20), 2000)       # one chain tells less than 20 links
+    assert C._at_most(np.empty(0, int), 0) == 1 and C._at_most(np.empty(0, int), 100) == pytest.approx(.0233)
 
 
 # ---- what it proposes ----------------------------------------------------------------------------------------------------------------
