@@ -849,7 +849,7 @@ def _separator(header: str, asked: dict, path) -> str:
     "The separator under which a header line has the columns asked for, else the most cells; said where it is not a comma."
     cells = {s: [c.strip() for c in next(csv.reader([header], delimiter=s), [])] for s in ",;\t|"}
     sep = next((s for s in cells if all(n in cells[s] for n in asked.values())), max(cells, key=lambda s: len(cells[s])))
-    if sep != ",": print(f"{path}: cells stand between {sep!r}")
+    if sep != ",": print(f"{Path(path).name}: cells stand between {sep!r}")
     return sep
 
 def _lines(text: str, sep: str):
