@@ -729,7 +729,7 @@ def _ids(values: pd.Series, name: str) -> tuple[pd.Series, str]:
     "Numbers of ids written as text: numbers are kept, 00-1 is -1, words follow in natural order; and what is to be said of it."
     is_junk, is_number = values.str.fullmatch("0*-1"), values.str.fullmatch("-?[0-9]+")
     ids = pd.to_numeric(values.where(is_number & ~is_junk, "-1"))
-    start = max(int(ids.max()) + 1, int(name == "pid"))                             # person 0 would be a distractor
+    start = max(int(ids.max()) + 1, int(name == "pid"))                             # people count from 1
     words = sorted(values[~is_number & ~is_junk].unique(), key=_natural)
     said, odd, written = [], values[is_junk & (values != "-1")], values[is_number & ~is_junk].drop_duplicates()
     if len(odd): said.append(f"{odd.iloc[0]!r} is read as -1, unknown, in {_n(len(odd), 'image')}")
