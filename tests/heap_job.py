@@ -18,11 +18,10 @@ CLUSTERS = dict(epochs=1, images_per_epoch=16, batch_size=16, k=4, k1=6, k2=2, m
 
 
 def tasks(table):
-    one, common = dict(n_id=[1], n_id_epochs=[0], identities="image"), dict(data=table)
+    one, common = dict(n_id=[1], n_id_epochs=[0], identities="image"), dict(data=table)       # DINO is CION with one image an identity: the same kernels
     def views(method, **changes): return recipe("pretrain", "tiny", method=method, **common | VIEWS | dict(identities="tracklet") | changes)
     yield "cion", pretrain.Distillation, views("tracklet")
     yield "small views", pretrain.Distillation, views("tracklet", local_size=[32, 8])          # a stage strides over one column: where oneDNN 3.12 reads what nobody wrote
-    yield "dino", pretrain.Distillation, views("dino", **one)
     yield "lup", pretrain.MomentumContrast, views("lup", n_local=0, **one)
     for method in ("bnneck", "mgn"): yield method, finetune.FineTuning, recipe("finetune", "tiny", method=method, **common | STEPS)
     for stage in ("usl", "uda"): yield stage, cluster_contrast.ClusterContrast, recipe(stage, "tiny", **common | CLUSTERS | (dict(seed=1) if stage == "uda" else {}))
