@@ -6,7 +6,7 @@
 __all__ = ['Placeholder', 'read_checkpoint', 'checkpoint_metadata']
 
 # %% ../nbs/00b_checkpoints.ipynb #8fc48ad5
-import argparse, collections, datetime, pathlib, re, types, zipfile
+import argparse, collections, datetime, pathlib, re, types, warnings, zipfile
 from pathlib import Path
 from typing import Mapping
 
@@ -23,14 +23,13 @@ def _number(dtype: np.dtype, raw=None): # NumPy's `scalar`, for numbers and text
 def _array(kind, shape, dtype): # NumPy's `_reconstruct`: an empty array, filled by its state
     return np.ndarray(tuple(shape), np.dtype("b"))
 
-_DTYPES = ("Bool Byte Bytes CLongDouble Complex64 Complex128 Float16 Float32 Float64 Int8 Int16 Int32 Int64 Int LongDouble Long LongLong Short Str "
-           "UByte UInt8 UInt16 UInt32 UInt64 UInt ULong ULongLong UShort").split()
+_DTYPES = ("Bool Byte Bytes CLongDouble Complex64 Complex128 Float16 Float32 Float64 Int8 Int16 Int32 Int64 Int LongDouble Long LongLong "
+           "Short Str UByte UInt8 UInt16 UInt32 UInt64 UInt ULong ULongLong UShort").split()
 
 def _harmless() -> list: # (what stands for it here, its name in a file): holds data, runs nothing
-    known = [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray"), (argparse.Namespace, "argparse.Namespace"), (types.SimpleNamespace, "types.SimpleNamespace"),
-             (datetime.datetime, "datetime.datetime"), (datetime.date, "datetime.date"), (datetime.timedelta, "datetime.timedelta"), (collections.deque, "collections.deque"),
-             (collections.defaultdict, "collections.defaultdict"), (list, "builtins.list"), (dict, "builtins.dict"), (int, "builtins.int"), (float, "builtins.float"),
-             (frozenset, "builtins.frozenset"), (slice, "builtins.slice"), (complex, "builtins.complex")]
+    plain = (np.dtype, np.ndarray, argparse.Namespace, types.SimpleNamespace, datetime.datetime, datetime.date, datetime.timedelta,
+             collections.deque, collections.defaultdict, list, dict, int, float, frozenset, slice, complex)
+    known = [(cls, f"{cls.__module__}.{cls.__name__}") for cls in plain]
     for core in ("numpy.core", "numpy._core"): known += [(_number, f"{core}.multiarray.scalar"), (_array, f"{core}.multiarray._reconstruct")]
     known += [(cls, f"numpy.dtypes.{name}DType") for name in _DTYPES if (cls := getattr(np.dtypes, f"{name}DType", None))]
     for module in ("pathlib", "pathlib._local"):
@@ -46,14 +45,21 @@ class Placeholder(dict):
     def __setstate__(self, state):
         if isinstance(state, Mapping): self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
 
+class _Empty:
+    "Builds an empty container instead of an object, whatever the arguments: torch fills no mapping but an `OrderedDict`, no sequence but a `list`."
+    def __init__(self, kind): self._kind, self.__new__ = kind, lambda cls, *args: kind()
+    def __call__(self, *args): return self._kind()
+
 def _load(path: Path, allow, device="cpu"):
-    "torch's own reader. What is allowed by name is read as a placeholder, or, as torch fills no other mapping, as an `OrderedDict`."
-    for stand_in in (Placeholder, collections.OrderedDict):
+    "torch's own reader. What is allowed by name is read as a placeholder, or as an empty container where it is filled item by item."
+    for stand_in in (Placeholder, _Empty(collections.OrderedDict), _Empty(list)):
         known = _harmless() + [(stand_in, x) if isinstance(x, str) else x for x in allow]
         try:
-            with torch.serialization.safe_globals(known): return torch.load(path, map_location=device, weights_only=True)
+            with torch.serialization.safe_globals(known), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")     # what it cannot read it refuses
+                return torch.load(path, map_location=device, weights_only=True)
         except Exception as e:
-            if stand_in is not Placeholder or "SETITEM" not in str(e): raise
+            if not re.search("SETITEM|append|extend", str(e)) or isinstance(stand_in, _Empty) and stand_in._kind is list: raise
 
 # %% ../nbs/00b_checkpoints.ipynb #dcedbae2
 _NOT_WEIGHTS = ((b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run `git lfs pull`"),
@@ -69,29 +75,13 @@ def _kind(path: Path) -> str: # "safetensors" or "torch", by content, whatever t
         if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start): raise ValueError(f"{path} is {what}")
     if head[:4] == b"PK\3\4" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as f: names = f.namelist()
-        if any(n.endswith("/constants.pkl") for n in names): raise ValueError(
-            f"{path} is a TorchScript archive, a program beside its weights. If you trust where it comes from, take the weights: torch.jit.load({str(path)!r}).state_dict()")
-        if not any(n.endswith("data.pkl") for n in names): raise ValueError(f"{path} is a zip file, not a checkpoint: unpack it and give the file inside; it holds {', '.join(names[:3])}")
+        if any(n.endswith("/constants.pkl") for n in names): raise ValueError(f"{path} is a TorchScript archive, a program beside its weights. "
+            f"If you trust where it comes from, load its weights instead of the file: torch.jit.load({str(path)!r}).state_dict()")
+        if not any(n.endswith("data.pkl") for n in names):
+            raise ValueError(f"{path} is a zip file, not a checkpoint: unpack it and give the file inside; it holds {', '.join(names[:3])}")
     return "safetensors" if head[8:9] == b"{" or path.suffix == ".safetensors" and head[:2] != b"PK" else "torch"
 
-def read_checkpoint(
-    path: str | Path,  # .pth, .pt, .pth.tar, .ckpt or .safetensors; torch's old format too
-    allow: tuple = (), # besides what only holds data: names of classes ("yacs.config.CfgNode", read as placeholders), or classes of a file you trust
-) -> Mapping:
-    "The content of a file of weights, on the CPU; runs no code from it. FileNotFoundError or ValueError that names file and remedy."
-    path = Path(path)
-    kind = _kind(path)
-    try:
-        if kind == "safetensors": return safetensors.torch.load_file(path)
-        return _load(path, allow)
-    except MemoryError: raise
-    except Exception as e:
-        if kind == "torch" and (foreign := _foreign(path, allow)): raise ValueError(
-            f"{path} holds Python objects besides tensors ({', '.join(foreign)}), and unpickling those can run code. "
-            f"To read the rest and leave them out, name them: read_checkpoint({str(path)!r}, allow={foreign}), or allow={foreign} of load_backbone_weights") from e
-        said = re.sub(r"\x1b\[\d*m", "", str(e)).strip().splitlines() or [""]
-        raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged (fetch it again), or of another kind ({type(e).__name__}: {said[0][:200]})") from e
-
+# %% ../nbs/00b_checkpoints.ipynb #845856ef
 def _foreign(path: Path, allow) -> list[str]: # names of all that the file wants and we do not allow, found one by one
     names = []
     for _ in range(50):
@@ -105,6 +95,38 @@ def _foreign(path: Path, allow) -> list[str]: # names of all that the file wants
             names.append(name)
         else: break
     return names
+
+def _remedy(path: Path, allow, foreign: list[str]) -> str: # advice that was tried: whether tensors are left without those objects
+    try: rest = _load(path, (*allow, *foreign), "meta")
+    except Exception: rest = None
+    if _holds_tensors(rest): return (
+        f"To read the rest and leave them out, name them: read_checkpoint({str(path)!r}, allow={foreign}), or allow={foreign} of load_backbone_weights; "
+        "for weights= of a recipe, load so in Python, save_backbone, and name the saved file")
+    found = "x.state_dict()" if isinstance(rest, Placeholder) else "x[KEY]"
+    return ("Its tensors cannot be had without them. If you trust it, save the weights alone where the code that wrote it is installed: "
+            f"x = torch.load({str(path)!r}, weights_only=False); torch.save({found}, 'weights.pth')" + ("" if "KEY" not in found else ", KEY being where x keeps them"))
+
+def _holds_tensors(x) -> bool:
+    if isinstance(x, (list, tuple)): return any(map(_holds_tensors, x))
+    return isinstance(x, torch.Tensor) or isinstance(x, Mapping) and any(map(_holds_tensors, x.values()))
+
+# %% ../nbs/00b_checkpoints.ipynb #26b02c85
+def read_checkpoint(
+    path: str | Path,  # .pth, .pt, .pth.tar, .ckpt or .safetensors; torch's old format too
+    allow: tuple = (), # besides what only holds data: names of classes ("yacs.config.CfgNode", read as placeholders), or classes of a file you trust
+) -> Mapping:
+    "The content of a file of weights, on the CPU; runs no code from it. FileNotFoundError or ValueError that names file and remedy."
+    path = Path(path)
+    kind = _kind(path)
+    try:
+        if kind == "safetensors": return safetensors.torch.load_file(path)
+        return _load(path, allow)
+    except MemoryError: raise
+    except Exception as e:
+        if kind == "torch" and (foreign := _foreign(path, allow)): raise ValueError(
+            f"{path} holds Python objects besides tensors ({', '.join(foreign)}), and unpickling those can run code. " + _remedy(path, allow, foreign)) from e
+        said = re.sub(r"\x1b\[\d*m", "", str(e)).strip().splitlines() or [""]
+        raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged (fetch it again), or of another kind ({type(e).__name__}: {said[0][:200]})") from e
 
 def checkpoint_metadata(path: str | Path) -> dict[str, str]: # of a .safetensors file; {} without
     "What a `.safetensors` file says of itself. Errors as of `read_checkpoint`."
