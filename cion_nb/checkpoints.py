@@ -23,15 +23,19 @@ def _number(dtype: np.dtype, raw=None): # NumPy's `scalar`, for numbers and text
 def _array(kind, shape, dtype): # NumPy's `_reconstruct`: an empty array, filled by its state
     return np.ndarray(tuple(shape), np.dtype("b"))
 
-_DTYPES = ("Bool Byte Bytes CLongDouble Complex64 Complex128 Float16 Float32 Float64 Int8 Int16 Int32 Int64 Int LongDouble Long LongLong "
-           "Short Str UByte UInt8 UInt16 UInt32 UInt64 UInt ULong ULongLong UShort").split()
+_DTYPES = ("Bool Byte Bytes CLongDouble Complex64 Complex128 Float16 Float32 Float64 "
+           "Int8 Int16 Int32 Int64 Int LongDouble Long LongLong Short Str "
+           "UByte UInt8 UInt16 UInt32 UInt64 UInt ULong ULongLong UShort").split()
 
 def _harmless() -> list: # (what stands for it here, its name in a file): holds data, runs nothing
-    plain = (np.dtype, np.ndarray, argparse.Namespace, types.SimpleNamespace, datetime.datetime, datetime.date, datetime.timedelta,
+    plain = (np.dtype, np.ndarray, argparse.Namespace, types.SimpleNamespace,
+             datetime.datetime, datetime.date, datetime.timedelta,
              collections.deque, collections.defaultdict, list, dict, int, float, frozenset, slice, complex)
     known = [(cls, f"{cls.__module__}.{cls.__name__}") for cls in plain]
-    for core in ("numpy.core", "numpy._core"): known += [(_number, f"{core}.multiarray.scalar"), (_array, f"{core}.multiarray._reconstruct")]
-    known += [(cls, f"numpy.dtypes.{name}DType") for name in _DTYPES if (cls := getattr(np.dtypes, f"{name}DType", None))]
+    for core in ("numpy.core", "numpy._core"):
+        known += [(_number, f"{core}.multiarray.scalar"), (_array, f"{core}.multiarray._reconstruct")]
+    for name in _DTYPES:
+        if cls := getattr(np.dtypes, f"{name}DType", None): known.append((cls, f"numpy.dtypes.{name}DType"))
     for module in ("pathlib", "pathlib._local"):
         for name in ("Path", "PosixPath", "PurePosixPath"): known.append((pathlib.PurePosixPath, f"{module}.{name}"))
         for name in ("WindowsPath", "PureWindowsPath"): known.append((pathlib.PureWindowsPath, f"{module}.{name}"))
@@ -39,27 +43,28 @@ def _harmless() -> list: # (what stands for it here, its name in a file): holds 
 
 # %% ../nbs/00b_checkpoints.ipynb #4ff16909
 class Placeholder(dict):
-    "Stands for an object whose class was allowed by name; what the file says of it is kept as attributes and items, and not acted on."
+    "Stands for an object whose class was allowed by name; what the file says of it is kept, and not acted on."
     def __new__(cls, *args, **kw): return dict.__new__(cls)
     def __init__(self, *args, **kw): super().__init__()
     def __setstate__(self, state):
         if isinstance(state, Mapping): self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
 
 class _Empty:
-    "Builds an empty container instead of an object, whatever the arguments: torch fills no mapping but an `OrderedDict`, no sequence but a `list`."
+    "Builds an empty container for an object: torch fills no mapping but an `OrderedDict`, no sequence but a `list`."
     def __init__(self, kind): self._kind, self.__new__ = kind, lambda cls, *args: kind()
     def __call__(self, *args): return self._kind()
 
 def _load(path: Path, allow, device="cpu"):
-    "torch's own reader. What is allowed by name is read as a placeholder, or as an empty container where it is filled item by item."
+    "torch's own reader. What is allowed by name is a placeholder, or, where it is filled item by item, a container."
     for stand_in in (Placeholder, _Empty(collections.OrderedDict), _Empty(list)):
         known = _harmless() + [(stand_in, x) if isinstance(x, str) else x for x in allow]
         try:
             with torch.serialization.safe_globals(known), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Detected pickle protocol")     # what it cannot read it refuses
+                warnings.filterwarnings("ignore", message="Detected pickle protocol") # what it cannot read it refuses
                 return torch.load(path, map_location=device, weights_only=True)
         except Exception as e:
-            if not re.search("SETITEM|append|extend", str(e)) or isinstance(stand_in, _Empty) and stand_in._kind is list: raise
+            last = isinstance(stand_in, _Empty) and stand_in._kind is list
+            if last or not re.search("SETITEM|append|extend", str(e)): raise
 
 # %% ../nbs/00b_checkpoints.ipynb #dcedbae2
 _NOT_WEIGHTS = ((b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run `git lfs pull`"),
@@ -75,10 +80,12 @@ def _kind(path: Path) -> str: # "safetensors" or "torch", by content, whatever t
         if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start): raise ValueError(f"{path} is {what}")
     if head[:4] == b"PK\3\4" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as f: names = f.namelist()
-        if any(n.endswith("/constants.pkl") for n in names): raise ValueError(f"{path} is a TorchScript archive, a program beside its weights. "
-            f"If you trust where it comes from, load its weights instead of the file: torch.jit.load({str(path)!r}).state_dict()")
+        if any(n.endswith("/constants.pkl") for n in names):
+            raise ValueError(f"{path} is a TorchScript archive, a program beside its weights. "
+                             f"If you trust where it comes from, load its weights instead of the file: torch.jit.load({str(path)!r}).state_dict()")
         if not any(n.endswith("data.pkl") for n in names):
-            raise ValueError(f"{path} is a zip file, not a checkpoint: unpack it and give the file inside; it holds {', '.join(names[:3])}")
+            raise ValueError(f"{path} is a zip file, not a checkpoint: unpack it and give the file inside; "
+                             f"it holds {', '.join(names[:3])}")
     return "safetensors" if head[8:9] == b"{" or path.suffix == ".safetensors" and head[:2] != b"PK" else "torch"
 
 # %% ../nbs/00b_checkpoints.ipynb #845856ef
@@ -88,7 +95,7 @@ def _foreign(path: Path, allow) -> list[str]: # names of all that the file wants
         try:
             _load(path, (*allow, *names), "meta")
         except Exception as e:
-            found = re.search(r"GLOBAL (\S+) was not an allowed global|unsupported global.*?`?(\S+)`? from|Trying to load unsupported GLOBAL (\S+)", str(e))
+            found = re.search(r"GLOBAL (\S+) was not an allowed global|Trying to load unsupported GLOBAL (\S+)", str(e))
             name = next(filter(None, found.groups()), None) if found else None
             if name and "." not in name: name = f"builtins.{name}"                       # as torch shortens it
             if name is None or name in names: break
@@ -96,14 +103,18 @@ def _foreign(path: Path, allow) -> list[str]: # names of all that the file wants
         else: break
     return names
 
-def _remedy(path: Path, allow, foreign: list[str]) -> str: # advice that was tried: whether tensors are left without those objects
+def _remedy(path: Path, allow, foreign: list[str]) -> str:
+    "What to do about those objects, tried: whether tensors are left without them."
     try: rest = _load(path, (*allow, *foreign), "meta")
     except Exception: rest = None
     if _holds_tensors(rest): return (
-        f"To read the rest and leave them out, name them: read_checkpoint({str(path)!r}, allow={foreign}), or allow={foreign} of load_backbone_weights; "
-        "for weights= of a recipe, load so in Python, save_backbone, and name the saved file")
-    return ("Its tensors cannot be had without them. If you trust it, save the weights alone where the code that wrote it is installed: "
-            f"x = torch.load({str(path)!r}, weights_only=False); torch.save(x.state_dict() if hasattr(x, 'state_dict') else x[KEY], 'weights.pth'), "
+        f"To read the rest and leave them out, name them: read_checkpoint({str(path)!r}, allow={foreign}), "
+        f"or allow={foreign} of load_backbone_weights; for weights= of a recipe, "
+        "load so in Python, save_backbone, and name the saved file")
+    return ("Its tensors cannot be had without them. "
+            "If you trust it, save the weights alone where the code that wrote it is installed: "
+            f"x = torch.load({str(path)!r}, weights_only=False); "
+            "torch.save(x.state_dict() if hasattr(x, 'state_dict') else x[KEY], 'weights.pth'), "
             "KEY being where x keeps them")
 
 def _holds_tensors(x) -> bool:
@@ -113,9 +124,9 @@ def _holds_tensors(x) -> bool:
 # %% ../nbs/00b_checkpoints.ipynb #26b02c85
 def read_checkpoint(
     path: str | Path,  # .pth, .pt, .pth.tar, .ckpt or .safetensors; torch's old format too
-    allow: tuple = (), # besides what only holds data: names of classes ("yacs.config.CfgNode", read as placeholders), or classes of a file you trust
+    allow: tuple = (), # names of classes ("yacs.config.CfgNode": placeholders), or classes of a file you trust
 ) -> Mapping:
-    "The content of a file of weights, on the CPU; runs no code from it. FileNotFoundError or ValueError that names file and remedy."
+    "A file's content, on the CPU; runs no code from it. FileNotFoundError or ValueError that names file and remedy."
     path = Path(path)
     kind = _kind(path)
     try:
@@ -124,16 +135,19 @@ def read_checkpoint(
     except MemoryError: raise
     except Exception as e:
         if kind == "torch" and (foreign := _foreign(path, allow)): raise ValueError(
-            f"{path} holds Python objects besides tensors ({', '.join(foreign)}), and unpickling those can run code. " + _remedy(path, allow, foreign)) from e
+            f"{path} holds Python objects besides tensors ({', '.join(foreign)}), and unpickling those can run code. "
+            + _remedy(path, allow, foreign)) from e
         said = re.sub(r"\x1b\[\d*m", "", str(e)).strip().splitlines() or [""]
-        raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged (fetch it again), or of another kind ({type(e).__name__}: {said[0][:200]})") from e
+        raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged (fetch it again), "
+                         f"or of another kind ({type(e).__name__}: {said[0][:200]})") from e
 
 def checkpoint_metadata(path: str | Path) -> dict[str, str]: # of a .safetensors file; {} without
     "What a `.safetensors` file says of itself. Errors as of `read_checkpoint`."
     if _kind(Path(path)) != "safetensors": return {}
     try:
         with safetensors.safe_open(path, "pt") as f: return f.metadata() or {}
-    except Exception as e: raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged (fetch it again) ({e})") from e
+    except Exception as e:
+        raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged, fetch it again ({e})") from e
 
 # %% ../nbs/00b_checkpoints.ipynb #2d32a01e
 def fill_module(
@@ -141,12 +155,13 @@ def fill_module(
     path: str | Path,        # a file with its entries, by their own names
     elsewhere: str = "",     # entries that start so have a file of their own; "" for none
 ) -> None:
-    "Every entry of a module from one file. Errors as of `read_checkpoint`; ValueError too where names or shapes do not fit, with the file's name and theirs."
+    "Every entry of a module from one file. Errors as of `read_checkpoint`; ValueError where names or shapes do not fit."
+    what = f"{path} does not hold the entries of this {type(module).__name__}"
     try: missing, unexpected = module.load_state_dict(read_checkpoint(path), strict=False)
     except (RuntimeError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} does not hold the entries of this {type(module).__name__}: {str(e)[:600]}") from e
+        raise ValueError(f"{what}: {str(e)[:600]}") from e
     missing = [name for name in missing if not (elsewhere and name.startswith(elsewhere))]
     if missing or unexpected:
-        some = lambda names: ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
-        raise ValueError(f"{path} does not hold the entries of this {type(module).__name__}: it lacks {some(missing)}, and has {some(unexpected)} besides. "
+        some = lambda names: ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "") or "nothing"
+        raise ValueError(f"{what}: it lacks {some(missing)}, and has {some(unexpected)} besides. "
                          "Name the folder or file as it was written, with nothing moved into it")
