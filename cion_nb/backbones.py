@@ -549,7 +549,8 @@ class LoadReport:
 
     def __str__(self):
         some = lambda names: ", ".join(map(str, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        total, place = len(self.matched) + len(self.missing) + len(self.mismatched), " > ".join(self.place) or "the top level"
+        place = " > ".join(self.place) or "the top level"
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
         lines = [f"{self.path}: {len(self.matched)} of the model's {total} entries matched ({self.share:.1%}), "
                  f"from {place}, prefix '{self.prefix}', names as in {self.names}; {len(self.outside)} entries outside"]
         told = {what: getattr(self, what) for what in ("missing", "mismatched", "resized", "added", "unexpected")}
@@ -706,7 +707,8 @@ def _refuse_bad(model, best, min_matched):
     whole = [name for name, value in found.items() if real(own.get(name)) and not real(value)]
     if whole:
         kind = found[whole[0]].dtype
-        raise ValueError(f"{report.path}: {len(whole)} entries are {kind}, not floating-point numbers, {nothing}: {some(whole)}")
+        raise ValueError(f"{report.path}: {len(whole)} entries are {kind}, not floating-point numbers, "
+                         f"{nothing}: {some(whole)}")
 
 def _refuse_ambiguous(best, rivals):
     "Raise where several tables fit equally, hold other values, and nothing says which is meant."
@@ -722,7 +724,7 @@ def _refuse_deeper(model, best, lost):
     if not (blocks := _deeper(model, lost)): return
     shown = ", ".join(blocks[:6]) + (f" and {len(blocks) - 6} more" if len(blocks) > 6 else "")
     likely = _likely(model, best)
-    advice = f"It holds all of a {likely}: name that backbone" if likely else "list_backbones() has none that is as deep"
+    advice = f"It holds all of a {likely}: name that backbone" if likely else "list_backbones() has none as deep"
     raise ValueError(f"{best.report.path}: its network is deeper than a {model.name}, with {shown} besides, "
                      f"nothing was loaded. {advice}. "
                      "To cut it on purpose, give load_backbone_weights the table without those blocks instead of the file")

@@ -82,7 +82,8 @@ def _kind(path: Path) -> str: # "safetensors" or "torch", by content, whatever t
         with zipfile.ZipFile(path) as f: names = f.namelist()
         if any(n.endswith("/constants.pkl") for n in names):
             raise ValueError(f"{path} is a TorchScript archive, a program beside its weights. "
-                             f"If you trust where it comes from, load its weights instead of the file: torch.jit.load({str(path)!r}).state_dict()")
+                             "If you trust where it comes from, load its weights instead of the file: "
+                             f"torch.jit.load({str(path)!r}).state_dict()")
         if not any(n.endswith("data.pkl") for n in names):
             raise ValueError(f"{path} is a zip file, not a checkpoint: unpack it and give the file inside; "
                              f"it holds {', '.join(names[:3])}")
@@ -147,7 +148,7 @@ def checkpoint_metadata(path: str | Path) -> dict[str, str]: # of a .safetensors
     try:
         with safetensors.safe_open(path, "pt") as f: return f.metadata() or {}
     except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged, fetch it again ({e})") from e
+        raise ValueError(f"{path} is not a checkpoint that can be read: cut off or damaged: fetch it again ({e})") from e
 
 # %% ../nbs/00b_checkpoints.ipynb #2d32a01e
 def fill_module(
@@ -155,7 +156,7 @@ def fill_module(
     path: str | Path,        # a file with its entries, by their own names
     elsewhere: str = "",     # entries that start so have a file of their own; "" for none
 ) -> None:
-    "Every entry of a module from one file. Errors as of `read_checkpoint`; ValueError where names or shapes do not fit."
+    "Every entry of a module from one file. Errors as of `read_checkpoint`; ValueError if names or shapes do not fit."
     what = f"{path} does not hold the entries of this {type(module).__name__}"
     try: missing, unexpected = module.load_state_dict(read_checkpoint(path), strict=False)
     except (RuntimeError, TypeError, AttributeError) as e:

@@ -297,7 +297,7 @@ def test_deeper_networks_are_refused_and_named(deep, shallow, blocks):
 
 def test_a_stage_more_is_refused_and_a_lone_layer_is_not():
     file = wrap(MODEL, "") | {n.replace("layer4", "layer5"): v for n, v in MODEL.state_dict().items() if n.startswith("layer4")}
-    with pytest.raises(ValueError, match="with layer5 besides.*list_backbones.. has none that is as deep"): load_backbone_weights(MODEL, file)
+    with pytest.raises(ValueError, match="with layer5 besides.*list_backbones.. has none as deep"): load_backbone_weights(MODEL, file)
     with pytest.warns(UserWarning, match="trunk has 2 entries.*norms"): load_backbone_weights(MODEL, wrap(MODEL, "") | {f"layer1.0.bn3.{p}": torch.ones(32) for p in ("weight", "bias")})
 
 
