@@ -745,9 +745,9 @@ def _likely(model, best) -> str | None:
 def _say_taken(best, rivals):
     "One line where the file holds other networks that could be meant."
     if not rivals or not is_main_process(): return
-    others = "; ".join(f"{t} ({len(t.found)}, part={t.part([best])!r})" for t in rivals[:3])
+    others = "; ".join(f"{t} ({len(t.report.matched)}, part={t.part([best])!r})" for t in rivals[:3])
     if len(rivals) > 3: others += f" and {len(rivals) - 3} more"
-    print(f"{Path(best.report.path).name}: taken from {best} ({len(best.found)} entries); not from {others}")
+    print(f"{Path(best.report.path).name}: taken from {best} ({len(best.report.matched)} entries); not from {others}")
 
 # %% ../nbs/04_backbones.ipynb #74a1694b
 def load_imagenet_weights(
