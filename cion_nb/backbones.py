@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .checkpoints import read_checkpoint
-from .runs import atomic, read_json, resolve, table5, write_json
+from .runs import atomic, is_main_process, read_json, resolve, table5, write_json
 
 # %% ../nbs/04_backbones.ipynb #2af33901
 @dataclass(frozen=True)
@@ -357,6 +357,7 @@ _RULES: dict[str, dict[str, list]] = dict( # family -> whose names -> [(pattern,
                      *((rf"^b1\.0\.{b}\.", f"layer3.{b + 1}.") for b in range(35)), (r"^b1\.1\.", "layer4.")]))
 _RULES["resnet_ibn"] = _RULES["resnet"]
 
+# %% ../nbs/04_backbones.ipynb #50633c13
 def _repvit_rules(depths):
     "RepViT's flat list of blocks: the stem, then each stage's blocks, with two entries a downsampling between stages."
     flat, index = [(r"^features\.0\.0\.", "stem.conv1."), (r"^features\.0\.2\.", "stem.conv2.")], 1
@@ -415,6 +416,7 @@ def _from_pass(
     if parts: values["reg_token"] = torch.cat([values.pop(f"part_token{p}") + values.pop(f"part{p}_pos") for p in parts], dim=1)
     return values
 
+# %% ../nbs/04_backbones.ipynb #8bb555f1
 def _takes_up(model: nn.Module, name: str, value: Tensor) -> bool:
     "Whether `model` can grow by this entry."
     if name == "reg_token": return isinstance(model, _ViT) and value.ndim == 3 and value.shape[::2] == (1, model.embed_dim)
@@ -465,40 +467,69 @@ def _grid_of(patches: int) -> tuple | None:
         if ratio * columns ** 2 == patches: return ratio * columns, columns
 
 # %% ../nbs/04_backbones.ipynb #7b01252c
-_HEADS = re.compile(r"^(fc\d*|\w*heads?\d*|head_\w+|\w*classifier\w*|linear|last_linear|\w*bottleneck\w*|\w*neck|feat|feat_bn|proj_head|projector|projection\w*|predictor|decoder|"
-                    r"gap|avgpool|global_pool|pool\w*|gem|queue\w*|prototypes?|pixel_\w+|centers?|mask_token|total_ops|total_params|b\d(_\w+)?|"
-                    r"student|teacher|encoder_[qk]|\w*ema)(\.|$)|(^|\.)(num_batches_tracked|relative_position_index|attn_mask|total_ops|total_params)$")
+_HEADS = re.compile("^(" + "|".join((                                      # modules beside a trunk, by the first part
+    r"fc\d*|linear|last_linear|logits|\w*classifier\w*",                   # classifiers
+    r"heads?\d*|\w+_heads?\d*|head_\w+",                                   # dino_head, ibot_head, fast-reid's heads
+    r"projector|projection\w*|predictor|decoder|prototypes?|queue\w*|centers?|mask_token", # of self-supervision
+    r"neck|\w+_neck|bnneck\w*|\w*bottleneck\w*|feat|feat_bn",              # of re-identification
+    r"gap|gem|avgpool|global_pool|pool\w*",                                # pooling
+    r"b[1-3]|b[1-3]\d?_(head|pool)",                                       # branches of MGN and of TransReID's JPM
+    r"pixel_\w+",                                                          # the input's mean and standard deviation
+    r"student|teacher|encoder_[qk]|\w*ema")) + r")(\.|$)")                 # the other network of the same table
+_CONSTANTS = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index|attn_mask|total_ops|total_params)$")
 _CAMERAS = re.compile(r"(^|\.)((sie|cam|camera|view)(_embed\w*)?)$")
-_CHANGES = ((_CAMERAS, "camera or view vectors added to the tokens"), (re.compile(r"(^|\.)(NL_\d|non_?local)", re.I), "non-local blocks"),
-            (re.compile(r"(^|\.)(se|se_module|se_layer)\."), "squeeze-excitation"), (re.compile(r"(reg|register|storage|dist|part)_?tokens?|rope|pos_embed|_pos$"), "tokens or positions"),
-            (re.compile(r"(gamma|\.ls\d|layer_scale)"), "layer scale"), (re.compile(r"(norm|bn|\.IN\.|\.BN\.)"), "norms"))
+_CHANGES = ((_CAMERAS, "camera or view vectors added to the tokens"),
+            (re.compile(r"(^|\.)(NL_\d|non_?local)", re.I), "non-local blocks"),
+            (re.compile(r"(^|\.)(se|se_module|se_layer)\."), "squeeze-excitation"),
+            (re.compile(r"(reg|register|storage|dist|part)_?tokens?|rope|pos_embed|_pos$"), "tokens or positions"),
+            (re.compile(r"(gamma|\.ls\d|layer_scale)"), "layer scale"),
+            (re.compile(r"(norm|bn|\.IN\.|\.BN\.)"), "norms"))
 
-def _lost(report) -> dict[str, list]: # what a file's trunk has and the model lacks: module -> the file's names
-    "Unexpected entries that are no head (`_HEADS`), by module; camera vectors outside the prefix too."
-    ours = {name.rsplit(".", i)[0] for name in report.matched for i in range(name.count(".") + 1)}
-    lost, whole = {}, report.names == "solider"
+# %% ../nbs/04_backbones.ipynb #175120ff
+def _lost(
+    model: nn.Module,
+    report,              # of the match
+) -> dict[str, dict]:    # module, by our names -> {the file's name: the rest of ours}
+    "What a file's trunk has and the model lacks: unexpected entries, but heads; and camera vectors outside the prefix."
+    rename, unread = _renamings(architecture(model.name))[report.names], [_HEADS, _CONSTANTS]
+    if report.names == "solider": unread.append(re.compile(r"^(norm[012]|semantic_embed_[wb]\.3)\."))
+    modules, lost = {name.rsplit(".", i)[0] for name in model.state_dict() for i in range(name.count(".") + 1)}, {}
     for name in report.unexpected + [n for n in report.outside if _CAMERAS.search(n) and "student" not in n]:
         rest = name.removeprefix(report.prefix)
-        if _HEADS.search(rest) or whole and re.match(r"norm[012]\.|semantic_embed_[wb]\.3\.", rest): continue
-        parts = rest.split(".")
-        depth = next((d for d in range(1, len(parts)) if ".".join(parts[:d]) not in ours), len(parts))
-        lost.setdefault(".".join(parts[:depth]), []).append(name)
+        if any(pattern.search(rest) for pattern in unread): continue
+        parts = (rename(rest) or rest).split(".")
+        depth = next((d for d in range(1, len(parts)) if ".".join(parts[:d]) not in modules), len(parts))
+        lost.setdefault(".".join(parts[:depth]), {})[name] = ".".join(parts[depth:])
     return lost
 
-def _warn_lost(model, report) -> None:
-    lost = _lost(report)
+def _deeper(model, lost) -> list[str]: # names of lost modules
+    "Those that are numbered like blocks or stages of ours, and hold most of what one of ours holds."
+    found = []
+    for module, names in lost.items():
+        numbered, inside, siblings = re.fullmatch(r"(.*?)\d+", module), set(names.values()), {}
+        if numbered is None or not any("." in rest for rest in inside): continue
+        one = re.compile(re.escape(numbered[1]) + r"(\d+)\.(.+)")
+        for name in model.state_dict():
+            if not _CONSTANTS.search(name) and (m := one.fullmatch(name)): siblings.setdefault(m[1], set()).add(m[2])
+        alike = [ours for ours in siblings.values() if 2 * len(inside & ours) >= max(len(inside), len(ours))]
+        if alike: found.append(module)
+    return found
+
+def _warn_lost(model, report, lost) -> None:
     report.lost = [name for names in lost.values() for name in names]
     if not lost: return
     kinds = dict.fromkeys(next((what for pattern, what in _CHANGES if pattern.search(n)), "") for n in report.lost)
-    some = ", ".join(f"{module} ({len(names)})" for module, names in list(lost.items())[:8]) + (f" and {len(lost) - 8} modules more" if len(lost) > 8 else "")
+    some = ", ".join(f"{module} ({len(names)})" for module, names in list(lost.items())[:8])
+    if len(lost) > 8: some += f" and {len(lost) - 8} modules more"
     what = ", ".join(filter(None, kinds))
-    warnings.warn(f"{report.path}: its trunk has {len(report.lost)} entries that {model.name} has no place for, left out: {some}"
-                  + (f" [{what}]" if what else "") + "; the features are not those of the network that was trained", stacklevel=3)
+    if what: some += f" [{what}]"
+    warnings.warn(f"{report.path}: its trunk has {len(report.lost)} entries that {model.name} has no place for, "
+                  f"left out: {some}; the features are not those of the network that was trained", stacklevel=3)
 
 # %% ../nbs/04_backbones.ipynb #45af4561
 @dataclass
 class LoadReport:
-    "What a checkpoint gave to a model. `missing`, `mismatched`: of the model; `unexpected`: of the file, under the prefix."
+    "What a checkpoint gave to a model. `missing`, `mismatched` are of the model, `unexpected` of the file."
     path: str
     place: tuple                  # keys inside the file, e.g. ("teacher",)
     prefix: str                   # what stands before the names, e.g. "module.backbone."
@@ -506,7 +537,7 @@ class LoadReport:
     missing: list = field(default_factory=list)
     mismatched: list = field(default_factory=list) # (name, the file's shape, the model's)
     resized: list = field(default_factory=list)    # (name, the file's shape, the model's)
-    unexpected: list = field(default_factory=list)
+    unexpected: list = field(default_factory=list) # under the prefix
     outside: list = field(default_factory=list)    # entries without the prefix: heads, the student, optimizers
     lost: list = field(default_factory=list)       # unexpected entries of the trunk: another network was trained
     added: list = field(default_factory=list)      # what the model took up: PASS's part tokens, SOLIDER's shifts
@@ -518,9 +549,12 @@ class LoadReport:
 
     def __str__(self):
         some = lambda names: ", ".join(map(str, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        lines = [f"{self.path}: {len(self.matched)} of the model's {len(self.matched) + len(self.missing) + len(self.mismatched)} entries matched "
-                 f"({self.share:.1%}), from {' > '.join(self.place) or 'the top level'}, prefix '{self.prefix}', names as in {self.names}; {len(self.outside)} entries outside"]
-        return "\n".join(lines + [f"  {what}: {some(getattr(self, what))}" for what in ("missing", "mismatched", "resized", "added", "unexpected") if getattr(self, what)])
+        place = " > ".join(self.place) or "the top level"
+        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        lines = [f"{self.path}: {len(self.matched)} of the model's {total} entries matched ({self.share:.1%}), "
+                 f"from {place}, prefix '{self.prefix}', names as in {self.names}; {len(self.outside)} entries outside"]
+        told = {what: getattr(self, what) for what in ("missing", "mismatched", "resized", "added", "unexpected")}
+        return "\n".join(lines + [f"  {what}: {some(names)}" for what, names in told.items() if names])
     __repr__ = __str__
 
 # %% ../nbs/04_backbones.ipynb #64d001e9
@@ -535,10 +569,17 @@ def _prefixes(
         for i in range(1, min(len(parts), 5)): counts[p] = counts.get(p := ".".join(parts[:i]) + ".", 0) + 1
     return [""] + [p for p, n in counts.items() if n >= least]
 
-def _preference(place, prefix) -> int:
-    "Small = taken first where two tables fit equally: a teacher before its student, MoCo's query encoder before its key encoder."
-    words = set(".".join((*place, prefix)).split("."))
-    return 0 if words & {"teacher", "encoder_q", "ema", "model_ema", "state_dict_ema"} else 2 if words & {"student", "encoder_k"} else 1
+_FIRST = re.compile(r"(^|_)(teacher|ema|swa|averaged|encoder_q)(_|$)", re.I)
+_LAST = re.compile(r"(^|_)(student|encoder_k)(_|$)", re.I)
+
+def _preference(words, swapped: bool) -> int: # small = taken first
+    if swapped: return int("ema_state_dict" in words)
+    return 0 if any(map(_FIRST.search, words)) else 2 if any(map(_LAST.search, words)) else 1
+
+def _swapped(file) -> bool: # whether MMEngine wrote it
+    meta = file.get("meta")
+    mark = "message_hub" in file or isinstance(meta, Mapping) and "mmengine_version" in meta
+    return "ema_state_dict" in file and mark
 
 # %% ../nbs/04_backbones.ipynb #384288c8
 def _match(
@@ -550,7 +591,9 @@ def _match(
 ) -> dict:            # our name -> tensor that fits
     "Pair a table's entries with the model's, and note in `report` what did not pair."
     own, found, values, theirs = model.state_dict(), {}, {}, {}
-    grid = tuple(model.patch_embed.grid_size) if isinstance(model, _ViT) else tuple(model.pos_embed.shape[1:3]) if isinstance(model, _VOLO) else ()
+    grid = ()
+    if isinstance(model, _ViT): grid = tuple(model.patch_embed.grid_size)
+    if isinstance(model, _VOLO): grid = tuple(model.pos_embed.shape[1:3])
     for name, value in tensors.items():
         if not name.startswith(report.prefix): report.outside.append(name)
         elif ours := rename(name[len(report.prefix):]): values[ours], theirs[ours] = value, name
@@ -561,65 +604,150 @@ def _match(
         if ours not in own: report.unexpected.append(theirs[ours]); continue
         fitted = _fit(value, own[ours], ours, grid)
         if fitted is None: report.mismatched.append((ours, tuple(value.shape), tuple(own[ours].shape))); continue
-        if fitted.shape != value.shape and value.numel() != fitted.numel(): report.resized.append((ours, tuple(value.shape), tuple(fitted.shape)))
+        if value.numel() != fitted.numel(): report.resized.append((ours, tuple(value.shape), tuple(fitted.shape)))
         found[ours] = fitted
     odd = {m[0] for m in report.mismatched}
     counted = [n for n in own if not n.endswith("num_batches_tracked")] # a step counter that older files lack
-    report.matched, report.missing = [n for n in counted if n in found], [n for n in counted if n not in found and n not in odd]
+    report.matched = [n for n in counted if n in found]
+    report.missing = [n for n in counted if n not in found and n not in odd]
     return found
 
 # %% ../nbs/04_backbones.ipynb #cd927b33
+@dataclass
+class _Try:
+    "One table of a file under one prefix, read by the names that fit it best."
+    report: LoadReport
+    found: dict   # our name -> tensor
+    table: dict   # the file's
+    rank: tuple   # small = first, among those that fit about equally
+
+    @property
+    def words(self) -> list: return [*self.report.place, *filter(None, self.report.prefix.split("."))]
+
+    def __str__(self): return f"{' > '.join(self.report.place) or 'the top level'}, prefix '{self.report.prefix}'"
+
+    def part(self, others) -> str: # what `part=` takes to mean this one and none of the others
+        theirs = {word for other in others for word in other.words}
+        return next((word for word in self.words if word not in theirs), ".".join(self.words) + ".")
+
+    def differs(self, other) -> bool:
+        theirs = other.found
+        if self.found.keys() != theirs.keys(): return True
+        return any(not torch.equal(value, theirs[name]) for name, value in self.found.items())
+
+# %% ../nbs/04_backbones.ipynb #60a47fa9
+def _search(model, file, source, part, semantic) -> list[_Try]:
+    "Every table of the file under every prefix."
+    tries, swapped = [], _swapped(file)
+    for place, table in _tensor_tables(file):
+        for prefix in _prefixes(table, least=len(model.state_dict()) // 10):
+            words, readings = [*place, *filter(None, prefix.split("."))], []
+            if part is not None and part not in (*words, ".".join(words) + "."): continue
+            for names, rename in _renamings(architecture(model.name)).items():
+                report = LoadReport(source, place, prefix, names=names)
+                found = _match(model, table, rename, semantic, report)
+                rank = (_preference(words, swapped), -len(found), len(report.unexpected))
+                readings.append(_Try(report, found, table, rank))
+            tries.append(min(readings, key=lambda t: t.rank))
+    if not tries: raise ValueError(f"{source} holds no named tensors" + (f" under {part!r}" if part else ""))
+    return tries
+
+def _choose(tries) -> tuple[_Try, list[_Try]]:
+    "The one to load, and those with other values that fit more than half as well, best first."
+    most = max(len(t.found) for t in tries)
+    best = min((t for t in tries if len(t.found) >= 0.95 * most), key=lambda t: t.rank)
+    rivals = [t for t in tries if 2 * len(t.found) > most and t is not best and t.differs(best)]
+    return best, sorted(rivals, key=lambda t: t.rank)
+
+# %% ../nbs/04_backbones.ipynb #dd7a61fc
 def load_backbone_weights(
     model: nn.Module,          # from `create_backbone`; changed in place
     path: str | Path | Mapping, # .pth, .pt or .safetensors file, an already loaded checkpoint, or "imagenet"
     min_matched: float = 0.95, # refuse below this share of the model's entries
-    part: str | None = None,   # only tables under this key or prefix, e.g. "student"
-    allow: tuple = (),         # other objects in the file, as `read_checkpoint` takes them: ["yacs.config.CfgNode"] leaves them out
+    part: str | None = None,   # a key or word of a prefix, "student"; or the whole way and a full stop, "state_dict."
+    allow: tuple = (),         # objects to leave out, as `read_checkpoint` takes them: ["yacs.config.CfgNode"]
     semantic: float = 0.2,     # SOLIDER's weight λ of meaning against appearance, in [0, 1]; only its files have one
 ) -> LoadReport:
-    "Find the backbone inside a checkpoint and load it. ValueError, and an unchanged model, if too little matches or a value is not finite."
+    """Find the backbone inside a checkpoint and load it.
+
+    ValueError, and an unchanged model, if too little matches, several networks fit equally,
+    the file's is deeper, or a value is not finite."""
     if isinstance(path, str) and path == "imagenet": return load_imagenet_weights(model)
-    file, source = (path, "checkpoint") if isinstance(path, Mapping) else (read_checkpoint(resolve(path), allow), str(path))
-    best, tried = None, []
-    for place, tensors in _tensor_tables(file):
-        for prefix in _prefixes(tensors, least=len(model.state_dict()) // 10):
-            if part is not None and part not in (*place, *prefix.split(".")): continue
-            for names, rename in _renamings(architecture(model.name)).items():
-                report = LoadReport(source, place, prefix, names=names)
-                found = _match(model, tensors, rename, semantic, report)
-                rank = (len(found), -_preference(place, prefix), -len(report.unexpected))
-                tried.append((rank, report, found))
-                if best is None or rank > best[0]: best = rank, report, found
-    if best is None: raise ValueError(f"{source} holds no named tensors" + (f" under {part!r}" if part else ""))
-    _, report, found = best
-    _refuse_bad(model, report, found, min_matched)
-    _refuse_ambiguous(best, tried)
-    _warn_lost(model, report)
+    source = "checkpoint" if isinstance(path, Mapping) else str(path)
+    file = path if isinstance(path, Mapping) else read_checkpoint(resolve(path), allow)
+    if not isinstance(file, Mapping): raise ValueError(f"{source} holds no named tensors, but a {type(file).__name__}")
+    best, rivals = _choose(_search(model, file, source, part, semantic))
+    report, found, lost = best.report, best.found, _lost(model, best.report)
+    _refuse_bad(model, best, min_matched)
+    _refuse_ambiguous(best, rivals)
+    _refuse_deeper(model, best, lost)
+    _say_taken(best, rivals)
+    if report.missing or report.mismatched: warnings.warn(f"loaded, but not completely\n{report}", stacklevel=2)
+    _warn_lost(model, report, lost)
     for name in report.added: _grow(model, name, found[name])
     model.load_state_dict(found, strict=False)
     model.weights = source
     return report
 
 # %% ../nbs/04_backbones.ipynb #39266718
-def _refuse_bad(model, report, found, min_matched):
-    "Raise rather than train from weights that are mostly random."
-    if report.share < min_matched:
-        raise ValueError(f"this checkpoint does not hold a {model.name}: below {min_matched:.0%} matched, nothing was loaded "
-                         f"(min_matched= lowers the bar)\n{report}")
-    bad = [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad: raise ValueError(f"{report.path}: {len(bad)} entries hold NaN or infinity, nothing was loaded: {', '.join(bad[:6])}")
-    own = model.state_dict()
-    whole = [name for name, value in found.items() if name in own and own[name].is_floating_point() and not value.is_floating_point()]
-    if whole: raise ValueError(f"{report.path}: {len(whole)} entries are {found[whole[0]].dtype}, not floating-point numbers, nothing was loaded: {', '.join(whole[:6])}")
-    if report.missing or report.mismatched: warnings.warn(f"loaded, but not completely\n{report}", stacklevel=3)
+_IN_PYTHON = ("load_backbone_weights takes it; for weights= of create_backbone or of a recipe, "
+              "load so in Python, save_backbone, and name the saved file")
 
-def _refuse_ambiguous(best, tried):
-    "Raise where several tables fit equally, hold other values, and nothing says which is meant; a teacher before its student is meant."
-    where = lambda report: f"{' > '.join(report.place) or 'the top level'}, prefix '{report.prefix}'"
-    rank, chosen, found = best
-    rivals = [r for k, r, f in tried if k[:2] == rank[:2] and (r.place, r.prefix) != (chosen.place, chosen.prefix) and any(not torch.equal(f[n], found[n]) for n in found if n in f)]
-    if rivals: raise ValueError(f"{chosen.path} holds several networks that fit equally, with other values, nothing was loaded: {'; '.join(map(where, [chosen, *rivals]))}. "
-                                "Say which with part=, a key or a word of the prefix")
+def _refuse_bad(model, best, min_matched):
+    "Raise rather than train from weights that are mostly random."
+    report, found, own = best.report, best.found, model.state_dict()
+    if report.share < min_matched:
+        holds = f", but all of a {likely}" if (likely := _likely(model, best)) else ""
+        raise ValueError(f"this checkpoint does not hold a {model.name}{holds}: below {min_matched:.0%} matched, "
+                         f"nothing was loaded (min_matched= lowers the bar: {_IN_PYTHON})\n{report}")
+    nothing, some = "nothing was loaded", lambda names: ", ".join(names[:6])
+    bad = [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad: raise ValueError(f"{report.path}: {len(bad)} entries hold NaN or infinity, {nothing}: {some(bad)}")
+    real = lambda value: value is not None and value.is_floating_point()
+    whole = [name for name, value in found.items() if real(own.get(name)) and not real(value)]
+    if whole:
+        kind = found[whole[0]].dtype
+        raise ValueError(f"{report.path}: {len(whole)} entries are {kind}, not floating-point numbers, "
+                         f"{nothing}: {some(whole)}")
+
+def _refuse_ambiguous(best, rivals):
+    "Raise where several tables fit equally, hold other values, and nothing says which is meant."
+    equal = [t for t in rivals if t.rank[:2] == best.rank[:2]]
+    if not equal: return
+    which = "; ".join(f"{t} (part={t.part([o for o in (best, *equal) if o is not t])!r})" for t in (best, *equal))
+    raise ValueError(f"{best.report.path} holds several networks that fit equally, with other values, "
+                     f"nothing was loaded: {which}. Say which with part=: {_IN_PYTHON}")
+
+# %% ../nbs/04_backbones.ipynb #05c6fd21
+def _refuse_deeper(model, best, lost):
+    "Raise where the file's trunk goes on after ours: cut off in the middle, it computes nothing that was trained."
+    if not (blocks := _deeper(model, lost)): return
+    shown = ", ".join(blocks[:6]) + (f" and {len(blocks) - 6} more" if len(blocks) > 6 else "")
+    likely = _likely(model, best)
+    advice = f"It holds all of a {likely}: name that backbone" if likely else "list_backbones() has none as deep"
+    raise ValueError(f"{best.report.path}: its network is deeper than a {model.name}, with {shown} besides, "
+                     f"nothing was loaded. {advice}. "
+                     "To cut it on purpose, give load_backbone_weights the table without those blocks instead of the file")
+
+def _likely(model, best) -> str | None:
+    "The first architecture of the family, with or without IBN, that the table holds in full and goes no deeper than."
+    kind = lambda name: architecture(name).family.removesuffix("_ibn")
+    for arch in ARCHITECTURES.values():
+        names = _renamings(arch)
+        if arch.name == model.name or kind(arch.name) != kind(model.name) or best.report.names not in names: continue
+        try:
+            with torch.device("meta"): other = create_backbone(arch.name, (model.input.height, model.input.width))
+        except ValueError: continue                          # an image size that it cannot take
+        report = LoadReport(best.report.path, best.report.place, best.report.prefix, names=best.report.names)
+        _match(other, best.table, names[report.names], 0.2, report)
+        if report.share == 1 and not _deeper(other, _lost(other, report)): return arch.name
+
+def _say_taken(best, rivals):
+    "One line where the file holds other networks that could be meant."
+    if not rivals or not is_main_process(): return
+    others = "; ".join(f"{t} ({len(t.report.matched)}, part={t.part([best])!r})" for t in rivals[:3])
+    if len(rivals) > 3: others += f" and {len(rivals) - 3} more"
+    print(f"{Path(best.report.path).name}: taken from {best} ({len(best.report.matched)} entries); not from {others}")
 
 # %% ../nbs/04_backbones.ipynb #74a1694b
 def load_imagenet_weights(
@@ -653,7 +781,8 @@ def save_backbone(
     "Write weights and card, each atomically."
     path = resolve(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path}: a backbone is saved as .safetensors")
-    reserved = dict(name=model.name, weights=model.weights, image_size=[model.input.height, model.input.width], overlap=model.overlap, embed_dim=model.embed_dim, input=asdict(model.input))
+    reserved = dict(name=model.name, weights=model.weights, image_size=[model.input.height, model.input.width], overlap=model.overlap,
+                    embed_dim=model.embed_dim, input=asdict(model.input))
     if clash := sorted(set(card) & set(reserved)): raise ValueError(f"the card's {clash} are written by save_backbone itself")
     with atomic(path) as tmp: safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
     write_json(path.with_suffix(".json"), reserved | card)
@@ -667,6 +796,8 @@ def load_backbone(
     card_path = path.with_suffix(".json")
     if not card_path.is_file(): raise FileNotFoundError(f"no card at {card_path}; for weights without one: create_backbone(name, weights={str(path)!r})")
     card = read_json(card_path)
+    lacks = [k for k in ("name", "image_size", "input") if k not in card]
+    if lacks: raise ValueError(f"{card_path} is no card that save_backbone wrote: it lacks {', '.join(lacks)}")
     model = create_backbone(card["name"], tuple(card["image_size"]), overlap=card.get("overlap", False))
     load_backbone_weights(model, path, min_matched=1.0)
     model.input, model.card = InputSpec(**card["input"]), card
@@ -769,6 +900,7 @@ def export_onnx(
     write_json(path.with_name(path.name + ".json"), _card(model, deployed))
     return report
 
+# %% ../nbs/04_backbones.ipynb #5d046e1c
 def export_torchscript(
     model: nn.Module,        # as for `export_onnx`
     path: str | Path,        # ends in .pt; the card is inside, as the extra file "cion_nb.json", and beside it as .pt.json

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbones import architecture, load_backbone, save_backbone
+from .checkpoints import checkpoint_metadata, fill_module
 from .engine import Task, budget, fit, to_channels_last
 from .features import read_data
 from .finetune import make_backbone, of_all_ranks, test_model, test_set
@@ -336,11 +337,11 @@ def load_clusternet(
     folder: str | Path,  # of a finished run
 ) -> ClusterNet:         # in eval mode
     "The network of a USL or UDA run."
-    from safetensors import safe_open
-    with safe_open(Path(folder) / "clusternet.safetensors", "pt") as f: rest, pooling = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()["pooling"]
+    rest = Path(folder) / "clusternet.safetensors"
+    pooling = checkpoint_metadata(rest).get("pooling")
+    if pooling is None: raise ValueError(f"{rest} is no file that save_clusternet wrote: name the folder of a finished USL or UDA run")
     model = ClusterNet(load_backbone(Path(folder) / "backbone.safetensors"), pooling)
-    missing, unexpected = model.load_state_dict(rest, strict=False)
-    if unexpected or any(not k.startswith("backbone.") for k in missing): raise ValueError(f"{folder}/clusternet.safetensors does not fit its backbone: unexpected {unexpected}")
+    fill_module(model, rest, elsewhere="backbone.")
     return model.eval()
 
 def usl(

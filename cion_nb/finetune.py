@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .backbones import InputSpec, architecture, create_backbone, load_backbone, load_backbone_weights, save_backbone
+from .checkpoints import checkpoint_metadata, fill_module, read_checkpoint
 from .engine import Task, budget, fit, to_channels_last
 from .datasets import ranked, tracklet_rows
 from .evaluate import Answers, evaluate
@@ -309,13 +310,12 @@ def load_finetuned(
     feature: str | None = None,   # "before_neck" or "after_neck"; None: as it was trained to be tested
 ) -> nn.Module:                   # in eval mode: (n, 3, h, w) -> (n, D) features
     "A fine-tuned model back, with its neck and classifier."
-    from safetensors import safe_open
     if (Path(folder) / "model.json").exists(): return _load_whole(Path(folder))
-    with safe_open(Path(folder) / "neck.safetensors", "pt") as f:
-        rest, said = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()["feature"]
-    model = BNNeck(load_backbone(Path(folder) / "backbone.safetensors"), len(rest["classifier.weight"]), feature or said)
-    missing, unexpected = model.load_state_dict(rest, strict=False)
-    if unexpected or any(not k.startswith("backbone.") for k in missing): raise ValueError(f"{folder}/neck.safetensors does not fit its backbone: unexpected {unexpected}")
+    neck = Path(folder) / "neck.safetensors"
+    classifier, said = read_checkpoint(neck).get("classifier.weight"), checkpoint_metadata(neck).get("feature")
+    if classifier is None or said is None: raise ValueError(f"{neck} is no neck that save_finetuned wrote: name the folder of a finished fine-tuning run")
+    model = BNNeck(load_backbone(Path(folder) / "backbone.safetensors"), len(classifier), feature or said)
+    fill_module(model, neck, elsewhere="backbone.")
     return model.eval()
 
 def _arguments(model):
@@ -324,13 +324,14 @@ def _arguments(model):
     return dict(n_ids=model.n_ids, n_cameras=0 if model.camera is None else len(model.camera), jpm=model.group is not None, camera_weight=model.camera_weight, shift=model.shift, overlap=model.vit.overlap)
 
 def _load_whole(folder):
-    from safetensors.torch import load_file
     card = read_json(folder / "model.json")
+    wanted = dict(mgn=("n_ids", "dim"), transreid=("n_ids", "n_cameras", "jpm", "camera_weight", "shift")).get(card.get("method"), ("method: mgn or transreid",))
+    if lacks := [k for k in ("name", "input", *wanted) if k not in card]: raise ValueError(f"{folder / 'model.json'} is no card that save_finetuned wrote: it lacks {', '.join(lacks)}")
     spec = InputSpec(**card["input"])
     backbone = create_backbone(card["name"], (spec.height, spec.width), overlap=card.get("overlap", False)); backbone.input = spec
     model = (MGN(backbone, card["n_ids"], card["dim"]) if card["method"] == "mgn"
              else TransReID(backbone, card["n_ids"], card["n_cameras"], card["jpm"], card["camera_weight"], card["shift"]))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    fill_module(model, folder / "model.safetensors")
     model.card = card
     return model.eval()
 

@@ -421,13 +421,14 @@ class TorchvisionDetector:
                  device: str | None = None):              # None: a GPU where there is one
         import torch
         from torchvision.models import get_model
+        from cion_nb.checkpoints import fill_module
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.person, self.min_score = person, min_score
         try: self._model = get_model(name, weights="DEFAULT" if weights == "DEFAULT" else None, weights_backbone=None)
         except (OSError, RuntimeError) as e:
             raise RuntimeError(f"the weights of {name} could not be fetched ({e}). With a network they come by themselves; without one, copy the file and pass "
                                "TorchvisionDetector(weights=PATH), or use OnnxDetector(PATH), MotDetections(PATH) or HogDetector()") from e
-        if weights not in (None, "DEFAULT"): self._model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        if weights not in (None, "DEFAULT"): fill_module(self._model, weights)
         self._model.eval().to(self.device)
         content = fingerprint(Path(weights)) if weights not in (None, "DEFAULT") else weights
         self.settings = dict(detector="torchvision", name=name, weights=content, person=person, min_score=min_score)

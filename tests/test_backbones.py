@@ -1,5 +1,5 @@
 "The backbones against the released definitions, checkpoints as people have them, and exported files."
-import argparse, copy, json, os, pickle, re, zlib
+import argparse, collections, copy, gzip, json, os, pickle, re, sys, types, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -262,12 +262,122 @@ def test_what_the_trunk_lost_is_named_and_heads_are_not(lost, prefix, recwarn):
     assert report.lost == [prefix + lost]
 
 
+MODEL = create_backbone(**TINY)
+PARTS = sorted({name.rpartition(".")[0] for name in MODEL.state_dict()})
+HEADS = ["fc", "fc1", "linear", "classifier", "id_classifier", "head", "heads", "dino_head", "proj_head", "head_dist", "projector", "predictor", "prototypes", "queue",
+         "bottleneck", "bottleneck_1", "bnneck", "feat", "feat_bn", "gem", "pool_layer", "b1", "b2", "b1_head", "b21_head", "b3_pool", "pixel_mean"]
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_extra_trunk_entries_are_always_named_and_heads_never(data):
+    "Random modules inside the trunk, whatever they are called, and heads beside it, whatever is in them; under any prefix."
+    word = st.from_regex(r"[a-z][a-zA-Z_]{0,8}[a-z]", fullmatch=True)
+    leaf = st.sampled_from(["weight", "bias", "running_mean", "0.weight", "g.bias"])
+    inside = data.draw(st.lists(st.builds("{}.{}.{}".format, st.sampled_from(PARTS), st.one_of(word, st.sampled_from(HEADS)), leaf), max_size=6, unique=True))
+    beside = data.draw(st.lists(st.builds("{}.{}".format, st.sampled_from(HEADS), leaf), max_size=6, unique=True))
+    prefix = data.draw(st.sampled_from(["", "module.", "model.backbone."]))
+    inside = [name for name in inside if name not in MODEL.state_dict()]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = load_backbone_weights(MODEL, wrap(MODEL, prefix) | {prefix + name: torch.ones(2) for name in inside + beside})
+    assert sorted(report.lost) == sorted(prefix + name for name in inside) and len(said) == bool(inside)
+    assert not inside or f"trunk has {len(inside)} entries" in str(said[0].message)
+
+
+@pytest.mark.parametrize("deep, shallow, blocks", [("resnet101", "resnet50", "layer3.6, layer3.7"), ("resnet101_ibn", "resnet50_ibn", "layer3.6"), ("swin_small", "swin_tiny", "layers.2.blocks.6"),
+                                                   ("convnext_small", "convnext_tiny", "stages.2.blocks.9")])
+def test_deeper_networks_are_refused_and_named(deep, shallow, blocks):
+    "Every entry of ours is in the file, and still it is another network; both namings. Cutting it on purpose works as the error says."
+    with torch.device("meta"): names = {k: v.shape for k, v in create_backbone(deep, (64, 32)).state_dict().items()}
+    file, model = {f"module.{k}": torch.zeros(()).expand(s) for k, s in names.items()}, create_backbone(shallow, (64, 32))
+    with pytest.raises(ValueError, match=f"deeper than a {shallow}, with {blocks}.*nothing was loaded. It holds all of a {deep}: name that backbone"): load_backbone_weights(model, file)
+    cut = {k: v for k, v in file.items() if k[7:] in model.state_dict()}
+    assert model.weights is None and load_backbone_weights(model, cut).share == 1
+
+
+def test_a_stage_more_is_refused_and_a_lone_layer_is_not():
+    file = wrap(MODEL, "") | {n.replace("layer4", "layer5"): v for n, v in MODEL.state_dict().items() if n.startswith("layer4")}
+    with pytest.raises(ValueError, match="with layer5 besides.*list_backbones.. has none as deep"): load_backbone_weights(MODEL, file)
+    with pytest.warns(UserWarning, match="trunk has 2 entries.*norms"): load_backbone_weights(MODEL, wrap(MODEL, "") | {f"layer1.0.bn3.{p}": torch.ones(32) for p in ("weight", "bias")})
+
+
+def test_what_the_file_holds_is_named_where_it_is_not_asked_for():
+    "Shallower than asked for: the error names the architecture that is there in full."
+    with pytest.raises(ValueError, match="does not hold a resnet50, but all of a resnet18"): load_backbone_weights(create_backbone("resnet50", (64, 32)), create_backbone("resnet18", (64, 32)).state_dict())
+
+
+@pytest.mark.parametrize("odd", ["transposed", "another kernel", "another width"])
+def test_misshapen_convolutions_are_refused(odd):
+    change = {"transposed": lambda w: w.transpose(0, 1) if w.shape[0] != w.shape[1] else w[1:], "another kernel": lambda w: w[..., :1, :1], "another width": lambda w: w[1:]}[odd]
+    file = {k: change(v) if v.ndim == 4 else v for k, v in MODEL.state_dict().items()}
+    with pytest.raises(ValueError, match=r"mismatched: \('conv1.weight'"): load_backbone_weights(MODEL, file)
+
+
+def test_a_prefix_that_holds_a_part_is_refused():
+    own = MODEL.state_dict()
+    names = list(own); some = names[:2 * len(names) // 5]
+    file = {("net.a." if n in some else "net.b.") + n: v for n, v in own.items()}
+    with pytest.raises(ValueError, match=r"does not hold a resnet10_tiny: below 95% matched.*nothing was loaded"): load_backbone_weights(MODEL, file)
+
+
+@pytest.mark.parametrize("file, prefix", [(lambda net: {"state_dict": wrap(net, "model.backbone.") | {"model.head.weight": torch.ones(2)}, "pytorch-lightning_version": "2", "hyper_parameters": {"lr": .1},
+                                                        "callbacks": {"ModelCheckpoint{}": {"best": torch.tensor(.5)}}}, "model.backbone."),
+                                          (lambda net: {"state_dict": wrap(net, "module.")}, "module."), (lambda net: {"net": wrap(net, "module.module.")}, "module.module.")],
+                         ids=["lightning", "DataParallel", "twice"])
+def test_wrappers(file, prefix, capsys):
+    report = load_backbone_weights(create_backbone(**TINY), file(MODEL))
+    assert (report.prefix, report.share) == (prefix, 1) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("first, second", [("teacher", "student"), ("ema", "model"), ("model_ema", "model"), ("state_dict_ema", "state_dict"), ("ema_state_dict", "state_dict"), ("ema_model", "model"),
+                                           ("swa_model", "model"), ("params_ema", "params"), ("EMA", "model")])
+def test_what_was_taken_is_said_and_part_takes_the_other(tmp_path, capsys, first, second):
+    good, other, model = (create_backbone(**TINY) for _ in range(3))
+    torch.save({second: wrap(other, "backbone."), first: wrap(good, "module.backbone.")}, tmp_path / "file.pth")
+    load_backbone_weights(model, tmp_path / "file.pth")
+    said = capsys.readouterr().out
+    assert torch.equal(model.conv1.weight, good.conv1.weight) and said.startswith(f"file.pth: taken from {first}, prefix") and said.count("\n") == 1
+    load_backbone_weights(model, tmp_path / "file.pth", part=re.findall("part='(.*?)'", said)[0])
+    assert torch.equal(model.conv1.weight, other.conv1.weight) and capsys.readouterr().out == ""
+
+
+def test_part_names_the_whole_way_where_one_word_will_not_do(capsys):
+    good, other, model = (create_backbone(**TINY) for _ in range(3))
+    for file in ({"state_dict": wrap(good, "ema.") | wrap(other, "")}, wrap(good, "ema.") | wrap(other, "")):
+        load_backbone_weights(model, file)
+        part = re.findall("part='(.*?)'", capsys.readouterr().out)[0]
+        assert torch.equal(model.conv1.weight, good.conv1.weight) and part == ("state_dict." if "state_dict" in file else ".")
+        load_backbone_weights(model, file, part=part)
+        assert torch.equal(model.conv1.weight, other.conv1.weight)
+
+
+def test_mmengine_keeps_the_average_as_state_dict():
+    "Its EMAHook swaps the two when it saves, so that `state_dict` is what is to be used."
+    average, trained, model = (create_backbone(**TINY) for _ in range(3))
+    for mark in (dict(message_hub={}), dict(meta=dict(mmengine_version="0.10"))):
+        load_backbone_weights(model, dict(ema_state_dict=wrap(trained, "module.backbone."), state_dict=wrap(average, "backbone."), **mark))
+        assert torch.equal(model.conv1.weight, average.conv1.weight)
+
+
+def test_a_teacher_that_lacks_an_entry_is_taken_with_a_warning_and_one_that_lacks_many_is_named(capsys):
+    teacher, student, model = wrap(create_backbone(**TINY), ""), wrap(create_backbone(**TINY), ""), create_backbone(**TINY)
+    del teacher["layer4.0.bn2.bias"]
+    with pytest.warns(UserWarning, match="missing: layer4.0.bn2.bias"): load_backbone_weights(model, {"teacher": teacher, "student": student})
+    assert torch.equal(model.conv1.weight, teacher["conv1.weight"]) and "taken from teacher" in capsys.readouterr().out
+    few = {k: v for k, v in teacher.items() if not k.startswith("layer4")}
+    load_backbone_weights(model, {"teacher": few, "student": student})
+    assert torch.equal(model.conv1.weight, student["conv1.weight"])
+    assert re.search(r"taken from student.*not from teacher.*part='teacher'", capsys.readouterr().out)
+
+
 def test_ambiguous_tables_are_refused():
     a, b = create_backbone(**TINY), create_backbone(**TINY)
     file = {"net_1": wrap(a, ""), "net_2": wrap(b, "")}
     with pytest.raises(ValueError, match="several networks.*net_1.*net_2.*part="): load_backbone_weights(a, file)
     load_backbone_weights(a, file, part="net_2")
     assert torch.equal(a.conv1.weight, b.conv1.weight)
+    with pytest.raises(ValueError) as e: load_backbone_weights(a, {"net": wrap(a, "x.") | wrap(create_backbone(**TINY), "y.") | wrap(create_backbone(**TINY), "")})
+    assert sorted(re.findall("part='(.*?)'", str(e.value))) == ["net.", "x", "y"]
     load_backbone_weights(a, {"net_1": wrap(b, ""), "net_2": wrap(b, "")})
 
 
@@ -284,6 +394,80 @@ def test_incomplete_checkpoint():
     assert load_backbone_weights(model, old).share == 1
     old["layer1.0.conv1.weight"] = old["layer1.0.conv1.weight"] * float("nan")
     with pytest.raises(ValueError, match="NaN or infinity.*layer1.0.conv1.weight"): load_backbone_weights(model, old)
+
+
+def lfs(path, source): path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+def page(path, source): path.write_text("\ufeff\n<!DOCTYPE html><html>log in</html>")
+def empty(path, source): path.write_bytes(b"")
+def folder(path, source): path.mkdir()
+def cut(path, source): path.write_bytes(source.read_bytes()[:5000])
+def gzipped(path, source): path.write_bytes(gzip.compress(source.read_bytes()))
+def archive(path, source):
+    with zipfile.ZipFile(path, "w") as f: f.write(source, "weights/best.pth")
+def script(path, source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(MODEL.eval(), torch.zeros(1, 3, 64, 32)), path)
+
+@pytest.mark.parametrize("make, said", [(lfs, "a Git LFS pointer.*git lfs pull"), (page, "a web page"), (empty, "is empty: fetch it again"), (folder, "is a folder"), (cut, "cut off or damaged"),
+                                        (gzipped, "compressed by gzip: unpack it"), (archive, "a zip file.*weights/best.pth"), (script, "a TorchScript archive")])
+def test_files_that_are_no_checkpoints(tmp_path, make, said):
+    "Each by its name, with what to do; and what can be done is done."
+    torch.save(wrap(MODEL, "module."), tmp_path / "good.pth")
+    make(tmp_path / "bad.pth", tmp_path / "good.pth")
+    with pytest.raises(ValueError, match=f"bad.pth.*{said}") as e: load_backbone_weights(MODEL, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="bad.pth"): create_backbone(**TINY, weights=tmp_path / "bad.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = {gzipped: lambda: torch.load(gzip.open(tmp_path / "bad.pth")), script: lambda: eval(re.search(r"torch\.jit\.load\(.*", str(e.value))[0]),
+                 archive: lambda: zipfile.ZipFile(tmp_path / "bad.pth").extract("weights/best.pth", tmp_path)}.get(make)
+        if given: assert load_backbone_weights(MODEL, given()).share == 1
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    "A module of somebody else's classes: built with arguments, filled item by item, or both."
+    module = types.ModuleType("theirs")
+    exec("""
+class Config(dict): pass
+class Names(list): pass
+class Kinds(set): pass
+class Built:
+    def __init__(self, a): self.a = a
+    def __reduce__(self): return Built, (1,), {"x": 1}
+class BuiltAndFilled(dict):
+    def __init__(self, n=0): super().__init__()
+    def __reduce__(self): return BuiltAndFilled, (3,), None, None, iter(self.items())
+class Slots:
+    __slots__ = ("a",)
+    def __init__(self): self.a = 1
+""", module.__dict__)
+    for x in vars(module).values():
+        if isinstance(x, type): x.__module__ = "theirs"
+    monkeypatch.setitem(sys.modules, "theirs", module)
+    return module
+
+
+@pytest.mark.parametrize("objects", ["Config(a=1)", "Names([1])", "Kinds([1])", "Built(2)", "BuiltAndFilled()", "Slots()", "[Config(a=1), Built(2)]", "[Config(a=1), Names([1])]", "whole"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_remedy_that_is_named_works(tmp_path, monkeypatch, theirs, objects, zipped):
+    "`allow=` where it helps; where it does not, saving the weights alone with the code that wrote them; then a file for `weights=`."
+    monkeypatch.chdir(tmp_path)
+    path, model = tmp_path / "best.pth", create_backbone(**TINY)
+    file = torch.nn.Sequential(collections.OrderedDict(backbone=MODEL)) if objects == "whole" else dict(state_dict=wrap(MODEL, "module."), rest=eval(objects, vars(theirs)))
+    torch.save(file, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="best.pth holds Python objects") as e: load_backbone_weights(model, path)
+    if allow := re.search(r"allow=(\[.*?\])", str(e.value)):
+        allow = eval(allow[1])
+        assert load_backbone_weights(model, path, allow=allow).share == 1 and len(backbones.read_checkpoint(path, allow=allow)) == 2
+        saved = save_backbone(model, tmp_path / "saved.safetensors")
+    else:
+        assert objects in ("[Config(a=1), Names([1])]", "whole")
+        load, save = re.search(r"installed: (x = .*?\)); (torch\.save\(.*, 'weights.pth'\))", str(e.value)).groups()
+        exec(f"{load}; {save}", dict(torch=torch, KEY="state_dict"))
+        saved = tmp_path / "weights.pth"
+    again = create_backbone(**TINY, weights=saved)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), MODEL.state_dict().values()))
 
 
 class Evil:
@@ -372,6 +556,8 @@ def test_save_and_load(tmp_path, arch):
     assert back.input == model.input and back.card["recipe"]["stage"] == "pretrain" and not back.training
     assert sorted(p.name for p in path.parent.iterdir()) == ["backbone.json", "backbone.safetensors"]
     with pytest.raises(ValueError, match="written by save_backbone itself"): save_backbone(model, path, name="x")
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(ValueError, match="backbone.json is no card.*lacks name"): load_backbone(path)
     path.with_suffix(".json").unlink()
     with pytest.raises(FileNotFoundError, match="create_backbone"): load_backbone(path)
 
@@ -420,7 +606,8 @@ def test_transreid_ssl(arch, stage):
         for net, prefix in (("student", "module."), ("teacher", "")): file[net] |= {f"{prefix}head.mlp.0.weight": torch.zeros(4, 4), f"{prefix}head.last_layer.weight_g": torch.ones(4, 1)}
     elif stage == "converted": file = wrap(good, "")
     else: file = wrap(good, "base.") | {"base.sie_embed": torch.zeros(6, 1, 192), "b1.0.norm1.weight": torch.ones(192), "classifier.weight": torch.zeros(9, 192), "bottleneck.bias": torch.zeros(192)}
-    report = load_backbone_weights(model, file)
+    with warnings.catch_warnings(record=True) as said: report = load_backbone_weights(model, file)
+    assert ["sie_embed" in str(w.message) for w in said] == [True] * (stage == "fine-tuned")
     assert (report.share, report.missing, report.prefix) == (1, [], dict(pretrained="backbone.", converted="").get(stage, "base."))
     assert report.unexpected == (["base.sie_embed"] if stage == "fine-tuned" else [])
     assert same(model, good)
@@ -571,7 +758,8 @@ def test_dinov3():
     assert (report.place, report.prefix) == (("model",), "teacher.backbone.") and same(model, good)
     vit = {k: v for k, v in create_backbone("standard_vit_tiny").state_dict().items() if k != "pos_embed"}
     vit = {"backbone." + k: v for k, v in vit.items()} | {"backbone.storage_tokens": torch.zeros(1, 4, 192), "backbone.rope_embed.periods": torch.zeros(16)}
-    with pytest.warns(UserWarning, match="missing: pos_embed"): report = load_backbone_weights(create_backbone("standard_vit_tiny"), {"teacher": vit})
+    with pytest.warns(UserWarning, match="missing: pos_embed"), pytest.warns(UserWarning, match="storage_tokens.*rope_embed.*tokens or positions"):
+        report = load_backbone_weights(create_backbone("standard_vit_tiny"), {"teacher": vit})
     assert report.missing == ["pos_embed"] and "backbone.rope_embed.periods" in report.unexpected
 
 

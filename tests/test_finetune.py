@@ -7,11 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from cion_nb.backbones import InputSpec, create_backbone, export_onnx, export_torchscript, load_backbone, save_backbone
+from cion_nb.backbones import InputSpec, create_backbone, export_onnx, export_torchscript, load_backbone, load_backbone_weights, save_backbone
+from cion_nb.checkpoints import read_checkpoint
+from cion_nb.cluster_contrast import ClusterNet, load_clusternet, save_clusternet
 from cion_nb.evaluate import evaluate
 from cion_nb.features import Features, embed, extract
-from cion_nb.finetune import BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_model, part_of, save_finetuned
+from cion_nb.finetune import BNNeck, BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_backbone, make_model, part_of, save_finetuned
 from cion_nb.mgn import MGN, PARTS, STRIPES, TRIPLETS, mgn_loss
 from cion_nb.report import paper
 from cion_nb.runs import Run, licence, made_from, recipe, released_finetuning
@@ -50,6 +53,40 @@ def test_every_method_leaves_as_one_file_that_scores_the_same(people, runs, tmp_
         with pytest.raises(ValueError, match="knows camid 0 to 2, not 3"): embed(load_model(tmp_path / "m.onnx"), [people.parent / "1_1_0.png"], columns=dict(camid=[3]))
         with pytest.raises(ValueError, match="also takes camid"): embed(load_model(tmp_path / "m.onnx"), [people.parent / "1_1_0.png"])
         export_torchscript(model, tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("method, file", [("bnneck", "neck.safetensors"), ("bnneck", "backbone.safetensors"), ("mgn", "model.safetensors"), ("usl", "clusternet.safetensors")])
+def test_what_we_save_is_loaded_entry_for_entry_or_refused_by_name(tmp_path, method, file):
+    "Every format of ours comes back bit for bit; cut off, of another program, of another model, or without its metadata, the error names the file."
+    torch.manual_seed(0); backbone = create_backbone("resnet10_tiny", (96, 48))
+    for x in backbone.state_dict().values(): x.add_(1) if not x.is_floating_point() else x.add_(.01 * torch.rand_like(x))
+    model = dict(bnneck=lambda: BNNeck(backbone, 5), mgn=lambda: MGN(backbone, 5, 16), usl=lambda: ClusterNet(backbone, "gem"))[method]()
+    save, load = (save_clusternet, load_clusternet) if method == "usl" else (save_finetuned, load_finetuned)
+    save(model, tmp_path)
+    back = load(tmp_path)
+    assert back.state_dict().keys() == model.state_dict().keys() and all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
+    path = tmp_path / file; whole = path.read_bytes(); other = torch.nn.Linear(3, 2)
+    def bare(): save_file(read_checkpoint(path), path, metadata=None)
+    def foreign(): save_file(other.state_dict(), path, metadata=dict(feature="before_neck", pooling="gem"))
+    damages = dict(cut=lambda: path.write_bytes(whole[:200]), page=lambda: path.write_text("<html>"), gone=path.unlink, foreign=foreign)
+    if file in ("neck.safetensors", "clusternet.safetensors"): damages["bare"] = bare
+    for damage in damages.values():
+        path.write_bytes(whole); damage()
+        with pytest.raises((ValueError, FileNotFoundError), match=file.replace(".", r"\.") if file != "backbone.safetensors" else "backbone|does not hold a resnet10_tiny"): load(tmp_path)
+    path.write_bytes(whole)
+    card = tmp_path / ("model.json" if method == "mgn" else "backbone.json"); card.write_text("{}")
+    with pytest.raises(ValueError, match=f"{card.name} is no card that .* wrote: it lacks"): load(tmp_path)
+
+
+def test_a_recipe_takes_a_part_of_a_file_by_way_of_a_saved_backbone(tmp_path, capsys):
+    "`weights=` names a file and no part of it; the way that the error names is the way."
+    a, b = (create_backbone("resnet10_tiny", (64, 32)) for _ in range(2))
+    torch.save(dict(net_1=a.state_dict(), net_2=b.state_dict()), tmp_path / "two.pth")
+    r = recipe("finetune", "tiny", backbone="resnet10_tiny", image_size=[64, 32], weights=str(tmp_path / "two.pth"), data=str(tmp_path / "none.parquet"))
+    with pytest.raises(ValueError, match="several networks.*load_backbone_weights takes it; for weights= of create_backbone or of a recipe, load so in Python, save_backbone, and name the saved file"): make_backbone(r)
+    load_backbone_weights(model := create_backbone("resnet10_tiny", (64, 32)), tmp_path / "two.pth", part="net_2")
+    backbone, report = make_backbone(r | dict(weights=str(save_backbone(model, tmp_path / "saved.safetensors"))))
+    assert report.share == 1 and torch.equal(backbone.conv1.weight, b.conv1.weight)
 
 
 def test_the_card_says_what_a_model_is_and_where_it_comes_from(people, runs):
