@@ -102,7 +102,7 @@ def _sure(same, different, share=0.002):
     return float(grid[few[-1]]) if len(few) else 0.
 
 # %% ../nbs/07c_calibration.ipynb #7a29d362
-OF_PEOPLE = 0.5    # the least share of merged pairs that certain strangers must leave
+OF_PEOPLE = 0.25   # the least share of merged pairs that certain strangers must leave
 NARROW = 8         # where there are none to ask, fewer directions than these are too few to link in
 SUPPORT, PRECISION, NEAR = 0.97, 0.85, 0.75    # what a candidate must reach, and what counts as nearly the most pairs; chosen on the development sets below
 
