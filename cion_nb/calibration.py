@@ -237,7 +237,8 @@ def _inside(labels, video):
 def _why_blind(state):
     "Why there are no certain strangers to ask; empty where there are."
     if np.isnan(state["begin"]).all(): return "no frame numbers that count the frames of a video"
-    if not state["trusts_frames"]: return f"{state['alike']:.0%} of the tracklets that should be other people's look alike"
+    if not state["trusts_frames"]:
+        return f"{state['alike']:.0%} of the tracklets that should be other people's look alike"
     if not len(state["together"]) and not state["n_far"]: return "no two tracklets of a video are seen together"
     return ""
 
@@ -357,8 +358,8 @@ def calibrate(
 ) -> Calibration:
     """Propose sigma_cst, sigma_drm, the rule of linking and its parameters from unlabelled data.
 
-    Whether anybody comes back is judged by certain strangers: tracklets of one video that were seen together, or lie far
-    apart in time. With them nothing is linked where a rule joins strangers as readily as others. It cannot be judged where
+    Whether anybody comes back is judged by certain strangers: tracklets of one video that were seen together, or lie
+    far apart in time. Nothing is linked where a rule joins those as readily as others. It cannot be judged where
     frames are unknown, tell of nobody, or name as strangers tracklets that look alike too often: there a proposal comes
     with a warning (it may link strangers if nobody comes back), and in features that differ in fewer than `NARROW`
     directions nothing is linked. Twins that are never in one video are beyond it. Below 100 tracklets linking is not
@@ -486,7 +487,8 @@ BLIND = ("{why}: nothing tells which tracklets are certainly two people, nor loo
          "The precision of this proposal rests on those left alone, and where nobody comes back it may link strangers; "
          "look at sheets of what it merges")
 TOO_NARROW = ("{why}: nothing tells which tracklets are certainly two people, and in features as narrow as these (the "
-              "tracklets of a video differ in {d:.1f} directions, fewer than {least}) strangers are as near as one person; "
+              "tracklets of a video differ in {d:.1f} directions, fewer than {least}) strangers are as near as one "
+              "person; "
               "the proposal links nothing (sigma_drm = 0)")
 
 def _too_narrow(state):
