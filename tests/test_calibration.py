@@ -160,9 +160,35 @@ def test_where_nobody_comes_back_nothing_is_linked(seed, dim, twins):
 
 def test_where_frames_say_nothing_the_proposal_says_so(world):
     features, samples = world
-    unknown = calibrate(features, samples.assign(frame=-1), **QUICK)
-    assert unknown.sigma_drm > 0 and C.BLIND in unknown.warnings
-    assert C.BLIND not in calibrate(features, samples, **QUICK).warnings
+    cases = {"no frame numbers": dict(frame=-1), "no two tracklets of a video": dict(video=samples["tracklet"].astype(str))}
+    for why, change in cases.items():
+        calibration = calibrate(features, samples.assign(**change), **QUICK)
+        said = [w for w in calibration.warnings if "may link strangers" in w]
+        assert calibration.sigma_drm > 0 and len(said) == 1 and why in said[0]
+    assert not calibrate(features, samples, **QUICK).warnings
+
+
+@pytest.mark.parametrize("dim, frames, links", [(4, True, False), (6, False, False), (12, False, True)])
+def test_narrow_features_link_nothing_where_strangers_cannot_be_asked(dim, frames, links):
+    "In few directions strangers are as near as one person; in more, without frames, the proposal stays, and says what it rests on."
+    features, samples = nobody_returns(4, dim)
+    calibration = calibrate(features, samples if frames else samples.assign(frame=-1), k1=(5, 10), eps=(.3, .45), centres=("video",))
+    assert (calibration.sigma_drm > 0) == ("chosen" in calibration.candidates) == links
+    (said,) = [w for w in calibration.warnings if "nothing tells which tracklets are certainly two people" in w]
+    assert ("fewer than 8" in said) != links and ("no frame numbers" in said) != frames
+
+
+def test_directions_are_the_participation_ratio():
+    rng = np.random.default_rng(0); scale = np.r_[np.ones(5), np.full(27, .1)]
+    x = rng.standard_normal((4000, 32)) * scale
+    units, video = x / np.linalg.norm(x, axis=1, keepdims=True), np.arange(4000) % 4
+    values = np.linalg.eigvalsh(np.cov(C.centre_on_videos(units, video).T))
+    assert C._directions(units, video) == pytest.approx(values.sum()**2 / (values**2).sum())
+    assert 5 < C._directions(units, video) < 6
+    few = C._directions(units[:20], video[:20])                                        # fewer tracklets than dimensions
+    values = np.linalg.eigvalsh(np.cov(C.centre_on_videos(units[:20], video[:20]).T))
+    assert few == pytest.approx(values.sum()**2 / (values**2).sum())
+    assert C._directions(np.ones((9, 4)) / 2, np.zeros(9, int)) == 0                   # all alike: no direction at all
 
 
 def test_strangers_are_counted_as_the_slow_way_does(world):
@@ -256,6 +282,7 @@ def test_frames_that_say_nothing_are_not_believed():
     features, samples = feature_world(n_tracklets=480, seed=1)
     calibration = calibrate(features, samples)
     assert any("look like the same person" in w for w in calibration.warnings) and calibration.candidates["framed"].isna().all()
+    assert any("that should be other people's look alike: nothing tells" in w for w in calibration.warnings)      # the reason is the right one
     raw, made = (identity_scores(l, samples["pid"].to_numpy()) for l in (samples["tracklet"].to_numpy(), identities(calibration, features, samples)))
     assert made.f1 > 2.5 * raw.f1 and made.precision > 0.85
 
