@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unit_rows', 'unit_centroids', 'cosine_distance', 'group_sums', 'kernel', 'dot64', 'label_sums', 'radii',
-           'screen_type', 'UnitCentroids', 'close_pairs', 'Noise', 'noise', 'noises', 'check_thresholds',
+           'screen_type', 'UnitCentroids', 'close_pairs', 'Noise', 'check_thresholds', 'noise', 'noises',
            'estimate_total', 'IdentityScores', 'identity_scores']
 
 # %% ../nbs/07_noise.ipynb #9e7c7f91
@@ -367,6 +367,25 @@ class Noise:
         return (f"Noise n_S = {self.n_S:.4f}: of {self.n_identities:,} identities ({self.n_images:,} images) {about}{self.consistency:,.0f} "
                 f"have radius >= {self.sigma_cst:g}, {about}{self.discrimination:,.0f} ordered pairs are closer than {self.sigma_drm:g}{were}")
 
+# %% ../nbs/07_noise.ipynb #16042b9f
+def check_thresholds(
+    **sigmas,  # name = value
+):
+    "ValueError unless every threshold is a cosine distance, a number in [0, 2]."
+    for name, value in sigmas.items():
+        is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 2: raise ValueError(f"{name} must be a cosine distance in [0, 2], got {value!r}")
+
+def _same_length(features, labels):
+    "Arrays of `features` and int64 `labels`, checked."
+    features, labels = np.asanyarray(features), np.asarray(labels)
+    if features.ndim != 2: raise ValueError(f"features must be an (N, D) matrix, got shape {features.shape}")
+    if labels.ndim != 1 or not (np.issubdtype(labels.dtype, np.integer) or labels.size == 0):
+        raise ValueError(f"labels must be one integer a row, got shape {labels.shape} of {labels.dtype}")
+    if len(features) != len(labels): raise ValueError(f"{len(features)} feature rows but {len(labels)} labels: row i of one must be row i of the other")
+    if labels.size and labels.min() < -1: raise ValueError(f"labels must be -1 (none) or 0 and up, found {labels.min()}")
+    return features, labels.astype(np.int64)
+
 # %% ../nbs/07_noise.ipynb #39ec4cca
 def noise(
     features,          # (N, D) array or memory map, any float type; rows are normalised here
@@ -470,25 +489,6 @@ def _degrees(units, numbers, sigma_drm, device):
                 both = until >= t
                 degree[t] += np.bincount(i[both], minlength=n) + np.bincount(j[both], minlength=n)
     return degree
-
-# %% ../nbs/07_noise.ipynb #16042b9f
-def check_thresholds(
-    **sigmas,  # name = value
-):
-    "ValueError unless every threshold is a cosine distance, a number in [0, 2]."
-    for name, value in sigmas.items():
-        is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        if not is_number or not 0 <= value <= 2: raise ValueError(f"{name} must be a cosine distance in [0, 2], got {value!r}")
-
-def _same_length(features, labels):
-    "Arrays of `features` and int64 `labels`, checked."
-    features, labels = np.asanyarray(features), np.asarray(labels)
-    if features.ndim != 2: raise ValueError(f"features must be an (N, D) matrix, got shape {features.shape}")
-    if labels.ndim != 1 or not (np.issubdtype(labels.dtype, np.integer) or labels.size == 0):
-        raise ValueError(f"labels must be one integer a row, got shape {labels.shape} of {labels.dtype}")
-    if len(features) != len(labels): raise ValueError(f"{len(features)} feature rows but {len(labels)} labels: row i of one must be row i of the other")
-    if labels.size and labels.min() < -1: raise ValueError(f"labels must be -1 (none) or 0 and up, found {labels.min()}")
-    return features, labels.astype(np.int64)
 
 # %% ../nbs/07_noise.ipynb #883ea860
 def estimate_total(
