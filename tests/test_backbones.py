@@ -765,7 +765,7 @@ def test_dinov3():
 
 # Files that leave.
 
-EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else SMALLEST[:10]
+EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else [a for a in SMALLEST[:10] if a not in ("resnet18", "convnext_tiny", "volo_d1")]
 
 @pytest.mark.parametrize("arch", EXPORTED)
 def test_export(zoo, arch, tmp_path):

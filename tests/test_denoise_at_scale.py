@@ -48,7 +48,7 @@ denoise(x, samples, out=sys.argv[2], measure=False, workers=1)
 print("end", flush=True)
 """
 
-def test_killed_at_ten_moments(world, tmp_path):
+def test_killed_at_six_moments(world, tmp_path):
     "SIGKILL at random moments of the work itself, which goes on each time; then it is let to its end."
     folder, _, _, want = world
     def start(out):
@@ -57,7 +57,7 @@ def test_killed_at_ten_moments(world, tmp_path):
         return p, time.time()
     p, begin = start(tmp_path / "whole"); assert p.stdout.readline() == "end\n"; whole = time.time() - begin; p.wait()
     rng, out, kills, pieces = np.random.default_rng(0), tmp_path / "out", 0, []
-    while kills < 10:
+    while kills < 6:
         p, _ = start(out)
         time.sleep(rng.uniform(0, .4) * whole)
         p.send_signal(signal.SIGKILL); p.wait(); kills += p.returncode == -signal.SIGKILL
@@ -96,7 +96,7 @@ def test_another_request_does_not_take_over_the_work(world, tmp_path, monkeypatc
     assert np.array_equal(denoise(x, samples, out=tmp_path, measure=False).labels, want.labels)
 
 
-@pytest.mark.parametrize("half_width", [1000, None])
+@pytest.mark.parametrize("half_width", [None])      # the long way; that shards of a band are those of one process is tested above
 def test_slurm_array_gives_the_labels_of_one_process(world, tmp_path, half_width):
     "slurm/denoise.sh with a scheduler that runs the jobs here, one after the other."
     folder, x, samples, want = world
@@ -152,7 +152,7 @@ def test_in_memory_and_in_a_folder_agree(world, tmp_path, monkeypatch, kw):
     assert a.parameters["rules"] == b.parameters["rules"]
 
 
-@pytest.mark.parametrize("n_tracklets", [2_000, 20_000, 60_000])
+@pytest.mark.parametrize("n_tracklets", [2_000, 20_000, 40_000])
 def test_large_worlds_equal_the_oracle(n_tracklets):
     x, samples = feature_world(n_tracklets, dim=48, images=5, seed=n_tracklets, dtype=np.float32)
     got = denoise(x, samples, measure=False)
