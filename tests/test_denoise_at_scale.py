@@ -96,7 +96,7 @@ def test_another_request_does_not_take_over_the_work(world, tmp_path, monkeypatc
     assert np.array_equal(denoise(x, samples, out=tmp_path, measure=False).labels, want.labels)
 
 
-@pytest.mark.parametrize("half_width", [None])      # the long way; that shards of a band are those of one process is tested above
+@pytest.mark.parametrize("half_width", [None])      # the long way; shards of a band are asserted on the page of `denoise`
 def test_slurm_array_gives_the_labels_of_one_process(world, tmp_path, half_width):
     "slurm/denoise.sh with a scheduler that runs the jobs here, one after the other."
     folder, x, samples, want = world
