@@ -1,5 +1,5 @@
 """`make test-gpu`: what a GPU's owner runs first. Every CUDA path against its CPU twin, ten minutes at most, and a report to paste; measures go to reports/bench/gpu_<card>.json."""
-import os, re, subprocess, sys, time
+import json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,13 +25,14 @@ def main():
         return 0
     about, began = card(), time.time()
     file = ROOT / "reports" / "bench" / f"gpu_{re.sub(r'[^a-z0-9]+', '_', about['card'].lower()).strip('_')}.json"
-    file.parent.mkdir(parents=True, exist_ok=True); file.write_text("{}")
-    env = os.environ | dict(CION_NB_PROGRESS="0", MPLBACKEND="Agg", CION_NB_GPU_NOTES=str(file))
+    notes = Path(tempfile.mkdtemp()) / "notes.json"; notes.write_text("{}")
+    env = os.environ | dict(CION_NB_PROGRESS="0", MPLBACKEND="Agg", CION_NB_GPU_NOTES=str(notes))
     try: p = subprocess.run([sys.executable, "-m", "pytest", "-rA", "-q", "--tb=short", "-p", "no:cacheprovider", *tests], cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS); code, out = p.returncode, p.stdout
     except subprocess.TimeoutExpired as e: code, out = 124, f"{(e.stdout or b'').decode()}\nstopped after {SECONDS} s"
     rows = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED) (.*)$", out, re.M)
-    import json
-    file.write_text(json.dumps(about | dict(measured=json.loads(file.read_text()), tests={name: how for how, name in rows}), indent=1) + "\n")
+    written = file.with_name(f".{file.name}"); file.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(json.dumps(about | dict(measured=json.loads(notes.read_text()), tests={name: how for how, name in rows}), indent=1) + "\n")
+    written.replace(file)
     if code: print(out[-6000:])
     print(" | ".join(f"{k} {v}" for k, v in about.items()))
     for how, name in rows: print(f"{how.lower():8} {name}")
