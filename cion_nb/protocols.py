@@ -18,6 +18,7 @@ def sides(
     data=None,            # name of the data set; None, or no such name: what the table's `attrs` say
 ) -> tuple[np.ndarray, np.ndarray]: # (Q,) and (G,) rows of the table, increasing
     "Rows of the queries and of the gallery by the data set's official protocol. ValueError where the table has no queries or no gallery."
+    if "split" not in table: raise ValueError(f"the table has no column split, but {', '.join(map(str, table))}; `make_samples(..., split=...)` says what is query and what gallery")
     split = table["split"].to_numpy(object)
     if missing := {"query", "gallery"} - set(split):
         named = data if isinstance(data, str) else "the table"

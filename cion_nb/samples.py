@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from html import escape
+from keyword import iskeyword
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def write_samples(
     samples, path = as_samples(samples), Path(path)
     try:
         with _beside(path) as beside: samples.to_parquet(beside, index=False)
-    except (TypeError, ValueError) as e: raise ValueError(f"{path} was not written: {e}; parquet takes columns of one kind, and plain values in `attrs`") from e
+    except (TypeError, ValueError, NotImplementedError) as e: raise ValueError(f"{path} was not written: {e}; parquet takes columns of one kind, and plain values in `attrs`") from e
     return path
 
 def read_samples(
@@ -176,10 +177,11 @@ def read_samples(
     "Read a table back, same rows, dtypes and `attrs`. FileNotFoundError or ValueError that names the file."
     if not Path(path).is_file(): raise FileNotFoundError(f"no samples table at {path}: `write_samples` makes one")
     try: table = pd.read_parquet(path)
-    except (OSError, ValueError) as e: raise ValueError(f"{path} is no readable samples table ({e}); write it again") from e
+    except (OSError, ValueError) as e: raise ValueError(f"{path} is no readable samples table ({e}); write it again, or read text by `read_csv`") from e
     for c in table.columns.difference(COLUMNS):
         if any(isinstance(v, np.ndarray) for v in table[c].head(100)): table[c] = [_lists(v) for v in table[c]]
-    return as_samples(table)
+    try: return as_samples(table)
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
 def _lists(values):
     "Lists as they were written: parquet returns arrays, captions and tokens nest them."
@@ -430,6 +432,8 @@ def read_msmt17(
     offset = int(max(lists["train"]["pid"].max(), lists["val"]["pid"].max())) + 1
     for n in ("query", "gallery"): lists[n]["pid"] += offset
     rows = pd.concat([t.assign(split="train" if n == "val" else n) for n, t in lists.items()], ignore_index=True)
+    twice = rows["path"][rows["path"].duplicated()]
+    if len(twice): raise ValueError(f"{home}: its lists name {_n(len(twice), 'image')} twice: {_some(twice)}; take the lists of the data set as it came")
     unlisted = _require_files(home, rows["path"], (train, test))
     names = pd.DataFrame([m.groupdict() for m in _match_names(rows["path"].tolist(), _MSMT17_NAME, "0000_000_01_0303morning_0015_0.jpg", home)])
     prefix = "" if home == root else home.relative_to(root).as_posix() + "/"
@@ -532,7 +536,9 @@ def _known_splits(values: pd.Series, splits) -> pd.Series:
     odd = ~values.isin(SPLITS)
     if odd.any():
         row = _first(odd)
-        raise ValueError(f"column 'split', row {row}: {values.iloc[row]!r} is none of {SPLITS}; splits=dict({str(values.iloc[row]) or 'name'}='train') says what it is")
+        name = str(values.iloc[row])
+        said = f"dict({name}='train')" if name.isidentifier() and not iskeyword(name) else f"{{{name!r}: 'train'}}"
+        raise ValueError(f"column 'split', row {row}: {name!r} is none of {SPLITS}; splits={said} says what it is")
     return values
 
 # %% ../nbs/00_samples.ipynb #9b451552
@@ -550,7 +556,7 @@ def read_cion_al(
     rows = _renamed(rows, names, annotation)
     try:
         rows["path"] = _located(rows["path"], root, prefix)
-        for c in rows.columns.intersection(["camid", "video", "tracklet", "frame"]): rows[c] = rows[c].fillna(DEFAULTS[c])
+        for c in rows.columns.intersection(["camid", "video", "tracklet", "frame", "split"]): rows[c] = rows[c].fillna(DEFAULTS[c])
         if "split" in rows: rows["split"] = _known_splits(rows["split"], splits)
         samples = make_samples(**{"split": "train", **rows})
         _require_whole_tracklets(samples)
@@ -597,7 +603,16 @@ def read_tracklets(
     rows["frame"], attrs = _frames(rows, root) if pattern is None else _frames_by(rows, root, pattern)
     rows["video"], rows["tracklet_name"] = zip(*[(v, t) for v, _, t in (f.rpartition("/") for f in rows["folder"])])
     rows = rows.sort_values(["tracklet", "frame"], kind="stable").drop(columns="folder")
-    return _stamp(make_samples(**rows.to_dict("list")), "tracklets", **attrs, **_left_out(root, others))
+    with _naming(root, rows["path"]): samples = make_samples(**rows.to_dict("list"))
+    return _stamp(samples, "tracklets", **attrs, **_left_out(root, others))
+
+@contextmanager
+def _naming(root, paths):
+    "Errors on a row of a table made from a folder name the folder and the row's file."
+    try: yield
+    except ValueError as e:
+        row = re.search(r", row (\d+):", str(e))
+        raise ValueError(f"{root}: {e}" + (f" ({list(paths)[int(row[1])]})" if row else "")) from None
 
 def _but(others: list) -> str:
     "What lies there instead of images, for an error."
@@ -617,6 +632,8 @@ def _frames_by(rows: pd.DataFrame, root, pattern) -> tuple[list, dict]:
     odd = [p for p, m in zip(rows["path"], matches) if m is None or not (m["frame"] or "").isdecimal()]
     if odd: raise ValueError(f"{root}: {_n(len(odd), 'name does', 'names do')} not fit pattern {pattern!r}: {_some(odd)}")
     frames = [int(m["frame"]) for m in matches]
+    if max(frames) >= 2**31: raise ValueError(f"{root}: frame {max(frames)} does not fit 32 bits ({rows['path'].iloc[int(np.argmax(frames))]}): "
+                                              "write the first digits, which all names share, into the pattern")
     again = pd.DataFrame(dict(tracklet=rows["tracklet"], frame=frames)).duplicated()
     if again.any(): warnings.warn(f"{root}: {_n(int(again.sum()), 'image repeats', 'images repeat')} a frame of their tracklet: {_some(rows['path'][again])}", stacklevel=3)
     return frames, dict(pattern=str(pattern))
@@ -692,8 +709,15 @@ def _warn_of_frames(root, rows: pd.DataFrame, odd: pd.Series, doubts: list) -> N
                       f"pattern={shown!r} says so without a warning, or another number instead" + f" ({len(doubts) - 1} more kinds of names)" * (len(doubts) > 1), stacklevel=4)
     if odd.any():
         n = rows["tracklet"].nunique()
-        warnings.warn(f"{root}: in {rows['tracklet'][odd].nunique():,} of {_n(n, 'tracklet')} no number of the names grows without repeating: {_some(rows['path'][odd])}; "
-                      'frames are positions in the order of names there, which tell no time: pattern="..._{frame}.jpg" names one', stacklevel=4)
+        warnings.warn(f"{root}: in {rows['tracklet'][odd].nunique():,} of {_n(n, 'tracklet')} no number of the names grows without repeating, or fits 32 bits: {_some(rows['path'][odd])}; "
+                      f"frames are positions in the order of names there, which tell no time: pattern={_frame_pattern(rows['path'][odd])!r} names one", stacklevel=4)
+
+def _frame_pattern(paths) -> str:
+    "A pattern to offer: digits that all names share, as those of a time in milliseconds, stand before the frame."
+    stems = [os.path.splitext(p.rpartition("/")[2])[0] for p in paths]
+    shared = os.path.commonprefix(stems)
+    rest = {s[len(shared):] for s in stems}
+    return shared + "{frame}.*" if shared[-1:].isdecimal() and len(rest) > 1 and all(r.isdecimal() and len(r) < 10 for r in rest) else "..._{frame}.jpg"
 
 # %% ../nbs/00_samples.ipynb #6d061eb4
 def _pattern(pattern) -> re.Pattern:
@@ -728,6 +752,8 @@ def _numbered(rows: pd.DataFrame, where, below_person: bool = False) -> pd.DataF
 def _ids(values: pd.Series, name: str) -> tuple[pd.Series, str]:
     "Numbers of ids written as text: numbers are kept, 00-1 is -1, words follow in natural order; and what is to be said of it."
     is_junk, is_number = values.str.fullmatch("0*-1"), values.str.fullmatch("-?[0-9]+")
+    long = is_number & (values.str.lstrip("-0").str.len() > 18)
+    if long.any(): raise ValueError(f"column '{name}', row {_first(long)}: {values.iloc[_first(long)]!r} has more than 18 digits; write those that all names share into the pattern")
     ids = pd.to_numeric(values.where(is_number & ~is_junk, "-1"))
     start = max(int(ids.max()) + 1, int(name == "pid"))                             # people count from 1
     words = sorted(values[~is_number & ~is_junk].unique(), key=_natural)
@@ -793,10 +819,13 @@ def read_folder(
     if said := _misnamed(rule.groupindex): warnings.warn(f"{pattern!r}: {said}", stacklevel=2)
     fields = pd.DataFrame([m.groupdict() for m in matches if m], columns=list(rule.groupindex), dtype="string")
     below_person = "/" in _between(next(m for m in matches if m), "pid", "tracklet")
-    rows = _numbered(fields.fillna({c: str(DEFAULTS.get(c, "")) for c in fields}), root, below_person)
-    rows.insert(0, "path", [p for p, m in zip(paths, matches) if m])
-    if "split" in rows: rows["split"] = _known_splits(rows["split"], splits)
-    return _stamp(make_samples(**rows), "folder", pattern=str(pattern), unmatched=len(unfit), **_left_out(root, others))
+    fit = [p for p, m in zip(paths, matches) if m]
+    with _naming(root, fit):
+        rows = _numbered(fields.fillna({c: str(DEFAULTS.get(c, "")) for c in fields}), root, below_person)
+        rows.insert(0, "path", fit)
+        if "split" in rows: rows["split"] = _known_splits(rows["split"], splits)
+        samples = make_samples(**rows)
+    return _stamp(samples, "folder", pattern=str(pattern), unmatched=len(unfit), **_left_out(root, others))
 
 # %% ../nbs/00_samples.ipynb #8eb9845d
 def read_csv(
@@ -811,7 +840,7 @@ def read_csv(
     asked = dict(path="path") | dict(columns or {})
     rows, sep = _cells(path, sep, asked)
     rows = _renamed(rows, asked, path)
-    if said := _misnamed([c for c in rows if c not in asked]): warnings.warn(f"{path}: {said}; columns=dict(...) takes it", stacklevel=2)
+    if said := _misnamed([c for c in rows if c not in asked or asked[c] == _alias(c)]): warnings.warn(f"{path}: {said}; columns=dict(...), our names first, takes it", stacklevel=2)
     try:
         for c in rows.columns.intersection(list(DEFAULTS)):                            # blanks around a number mean nothing, in a video's name they may
             rows[c] = (rows[c] if c == "video" else rows[c].str.strip()).replace("", str(DEFAULTS[c]))
@@ -832,7 +861,7 @@ def _cells(path, sep, asked: dict) -> tuple[pd.DataFrame, str]:
     if told := re.match(r"sep=(.)[\r\n]+", text): sep, text = sep or told[1], text[told.end():]   # Excel's own first line
     sep = sep or _separator(re.split(r"[\r\n]", text, maxsplit=1)[0], asked, path)
     try: lines = [(i, row) for i, row in _lines(text, sep) if any(cell.strip() for cell in row)]
-    except csv.Error as e: raise ValueError(f"{path}: {e}") from None
+    except csv.Error as e: raise ValueError(f"{path}, {e}") from None
     if not lines: raise ValueError(f"{path} is empty; expected a header line with {', '.join(asked.values())}")
     header = [name.strip() or f"column {i + 1}" for i, name in enumerate(lines[0][1])]
     odd = next(((i, row) for i, row in lines[1:] if len(row) != len(header)), None)
@@ -855,8 +884,10 @@ def _separator(header: str, asked: dict, path) -> str:
 def _lines(text: str, sep: str):
     "(line, cells) of a CSV text; a separator of several letters is a regular expression."
     if len(sep) > 1: yield from ((i, re.split(sep, line.strip())) for i, line in enumerate(text.splitlines(), 1)); return
-    reader = csv.reader(StringIO(text, newline=""), delimiter=sep, strict=True)
-    for row in reader: yield reader.line_num, row
+    reader, start = csv.reader(StringIO(text, newline=""), delimiter=sep, strict=True), 1
+    try:
+        for row in reader: yield reader.line_num, row; start = reader.line_num + 1
+    except csv.Error as e: raise csv.Error(f"line {start}: {e}; a cell that begins with a quotation mark ends with one, and has others within it doubled") from None
 
 def _typed(values: pd.Series, sep: str) -> pd.Series:
     "An extra column as numbers where all its cells are some; 0,93 is one where cells do not stand between commas."

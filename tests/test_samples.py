@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +421,57 @@ def test_other_encodings_and_files_name_their_remedy(tmp_path):
 def test_annotations_that_are_refused_are_named(tmp_path, entries, words):
     (tmp_path / "a.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="a.json.*" + words): read_cion_al(tmp_path / "a.json")
+
+
+def test_remedies_for_tables_can_be_taken_literally(tmp_path):
+    (tmp_path / "t.csv").write_text("path,split\na.jpg,train set\n")
+    with pytest.raises(ValueError, match=r"splits=\{'train set': 'train'\}"): read_csv(tmp_path / "t.csv")
+    assert read_csv(tmp_path / "t.csv", splits={"train set": "train"}).split.tolist() == ["train"]
+    (tmp_path / "t.csv").write_text("path,split\na.jpg,class\n")
+    with pytest.raises(ValueError, match=r"splits=\{'class': 'train'\}"): read_csv(tmp_path / "t.csv")            # dict(class=...) is no Python
+    (tmp_path / "a.json").write_text(json.dumps([dict(id=1, file_path="a.jpg", split=None)]))
+    assert read_cion_al(tmp_path / "a.json").split.tolist() == [""]
+    (tmp_path / "t.csv").write_text('path,pid\nb.jpg,3\n"a.jpg,1\nc.jpg,2\n')
+    with pytest.raises(ValueError, match="t.csv, line 3: .*quotation mark"): read_csv(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("path,pid,group\na.jpg,1,2\n")
+    with pytest.warns(UserWarning, match="'person' could mean pid"): read_csv(tmp_path / "t.csv", columns=dict(person="pid"))   # the wrong way round
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); assert read_csv(tmp_path / "t.csv", columns=dict(team="group")).team.tolist() == [2]
+
+
+def test_saved_tables_name_their_file(tmp_path):
+    file = tmp_path / "t.parquet"
+    pd.DataFrame(dict(a=[1])).to_parquet(file)
+    with pytest.raises(ValueError, match="t.parquet: no column path"): read_samples(file)
+    make_samples(["a"]).assign(split="val").to_parquet(file)
+    with pytest.raises(ValueError, match="t.parquet: column 'split', row 0"): read_samples(file)
+    with pytest.raises(ValueError, match="u.parquet was not written"): write_samples(make_samples(["a"]).assign(z=1j), tmp_path / "u.parquet")
+    assert os.listdir(tmp_path) == ["t.parquet"]
+
+
+def test_times_in_milliseconds_as_names(tmp_path):
+    for i in range(3): paint(tmp_path / f"v/t/a_{1700000000123 + 40 * i}.jpg", i)
+    with pytest.warns(UserWarning, match="fits 32 bits") as said: table = read_tracklets(tmp_path)
+    assert table.frame.tolist() == [0, 1, 2] and table.attrs["positions"] == 1
+    pattern = str(said[0].message).partition("pattern='")[2].partition("'")[0]
+    assert np.diff(read_tracklets(tmp_path, pattern=pattern).frame).tolist() == [40, 40]                          # as the warning says
+    with pytest.raises(ValueError, match="does not fit 32 bits .v/t/a_"): read_tracklets(tmp_path, pattern="a_{frame}.jpg")
+
+
+def test_folders_name_the_file_of_a_bad_row(tmp_path):
+    paint(tmp_path / "5/c1_1.jpg"); paint(tmp_path / "99999999999999999999/c1_1.jpg")
+    with pytest.raises(ValueError, match="column 'pid', row 1: .*more than 18 digits.*99999/c1_1.jpg"): read_folder(tmp_path, "{pid}/c{camid}_{frame}.jpg")
+    (tmp_path / "99999999999999999999").rename(tmp_path / "6"); (tmp_path / "6/c1_1.jpg").rename(tmp_path / "6/c40000_1.jpg")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: column 'camid', row 1: .*6/c40000_1.jpg"): read_folder(tmp_path, "{pid}/c{camid}_{frame}.jpg")
+
+
+def test_lists_that_name_an_image_twice(tmp_path):
+    for n, (folder, name) in enumerate((("train", "train"), ("train", "val"), ("test", "query"), ("test", "gallery"))):
+        file = f"0000/0000_{n:03d}_01_0303morning_0015_0.jpg"
+        paint(tmp_path / folder / file, n); (tmp_path / f"list_{name}.txt").write_text(f"{file} 0\n")
+    with pytest.warns(UserWarning, match="not the published set"): assert len(read_msmt17(tmp_path)) == 4
+    (tmp_path / "list_gallery.txt").write_text((tmp_path / "list_query.txt").read_text())
+    with pytest.raises(ValueError, match="1 image twice: test/0000/0000_002"): read_msmt17(tmp_path)
 
 
 def test_text_person_annotations_come_back(tmp_path):
