@@ -135,11 +135,7 @@ def read_checkpoint(
         return _load(path, allow)
     except MemoryError: raise
     except Exception as e:
-        foreign = _foreign(path, allow) if kind == "torch" else []
-        if any(name.startswith("torch.nn.modules.") for name in foreign): raise ValueError(
-            f"{path} is a whole pickled network ({foreign[0]}, …), code beside its weights, and unpickling it can run code. Where you trust it, and what it imports is installed, "
-            f"take the weights: torch.save(torch.load({str(path)!r}, map_location='cpu', weights_only=False).state_dict(), 'weights.pth')") from e
-        if foreign: raise ValueError(
+        if kind == "torch" and (foreign := _foreign(path, allow)): raise ValueError(
             f"{path} holds Python objects besides tensors ({', '.join(foreign)}), and unpickling those can run code. "
             + _remedy(path, allow, foreign)) from e
         said = re.sub(r"\x1b\[\d*m", "", str(e)).strip().splitlines() or [""]

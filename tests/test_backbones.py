@@ -838,19 +838,3 @@ def test_onnx_extra_is_named(monkeypatch, tmp_path):
         return real(name, *args, **kw)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install "cion_nb\[onnx\]"'): export_onnx(create_backbone(**TINY), tmp_path / "m.onnx")
-
-
-def test_tables_of_arrays_are_tables(tmp_path):
-    trained, model = create_backbone("resnet10_tiny"), create_backbone("resnet10_tiny")
-    torch.save({k: v.numpy() for k, v in trained.state_dict().items()}, tmp_path / "a.pth")
-    assert load_backbone_weights(model, tmp_path / "a.pth").share == 1
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in trained.state_dict().items())
-
-
-def test_a_pickled_network_says_how_to_take_its_weights(tmp_path):
-    trained, model, file = create_backbone("resnet10_tiny"), create_backbone("resnet10_tiny"), tmp_path / "whole.pth"
-    torch.save(trained, file)
-    with pytest.raises(ValueError, match="whole pickled network") as e: load_backbone_weights(model, file)
-    line = str(e.value).partition("take the weights: ")[2].replace("'weights.pth'", repr(str(tmp_path / "weights.pth")))
-    exec(line, dict(torch=torch))                                                      # the remedy, to the letter
-    assert load_backbone_weights(model, tmp_path / "weights.pth").share == 1
