@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Mapping
 
+import numpy as np
 import pandas as pd
 import safetensors.torch
 import timm
@@ -431,13 +432,16 @@ def _grow(model: nn.Module, name: str, value: Tensor) -> None:
     model.reg_token, model.num_reg_tokens, model.num_prefix_tokens = parameter, value.shape[1], 1 + value.shape[1]
 
 # %% ../nbs/04_backbones.ipynb #8f0685c2
+def _is_table(v) -> bool: # a tensor, or an array that can be one
+    return isinstance(v, Tensor) or isinstance(v, np.ndarray) and v.dtype.kind in "fiub" and v.dtype.newbyteorder("=") == v.dtype and v.dtype.itemsize <= 8
+
 def _tensor_tables(
     x,                # a checkpoint or a part of it
     place: tuple = (), # keys that lead to it
 ):                    # yields (place, {name: tensor})
     "Every table of named tensors in a nested checkpoint."
     if not isinstance(x, Mapping) or len(place) > 3: return
-    tensors = {k: v for k, v in x.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    tensors = {k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in x.items() if isinstance(k, str) and _is_table(v)}
     if tensors: yield place, tensors
     for k, v in x.items(): yield from _tensor_tables(v, place + (str(k),))
 

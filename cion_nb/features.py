@@ -7,7 +7,7 @@ __all__ = ['SUBSETS', 'to_pixels', 'normalise', 'OnnxModel', 'embed', 'Features'
            'read_data']
 
 # %% ../nbs/05_features.ipynb #9bf9a723
-import hashlib, json, os
+import hashlib, json, os, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -366,7 +366,7 @@ def extract(
     except Timeout: raise RuntimeError(f"another process is extracting into {out}; wait for it, or choose another out=") from None
     with lock:
         if not resume: _discard(out)
-        if (out / "features.json").is_file(): _check_same(read_json(out / "features.json"), request, out)
+        if (out / "features.json").is_file(): _check_same(read_json(out / "features.json"), request, out); _warn_of_newer(samples.path, root, out)
         else: _extract(samples, root, model, spec, out, request, batch_size, workers or min(8, os.cpu_count() or 1), on_unreadable, device, flush_seconds)
         (out / "partial.json").unlink(missing_ok=True)
     features = Features.open(out)
@@ -404,7 +404,16 @@ def _tell_unreadable(features, on_unreadable):
     first = features.unreadable.iloc[0]
     text = f"{len(features.unreadable)} of {len(features) + len(features.unreadable)} images could not be read; first: {first.path}: {first.reason}"
     if on_unreadable == "raise": raise UnreadableImage(first.path, f"{first.reason} ({text}; the store in {features.folder} was made with on_unreadable='skip')")
-    print(text + "; they are left out and listed in .unreadable")
+    print(text + "; they are left out and listed in .unreadable (mended since? resume=False reads all again)")
+
+def _warn_of_newer(paths, root: Path, out: Path, most: int = 10_000):
+    "Warn where images were written after the store was finished; of many, `most` are looked at."
+    finished, look = (out / "features.json").stat().st_mtime, paths.iloc[::-(-len(paths) // most) or 1]
+    def is_newer(path):
+        try: return os.stat(root / path).st_mtime > finished
+        except OSError: return False
+    newer = [p for p in look if is_newer(p)]
+    if newer: warnings.warn(f"{out} is opened as it is, but {len(newer):,} of {len(look):,} images looked at were written after it, first {newer[0]}: resume=False extracts anew", stacklevel=3)
 
 # %% ../nbs/05_features.ipynb #98422a47
 SUBSETS = dict(tracklets="unlabelled tracklets or pre-training images", train="the train split", test="query and gallery")

@@ -28,8 +28,17 @@ def _names(ids) -> np.ndarray:
     ids = np.asarray(ids)
     if not len(ids): raise ValueError("a gallery needs at least one feature")
     if ids.dtype.kind not in "iuU" and all(isinstance(i, str) for i in ids): ids = ids.astype(str)
-    if ids.dtype.kind not in "iuU": raise ValueError(f"ids of type {ids.dtype}: whole numbers or text are needed")
+    if ids.dtype.kind not in "iuU" or ids.ndim != 1: raise ValueError(f"ids of type {ids.dtype} and shape {ids.shape}: a list of whole numbers or text is needed")
+    if ids.dtype.kind == "u":                                                          # beside negative ones NumPy would make floats of them
+        if ids.max() >= 2**63: raise ValueError(f"id {ids.max()} does not fit 64 bits with a sign: give text")
+        ids = ids.astype(np.int64)
     return ids
+
+def _read(file: Path, how):
+    "A part of a saved gallery, or an error that names it."
+    if not file.is_file(): raise FileNotFoundError(f"{file} is missing: save the gallery again")
+    try: return how(file)
+    except (OSError, ValueError, EOFError) as e: raise ValueError(f"{file} is cut off, damaged, or no part of a gallery ({e}): save the gallery again") from e
 
 class Gallery:
     "Features with ids, searched exactly by cosine distance."
@@ -95,7 +104,10 @@ class Gallery:
         "A saved gallery back. FileNotFoundError or ValueError that names what is missing or does not fit."
         folder = resolve(folder)
         if not (folder / "gallery.json").is_file(): raise FileNotFoundError(f"no finished gallery in {folder}: gallery.json is missing")
-        card, x, ids = read_json(folder / "gallery.json"), np.load(folder / "gallery.npy"), pd.read_parquet(folder / "ids.parquet").id.to_numpy()
+        card = read_json(folder / "gallery.json")
+        if lacks := {"n", "dim", "model", "text_ids"} - set(card): raise ValueError(f"{folder / 'gallery.json'} lacks {', '.join(sorted(lacks))}: save the gallery again")
+        x = _read(folder / "gallery.npy", np.load)
+        ids = _read(folder / "ids.parquet", lambda file: pd.read_parquet(file, columns=["id"]).id.to_numpy())
         if x.shape != (card["n"], card["dim"]) or len(ids) != card["n"]: raise ValueError(f"{folder}: gallery.npy has shape {x.shape} and ids.parquet {len(ids)} rows, but gallery.json says {card['n']} x {card['dim']}")
         found = Gallery(x, ids.astype(str) if card["text_ids"] else ids, card["model"])
         found.x = x                                                      # as it was saved, to the bit

@@ -838,3 +838,10 @@ def test_onnx_extra_is_named(monkeypatch, tmp_path):
         return real(name, *args, **kw)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install "cion_nb\[onnx\]"'): export_onnx(create_backbone(**TINY), tmp_path / "m.onnx")
+
+
+def test_tables_of_arrays_are_tables(tmp_path):
+    trained, model = create_backbone("resnet10_tiny"), create_backbone("resnet10_tiny")
+    torch.save({k: v.numpy() for k, v in trained.state_dict().items()}, tmp_path / "a.pth")
+    assert load_backbone_weights(model, tmp_path / "a.pth").share == 1
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in trained.state_dict().items())

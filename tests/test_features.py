@@ -1,5 +1,5 @@
 "The feature store: faults, kills, bad input, and real pixels."
-import builtins, json, os, shutil, signal, subprocess, sys, time
+import builtins, json, os, shutil, signal, subprocess, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -323,3 +323,12 @@ def test_viper_with_a_real_extractor(tmp_path):
     assert is_a.sum() == 632 and x.shape == (1264, 256)
     nearest = (x[is_a] @ x[~is_a].T).argmax(1)
     assert abs((pid[~is_a][nearest] == pid[is_a]).mean() - 0.290) < 0.005
+
+
+def test_images_written_after_their_features_are_told(pictures, tmp_path, capsys):
+    root = shutil.copytree(pictures, tmp_path / "p"); samples = make_samples(names())
+    extract(samples, root, Mean(), tmp_path / "f", workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); extract(samples, root, Mean(), tmp_path / "f", workers=1)
+    later = time.time() + 60; os.utime(root / samples.path[2], (later, later))
+    with pytest.warns(UserWarning, match=f"1 of .*written after it, first {samples.path[2]}: resume=False"): extract(samples, root, Mean(), tmp_path / "f", workers=1)

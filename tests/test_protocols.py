@@ -180,6 +180,25 @@ def test_galleries_take_ids_of_tables_and_keep_ties_in_order():
     with pytest.raises(ValueError, match="whole numbers or text"): Gallery(x[:2], np.array(["a", 1], object))
 
 
+def test_damaged_galleries_name_the_file(tmp_path):
+    import shutil
+    g = Gallery(np.eye(4), list("abcd")).save(tmp_path / "g")
+    for name, data, word in (("gallery.npy", (g / "gallery.npy").read_bytes()[:150], "gallery.npy is cut off"), ("gallery.npy", b"", "gallery.npy is cut off"), ("gallery.npy", None, "gallery.npy is missing"),
+                             ("ids.parquet", b"xx", "ids.parquet is cut off"), ("ids.parquet", None, "ids.parquet is missing"), ("gallery.json", b"{}", "gallery.json lacks dim")):
+        bad = shutil.copytree(g, tmp_path / "bad", dirs_exist_ok=True)
+        (bad / name).unlink() if data is None else (bad / name).write_bytes(data)
+        with pytest.raises((ValueError, FileNotFoundError), match=word): Gallery.load(bad)
+    pd.DataFrame(dict(x=range(4))).to_parquet(shutil.copytree(g, bad, dirs_exist_ok=True) / "ids.parquet")
+    with pytest.raises(ValueError, match="ids.parquet is cut off, damaged, or no part"): Gallery.load(bad)
+
+
+def test_ids_stay_whole_numbers():
+    big = 2**53 + 1
+    assert Gallery(np.eye(2), np.array([big, 5], np.uint64)).add(np.eye(2), [-1, 3]).ids.tolist() == [big, 5, -1, 3]
+    with pytest.raises(ValueError, match="does not fit"): Gallery(np.eye(2), np.array([2**63, 1], np.uint64))
+    with pytest.raises(ValueError, match="a list of whole numbers"): Gallery(np.eye(2), np.zeros((2, 2), int))
+
+
 def test_no_map_of_what_has_no_map():
     from cion_nb.backbones import create_backbone
     from cion_nb.mgn import MGN
