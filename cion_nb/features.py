@@ -44,7 +44,7 @@ def to_pixels(
     image = to_rgb(image)
     if image.size != (spec.width, spec.height):
         image = image.resize((spec.width, spec.height), getattr(Image.Resampling, spec.interpolation.upper()))
-    return np.asarray(image)
+    return np.array(image)      # its own memory: PyTorch warns of arrays that cannot be written
 
 # %% ../nbs/05_features.ipynb #eb9bd0e8
 def normalise(
