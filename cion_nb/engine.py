@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .files import read_json
-from .precision import described, known, precision, probe, remember
+from .precision import described, known, machine, precision, probe, remember
 from .runs import INPUTS, UNHASHED, Run, is_main_process, progress, write_json
 
 # %% ../nbs/11_engine.ipynb #3a5996c2
@@ -175,6 +175,19 @@ def _setting(accelerator):
     return dict(processes=accelerator.num_processes, threads=torch.get_num_threads() if accelerator.device.type == "cpu" else None,
                 device=accelerator.device.type, precision=accelerator.mixed_precision)
 
+def _kernels(accelerator):
+    "What the last bits depend on and nobody asked for: versions, the processor and what it can, the card."
+    about = machine(); about |= {f"CPU's {name}": value for name, value in about.pop("cpu").items()}
+    if accelerator.device.type == "cuda": about["card"] = torch.cuda.get_device_name(accelerator.device)
+    return {name: value if isinstance(value, (bool, int)) else str(value) for name, value in about.items() if name != "threads"}
+
+def _other_kernels(state, here):
+    "A line where a checkpoint was written by other kernels; None where by these, or where it does not say."
+    differs = [f"{name} {value} (now {here.get(name)})" for name, value in state.get("kernels", {}).items() if value != here.get(name)]
+    if not differs: return None
+    return (f"may not be bit-identical: checkpoint at image {state['at']['seen']:,} was written with {', '.join(differs[:4])}"
+            + (f" and {len(differs) - 4} more" if len(differs) > 4 else ""))
+
 def not_finite(modules: dict[str, nn.Module]) -> str | None:
     "The name of the first parameter with a NaN or an infinity; None if there is none."
     return next((f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters() if not p.isfinite().all()), None)
@@ -200,7 +213,7 @@ def save_checkpoint(
     own = dict(rng=_rng_state(), buffers={k: dict(m.named_buffers()) for k, m in task.modules.items()})
     _save(own, tmp / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
-        _save(dict(at=asdict(at), setting=_setting(accelerator), recipe=run.recipe, carried=carried or {},
+        _save(dict(at=asdict(at), setting=_setting(accelerator), kernels=_kernels(accelerator), recipe=run.recipe, carried=carried or {},
                    modules={k: m.state_dict() for k, m in task.modules.items()}, optimizer=_plain(task.optimizer.state_dict()),
                    scaler=accelerator.scaler.state_dict() if accelerator.scaler else None), tmp / "state.pt")
     accelerator.wait_for_everyone()
@@ -274,6 +287,8 @@ def _load_checkpoint(task, folder, accelerator, strict, left):
         said = f"checkpoint at image {state['at']['seen']:,} was written by {', '.join(differs)}"
         if strict: raise ValueError(f"{folder}: {said}; start it again like that, or with CION_NB_RESUME=anyway in the environment (the result is then not bit-identical to an uninterrupted run)")
         state["carried"].setdefault("notes", []).append(f"not bit-identical: {said}")
+    notes = state["carried"].setdefault("notes", [])
+    if (other := _other_kernels(state, _kernels(accelerator))) and other not in notes: notes.append(other)
     for name, module in task.modules.items(): module.load_state_dict(state["modules"][name])
     task.optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler and state["scaler"]: accelerator.scaler.load_state_dict(state["scaler"])
@@ -599,7 +614,8 @@ def _broken(task, run, at, loss, bad, rows, before, accelerator):
     what = f"{bad} is not finite after the update" if bad and not before else f"the loss is {told[0]['loss']}"
     return (f"{run.name}: {what} in the batch that ends at image {at.seen:,} (pass {at.n_pass}, batch {at.advance}"
             + (f"; {bad} is not finite since the batch before: " if before else "): ") + f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}{')' if before else ''} "
-            f"(all in {run.folder / 'broken.json'}); {f'the last good checkpoint stays: {good}' if (good := last_checkpoint(run)) else 'no checkpoint was written before it'}: lower lr or use precision='fp32'")
+            f"(all in {run.folder / 'broken.json'}); {f'the last good checkpoint stays: {good}' if (good := last_checkpoint(run)) else 'no checkpoint was written before it'}: lower lr"
+            + (" or use precision='fp32'" if accelerator.mixed_precision != "no" else ""))
 
 # %% ../nbs/11_engine.ipynb #67ef38cf
 def _gradients(task, model, accelerator, stream, accumulate):

@@ -59,9 +59,13 @@ def test_sigkill_and_resume_is_bit_identical(tmp_path, through, kill_at):
 
 
 def test_killed_twice(tmp_path, through):
+    "The second time on another CPU, as the checkpoint says: allowed, and told."
     for at in (200, 700): assert job(tmp_path, at, check=False).returncode == -signal.SIGKILL
-    job(tmp_path)
+    file = last_checkpoint(RUN(tmp_path)) / "state.pt"; state = torch.load(file, weights_only=True)
+    torch.save(state | dict(kernels=state["kernels"] | dict(limit="SSE41")), file)
+    note, = said(job(tmp_path))["notes"]
     assert_same(ends(tmp_path), through)
+    assert note.startswith("may not be bit-identical: checkpoint at image ") and "limit SSE41 (now " in note
 
 
 @pytest.mark.parametrize("name,group", [("SIGTERM", "1"), ("SIGUSR1", "")], ids=["SIGTERM to every process", "SIGUSR1 to one"])
