@@ -585,6 +585,7 @@ def counts(
     found = dict(identities=int(denoised.labels.max(initial=-1)) + 1, merged=int((t.groupby("identity").size() > 1).sum()), largest=int(np.bincount(denoised.labels[denoised.labels >= 0], minlength=1).max()),
                  kept=int(state.get("kept", 0)), moved=int(state.get("reallocated", 0)), left_out=int(state.get("discarded", 0) + state.get("removed", 0)))
     found |= {f"n_S {level}": float(v) for level, v in denoised.noise["n_S"].items()}
+    if "low" in denoised.noise and (denoised.noise["low"] < denoised.noise["high"]).any(): found["n_S is estimated"] = True
     if truth is None: return found
     s = identity_scores(denoised.labels, np.asarray(truth))
     return found | dict(precision=s.precision, recall=s.recall, f1=s.f1)

@@ -413,6 +413,7 @@ def noises(
     An identity that keeps its images from one labelling to the next keeps its centroid, its radius and its distances to others that stay.
     Memory: one centroid an identity that is new in its labelling; the labellings themselves, 8 bytes a row. Errors as `noise`."""
     check_thresholds(sigma_cst=sigma_cst, sigma_drm=sigma_drm)
+    if not labellings: return []
     if sample is not None and sample < 4: raise ValueError(f"a sample needs at least 4 identities, got {sample}: its variance counts pairs of pairs")
     numbered = [_numbered(*_same_length(features, labels), sample, seed) for labels in labellings]
     tables = _measure(np.asanyarray(features), [n[0] for n in numbered], sigma_cst, sigma_drm, device)

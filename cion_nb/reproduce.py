@@ -481,6 +481,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", help="compute the run of this recipe.json and what it depends on, then stop")
     parser.add_argument("--serve", metavar="FOLDER", type=Path, help="compute runs of this folder whose names come in on standard input, until it closes")
     args = parser.parse_args(argv)
+    if taken := {name for name, _ in args.p} & {"profile", "only"}: parser.error(f"-p {min(taken)}: that is --{min(taken)}")
     try:
         if args.serve: _serve(args.serve)
         if args.recipe:
@@ -491,6 +492,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, LookupError, OSError, BusyRun) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except FloatingPointError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     return 1 if any(e["error"] for e in entries) else 0
 
 def _value(text):

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 import cion_nb.denoise as module
 import cion_nb.parts as parts
 from cion_nb.denoise import LEVELS, Denoised, denoise
+from cion_nb.explain import counts
 from cion_nb.levels import clean_tracklets, closure, feature_world, lay_out
 from cion_nb.parts import blocks
 from cion_nb.noise import identity_scores, noise, unit_rows
@@ -279,7 +280,7 @@ def test_a_large_set_is_measured_on_a_sample_and_says_so(monkeypatch):
     got, exact = denoise(x, samples), denoise(x, samples, measure=True)
     assert "estimated from 1,000 identities" in repr(got) and "estimated" not in repr(exact) and "low" not in exact.noise
     assert ((got.noise.low <= exact.noise.n_S) & (exact.noise.n_S <= got.noise.high)).all() and not got.noise.n_S.equals(exact.noise.n_S)
-    assert (got.labels == exact.labels).all()
+    assert (got.labels == exact.labels).all() and counts(got)["n_S is estimated"] and "n_S is estimated" not in counts(exact)
     looked = []
     monkeypatch.setattr(module, "noises", lambda features, labellings, *a: looked.append(a[-1]) or [exact_noise] * len(labellings))
     exact_noise = noise(x, exact.labels)

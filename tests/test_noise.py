@@ -428,6 +428,7 @@ def test_noises_of_several_labellings_are_those_of_each(seed, n, dim, groups, mo
         labels = np.where(rng.random(n) < changes, rng.integers(-1, groups, n), labels)
         if rng.random() < changes: labels = np.where(labels >= 0, labels // 2, -1)
         labellings.append(rng.permutation(groups)[labels] if rng.random() < .5 and n else labels)      # other numbers; -1 becomes somebody
+    assert noises(x, []) == []
     together = noises(x, labellings, .3, .6, sample=sample, seed=seed % 5)
     for got, labels in zip(together, labellings, strict=True):
         want = noise(x, labels, .3, .6, sample=sample, seed=seed % 5)

@@ -146,9 +146,22 @@ def test_denoising_page_honours_every_setting(made_up, monkeypatch):
     page = execute("denoising")
     assert len(asked) > 5 and not page["box"].metadata["failed"]
     for settings in asked:
-        for key, value in CHANGES.items(): assert settings[key] == value or key == "half_width" and "measure" in settings, f"{key} is {settings[key]!r} where the recipe says {value!r}"
+        for key, value in CHANGES.items(): assert settings[key] == value or key == "half_width" and settings.get("measure") is False, f"{key} is {settings[key]!r} where the recipe says {value!r}"
     note = next(n for n in page["notes"] if n.startswith("Denoising with"))
     assert all(f"{key} {'+'.join(v) if isinstance(v, list) else v}" in note for key, v in CHANGES.items())
+
+
+@pytest.mark.parametrize("name", ["profile", "only"])
+def test_a_parameter_that_has_its_own_flag_is_refused(name, capsys):
+    with pytest.raises(SystemExit) as stopped: main(["-p", name, "road"])
+    assert stopped.value.code == 2 and f"-p {name}: that is --{name}" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_in_nan_is_one_line(tmp_path, monkeypatch, capsys):
+    def broken(recipe): raise FloatingPointError("the loss is nan")
+    monkeypatch.setattr("cion_nb.reproduce.make_run", broken)
+    (tmp_path / "recipe.json").write_text("{}")
+    assert main(["--recipe", str(tmp_path / "recipe.json")]) == 1 and capsys.readouterr().err == "error: the loss is nan\n"
 
 
 def test_no_page_picks_settings_of_denoising_by_hand():
