@@ -188,9 +188,16 @@ def _other_kernels(state, here):
     return (f"may not be bit-identical: checkpoint at image {state['at']['seen']:,} was written with {', '.join(differs[:4])}"
             + (f" and {len(differs) - 4} more" if len(differs) > 4 else ""))
 
-def not_finite(modules: dict[str, nn.Module]) -> str | None:
-    "The name of the first parameter with a NaN or an infinity; None if there is none."
-    return next((f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters() if not p.isfinite().all()), None)
+def not_finite(
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None = None,   # its moments too: an infinite one holds its parameter still for ever, and no loss tells
+) -> str | None:
+    "The name of the first parameter, or parameter's moment, with a NaN or an infinity; None if there is none."
+    named = {p: f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters()}
+    bad = next((key for p, key in named.items() if not p.isfinite().all()), None)
+    if bad or optimizer is None: return bad
+    return next((f"{key} ({moment} of the optimizer)" for p, key in named.items() for moment, x in optimizer.state.get(p, {}).items()
+                 if isinstance(x, Tensor) and not x.isfinite().all()), None)
 
 # %% ../nbs/11_engine.ipynb #5d1f0a37
 _NAMED = "seen-" + 12 * "[0-9]"        # nobody's copy beside them is taken for one
@@ -572,7 +579,7 @@ def _fit(task, run, log_every, keep, strict):
                 due = time.time() - last_save > 60 * r["checkpoint_minutes"] or at.seen >= total
                 broken, asked, due = _any_rank([not np.isfinite(carried["loss"]), bool(stop), due], accelerator)
                 if not broken: _update(task, accelerator, share)
-                bad = not_finite(task.modules) if broken or asked or due else None
+                bad = not_finite(task.modules, getattr(task.optimizer, "optimizer", task.optimizer)) if broken or asked or due else None
                 if broken or bad: raise FloatingPointError(_broken(task, run, at, carried["loss"], bad, rows, broken and bad and rows_before, accelerator))
                 task.after_step(at.seen / total)
                 step += 1; bar.update(at.seen - bar.n); bar.set_postfix_str(f"loss {carried['loss']:.3f}", refresh=False)
@@ -657,7 +664,6 @@ def _of_all_ranks(found, accelerator):
 def _trim_log(run, at, notes=()):
     "Rows written after the checkpoint that we go on from would otherwise stand twice. Notes that the log does not have yet follow."
     rows = [row for row in run.read_log() if isinstance(row, dict) and row.get("seen", 0) <= at.seen]
-    (run.folder / "log.jsonl").unlink(missing_ok=True)
-    for row in rows: run.log(**row)
-    for note in notes:
-        if not any(row.get("note") == note for row in rows): run.log(seen=at.seen, note=note)
+    rows += [dict(seen=at.seen, note=note) for note in notes if not any(row.get("note") == note for row in rows)]
+    if rows: run.write_log(rows)
+    else: (run.folder / "log.jsonl").unlink(missing_ok=True)

@@ -43,7 +43,7 @@ def _ids(table: pd.DataFrame, name: str, needs: tuple = ()) -> dict:
     missing = [c for c in ("pid", "camid", *needs) if c not in table]
     if missing: raise ValueError(f"{name} has no column {', '.join(missing)}")
     for c in ("pid", "camid"):
-        if not pd.api.types.is_numeric_dtype(table[c]) or table[c].isna().any() or (table[c] % 1 != 0).any(): raise ValueError(f"{name}: {c} must hold whole numbers (-1: unknown), the first that is none: {next((v for v in table[c] if not isinstance(v, (int, float, np.number)) or v != v or v % 1), table[c].iloc[0])!r}")
+        if not pd.api.types.is_numeric_dtype(table[c]) or pd.api.types.is_bool_dtype(table[c]) or table[c].isna().any() or (table[c] % 1 != 0).any(): raise ValueError(f"{name}: {c} must hold whole numbers (-1: unknown), the first that is none: {next((v for v in table[c] if not isinstance(v, (int, float, np.number)) or isinstance(v, bool) or v != v or v % 1), table[c].iloc[0])!r}")
     return {c: table[c].to_numpy(dtype=np.int64) for c in ("pid", "camid")} | {c: table[c].astype("string").fillna("").to_numpy(str) for c in needs}
 
 def _same_person(query_pid: np.ndarray, gallery_pid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

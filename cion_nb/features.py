@@ -196,6 +196,7 @@ def _device(device) -> torch.device:
     return device
 
 def _spec(model) -> InputSpec:
+    if isinstance(model, (str, Path)): raise TypeError(f"model={str(model)!r} is a name, not a model: pass create_backbone(NAME), load_backbone(FILE) or OnnxModel(FILE)")
     spec = getattr(model, "input", None)
     if not isinstance(spec, InputSpec) or not hasattr(model, "embed_dim"):
         raise TypeError(f"{type(model).__name__} does not say what it takes: set model.input = InputSpec(...) and model.embed_dim = D")

@@ -414,7 +414,8 @@ def noises(
     Memory: one centroid an identity that is new in its labelling; the labellings themselves, 8 bytes a row. Errors as `noise`."""
     check_thresholds(sigma_cst=sigma_cst, sigma_drm=sigma_drm)
     if not labellings: return []
-    if sample is not None and sample < 4: raise ValueError(f"a sample needs at least 4 identities, got {sample}: its variance counts pairs of pairs")
+    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, (int, np.integer)) or sample < 4):
+        raise ValueError(f"sample={sample!r}: a whole number of identities, at least 4 (its variance counts pairs of pairs), or None for all of them")
     numbered = [_numbered(*_same_length(features, labels), sample, seed) for labels in labellings]
     tables = _measure(np.asanyarray(features), [n[0] for n in numbered], sigma_cst, sigma_drm, device)
     return [_as_noise(table, *n[1:], sigma_cst, sigma_drm) for table, n in zip(tables, numbered)]

@@ -73,7 +73,9 @@ def _drawn(pid, keys, distractors=()):
 def _distractors(distractors, query: pd.DataFrame, gallery: pd.DataFrame) -> np.ndarray:
     "The pids that are nobody; ValueError where a query is."
     if distractors is None: distractors = facts_of(gallery).distractor
-    found = np.unique(np.atleast_1d(() if distractors is None else distractors)).astype(np.int64)
+    found = np.unique(np.atleast_1d(() if distractors is None else distractors))
+    if found.dtype.kind not in "iu" and (found.dtype.kind != "f" or (found % 1 != 0).any()): raise ValueError(f"distractors={distractors!r}: pids are whole numbers")
+    found = found.astype(np.int64)
     asked = np.flatnonzero(np.isin(query["pid"].to_numpy(), found))
     if len(asked):
         raise ValueError(f"{len(asked):,} queries are distractors (pid {query['pid'].iloc[asked[0]]}), nobody in particular: {_few(_names(query, asked))}. "

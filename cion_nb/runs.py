@@ -72,6 +72,10 @@ def write_json(path: str | Path, obj: Any) -> Path:
     with atomic(path) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
+def _line(row: dict) -> str:
+    "One row of a `.jsonl` file."
+    return json.dumps(_finite(json.loads(json.dumps(row, default=_plain)))) + "\n"
+
 def _finite(x):
     if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
     if isinstance(x, list): return [_finite(v) for v in x]
@@ -482,7 +486,9 @@ class Run:
         "Write the recipe into the run's folder, so that a command can name it."
         try:
             if not (self.folder / "recipe.json").exists(): write_json(self.folder / "recipe.json", self.recipe)
-        except OSError as e: raise type(e)(e.errno, f"runs cannot be written to {self.folder.parent} ({e.strerror}); name another folder in the environment: CION_NB_RUNS=/path/to/runs") from None
+        except OSError as e:
+            if self.folder.exists() and not self.folder.is_dir(): raise FileExistsError(e.errno, f"{self.folder} is a file where the folder of this run belongs; move it away") from None
+            raise type(e)(e.errno, f"runs cannot be written to {self.folder.parent} ({e.strerror}); name another folder in the environment: CION_NB_RUNS=/path/to/runs") from None
         return self
 
     @contextmanager
@@ -505,7 +511,11 @@ class Run:
     def log(self, **row) -> None:
         "Append one row to `log.jsonl`."
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(_finite(json.loads(json.dumps(row, default=_plain)))) + "\n")
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f: f.write(_line(row))
+
+    def write_log(self, rows: list) -> None:
+        "Make `log.jsonl` hold these rows and no others, atomically."
+        with atomic(self.folder / "log.jsonl") as tmp: tmp.write_text("".join(map(_line, rows)), encoding="utf-8")
 
     def read_log(self) -> list[dict]:
         "The rows of `log.jsonl`; a last line cut by a kill is left out."

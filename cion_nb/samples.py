@@ -416,7 +416,12 @@ def _read_list(file: Path, folder: str) -> pd.DataFrame:
     for i, row in enumerate(rows):
         if len(row) != 2 or not row[1].isdigit(): raise ValueError(f"{file}, line {i + 1}: expected 'path pid', got {' '.join(row)!r}")
     if not rows: raise ValueError(f"{file} lists no image")
-    return pd.DataFrame([(f"{folder}/{path}".replace("\\", "/"), int(pid)) for path, pid in rows], columns=["path", "pid"])
+    return pd.DataFrame([(f"{folder}/{_below(path, folder)}", int(pid)) for path, pid in rows], columns=["path", "pid"])
+
+def _below(path: str, folder: str) -> str:
+    "A listed path without what some tools write before it: `./`, the folder it is listed for."
+    path = path.replace("\\", "/").removeprefix("./")
+    return next((path.removeprefix(f"{f}/") for f in (folder, folder.removeprefix("mask_").removesuffix("_v2")) if path.startswith(f"{f}/")), path)
 
 # %% ../nbs/00_samples.ipynb #d5c75835
 def read_msmt17(

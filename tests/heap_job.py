@@ -23,7 +23,7 @@ def tasks(table):
     yield "cion", pretrain.Distillation, views("tracklet")
     yield "small views", pretrain.Distillation, views("tracklet", local_size=[32, 8])          # a stage strides over one column: where oneDNN 3.12 reads what nobody wrote
     yield "lup", pretrain.MomentumContrast, views("lup", n_local=0, **one)
-    for method in ("bnneck", "mgn"): yield method, finetune.FineTuning, recipe("finetune", "tiny", method=method, **common | STEPS)
+    for method in ("bnneck", "mgn", "transreid"): yield method, finetune.FineTuning, recipe("finetune", "tiny", method=method, **common | STEPS)
     for stage in ("usl", "uda"): yield stage, cluster_contrast.ClusterContrast, recipe(stage, "tiny", **common | CLUSTERS | (dict(seed=1) if stage == "uda" else {}))
 
 

@@ -160,6 +160,9 @@ def test_msmt17_lists_against_the_disk(tmp_path):
     table, said = warned(read_msmt17, home)
     assert table.attrs["unlisted"] == 2 and any("2 images are in no list and left out: test/a.png" in s for s in said) and "2 images on disk in no list, left out" in check(table).notes
     with pytest.raises(FileNotFoundError, match="4 of 4 listed images.*4 are there with another ending"): read_msmt17(msmt(tmp_path / "b" / "MSMT17", "V1", ends="jpeg"))
+    for prefix in ("./", "test/", "./test/"):
+        (home / "list_query.txt").write_text(f"{prefix}0000/0000_002_03_0303morning_0015_0.jpg 0\n")
+        assert quiet(read_msmt17, home).path.tolist() == table.path.tolist()
     (home / "list_query.txt").write_text("\n")
     with pytest.raises(ValueError, match="list_query.txt lists no image"): read_msmt17(home)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from cion_nb.engine import Position, Preempted, Task, adamw, batches, budget, fit, last_checkpoint
+from cion_nb import engine
+from cion_nb.engine import Position, Preempted, Task, adamw, batches, budget, fit, last_checkpoint, not_finite
 from cion_nb.runs import Run
 from cion_nb.samples import make_samples
 from cion_nb.views import ImageStore
@@ -117,6 +118,29 @@ def test_nan_stops_names_its_batch_and_keeps_the_last_good_state(tmp_path, monke
     rows = next(rows for at, rows in batches(Job(), 960, Position()) if at.seen == 336)
     assert json.loads((tmp_path / "broken.json").read_text())["ranks"][0]["images"] == [str(r) for r in rows], "the batch that did it, in every case"
     if last: assert all(torch.isfinite(v).all() for v in torch.load(last / "state.pt", weights_only=True)["modules"]["model"].values())
+
+
+def test_an_infinite_moment_is_found():
+    "Adam divides by it, so that the parameter never moves again, and no loss tells."
+    model = nn.Sequential(nn.Linear(2, 2)); optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    model[0].bias.grad[0] = 1e30; optimizer.step()
+    assert not_finite(dict(model=model)) is None and not_finite(dict(model=model), optimizer) == "model.0.bias (exp_avg_sq of the optimizer)"
+    model[0].weight.data[0, 0] = float("nan")
+    assert not_finite(dict(model=model), optimizer) == "model.0.weight"
+
+
+def test_the_log_is_cut_in_one_step(tmp_path, monkeypatch):
+    "A kill while rows after the checkpoint are taken out loses none of those before it."
+    run = RUN(tmp_path)
+    for seen in (16, 32, 48): run.log(seen=seen)
+    def killed(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt): engine._trim_log(run, Position(seen=32))
+    assert [r["seen"] for r in run.read_log()] == [16, 32, 48]
+    engine._trim_log(run, Position(seen=32), ["told"]); assert run.read_log() == [dict(seen=16), dict(seen=32), dict(seen=32, note="told")]
+    engine._trim_log(run, Position()); assert not run.read_log()
 
 
 def test_nan_on_one_rank_stops_all(tmp_path):

@@ -230,7 +230,7 @@ def test_bad_calls(pictures, tmp_path):
     samples = make_samples(names(3))
     for change, error, text in [(dict(precision="int8"), ValueError, "precision"), (dict(on_unreadable="ignore"), ValueError, "on_unreadable"),
                                 (dict(batch_size=0), ValueError, "at least 1"), (dict(workers=0), ValueError, "at least 1"),
-                                (dict(model=nn.Identity()), TypeError, "model.input"), (dict(compute="int8"), ValueError, "compute"),
+                                (dict(model=nn.Identity()), TypeError, "model.input"), (dict(model="resnet18"), TypeError, "pass create_backbone.NAME"), (dict(compute="int8"), ValueError, "compute"),
                                 (dict(samples=pd.DataFrame(dict(file=["a"]))), ValueError, "path")]:
         with pytest.raises(error, match=text): extract(**dict(samples=samples, root=pictures, model=Mean(), out=tmp_path / "s") | change)
     if not torch.cuda.is_available():

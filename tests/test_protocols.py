@@ -205,8 +205,14 @@ def test_no_map_of_what_has_no_map():
     with pytest.raises(ValueError, match="MGN has none"): activation_map(MGN(create_backbone("resnet18", (96, 32)), 4), np.zeros((96, 32, 3), np.uint8))
 
 
-@pytest.mark.parametrize("pid,word", [([1.4, 2], "1.4"), ([1, np.nan], "nan"), (["a", "b"], "'a'")])
+@pytest.mark.parametrize("pid,word", [([1.4, 2], "1.4"), ([1, np.nan], "nan"), (["a", "b"], "'a'"), ([True, False], "True")])
 def test_people_are_whole_numbers(pid, word):
     from cion_nb.samples import make_samples
     t = make_samples(["a.jpg", "b.jpg"], 1, [1, 2]); bad = pd.DataFrame(t).assign(pid=pid)
     with pytest.raises(ValueError, match=f"pid must hold whole numbers.*{word}"): evaluate(np.eye(2), np.eye(2), bad, t)
+
+
+def test_distractors_are_whole_numbers():
+    from cion_nb.samples import make_samples
+    t = make_samples(["a.jpg", "b.jpg"], [1, 2], 1)
+    with pytest.raises(ValueError, match=r"distractors=\[99.5\]: pids are whole numbers"): evaluate_single_shot(np.eye(2), np.eye(2), t, t.assign(path=["c.jpg", "d.jpg"]), distractors=[99.5], protocol="no_camera")

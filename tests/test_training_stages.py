@@ -361,6 +361,8 @@ def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path):
     with Run(r).computing(): assert "is being computed by another process" in last_line(command(tmp_path, r))
     (tmp_path / "file").write_text("not a folder")
     assert "CION_NB_RUNS=" in last_line(command(tmp_path, r, CION_NB_RUNS=str(tmp_path / "file")))
+    (tmp_path / "other").mkdir(); (tmp_path / "other" / Run(r).name).write_text("a file")
+    assert f"{Run(r).name} is a file where the folder of this run belongs" in last_line(command(tmp_path, r, CION_NB_RUNS=str(tmp_path / "other")))
     assert "resnet50_ibn" in last_line(command(tmp_path, recipe("pretrain", "tiny", backbone="resnet50_ibm")))
 
 
@@ -492,7 +494,7 @@ def test_reproduce_refuses_before_running(args, word, tmp_path):
 def test_a_mistyped_parameter_fails_the_notebook(name, value, word, tmp_path):
     out = tmp_path / "out.ipynb"
     p = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs/reproduce/table4.ipynb"), str(out), "-k", "python3", "--no-progress-bar", "-p", name, value],
-                       capture_output=True, text=True, timeout=240, env=os.environ | dict(CION_NB_RUNS=str(tmp_path / "runs")))
+                       capture_output=True, text=True, timeout=240, env=os.environ | dict(CION_NB_RUNS=str(tmp_path / "other")))
     assert p.returncode != 0
     assert word in p.stderr + out.read_text()
 
