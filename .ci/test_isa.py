@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {"default": None, "AVX512_CORE_BF16": "avx512_bf16", "AVX512_CORE": "avx512_f", "AVX2": "avx2"}
 JOBS = dict(tests=["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_precision.py", "-k", "not decide_together"],      # whose answers are pretended
-            road=["-m", "cion_nb.reproduce", "--profile", "smoke", "--only", "table4"])
+            road=["-m", "cion_nb.companion.reproduce", "--profile", "smoke", "--only", "table4"])
 SECONDS = 280
 
 

@@ -13,7 +13,7 @@
 # Submits three jobs, each after the one before: an array over videos (Eq. 4-6), an array over the chunks of
 # Eq. 7, and one that merges the links. NAME=VALUE are settings of `denoise`, e.g. half_width=null sigma_drm=0.3.
 # Submitted again, it goes on where it was. The labels are those of a single process:
-#   python -m cion_nb.denoise features.npy samples.parquet --out out/
+#   python -m cion_nb denoise features.npy samples.parquet --out out/
 set -euo pipefail
 if [ $# -lt 3 ]; then echo "usage: [SHARDS=8] bash $0 features.npy samples.parquet out/ [NAME=VALUE …]" >&2; exit 2; fi
 SHARDS=${SHARDS:-8}
@@ -25,7 +25,7 @@ features=$1 samples=$2 out=$3; shift 3
 
 if [ -z "${STEP:-}" ]; then
     settings=(); [ $# -eq 0 ] || settings=(--set "$@")
-    "$PYTHON" -m cion_nb.denoise "$features" "$samples" --out "$out" --check ${settings[@]+"${settings[@]}"}      # before anything waits in a queue
+    "$PYTHON" -m cion_nb denoise "$features" "$samples" --out "$out" --check ${settings[@]+"${settings[@]}"}      # before anything waits in a queue
     submit() { ${SBATCH:-sbatch} --parsable "$@"; }
     array=--array=0-$((SHARDS - 1))
     job() { echo "ALL,STEP=$1,SHARDS=$SHARDS,PYTHON=$PYTHON"; }
@@ -36,7 +36,7 @@ if [ -z "${STEP:-}" ]; then
     exit
 fi
 
-command=("$PYTHON" -m cion_nb.denoise "$features" "$samples" --out "$out")
+command=("$PYTHON" -m cion_nb denoise "$features" "$samples" --out "$out")
 [ "$STEP" = merge ] || command+=(--step "$STEP" --shard "$SLURM_ARRAY_TASK_ID/$SHARDS")
 [ $# -eq 0 ] || command+=(--set "$@")
 echo "${command[@]}"

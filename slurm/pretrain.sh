@@ -36,7 +36,7 @@ if [ "$profile" = paper ] && [ -n "${DATA_ROOT:-}" ]; then changes=("data_root=$
 arguments=(--profile "$profile" --set ${changes[@]+"${changes[@]}"})
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then                            # not in a job yet: check the settings before anything waits in a queue
-    "$PYTHON" -c 'from cion_nb.runs import recipe_from_arguments as check; check("pretrain")' "${arguments[@]}"
+    "$PYTHON" -m cion_nb pretrain --check "${arguments[@]}" > /dev/null
     if [ "$DEVICE" = cpu ]; then export SBATCH_GRES=${SBATCH_GRES:-none}; fi
     export DEVICE PYTHON
     exec ${SBATCH:-sbatch} "$0" "$@"
@@ -56,8 +56,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + PROCES
 echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $WORLD process(es) on $SLURM_JOB_NODELIST, pretrain ${arguments[*]}"
 
 # What the recipe starts from, where it can be made here (the embedded world and its identities); at `paper` this only says what is missing.
-[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || "$PYTHON" -c 'from cion_nb.reproduce import make_runs; from cion_nb.runs import dependencies, recipe_from_arguments
-make_runs(dependencies(recipe_from_arguments("pretrain")))' "${arguments[@]}"
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || "$PYTHON" -m cion_nb pretrain --dependencies "${arguments[@]}"
 
 asked= stopped=
 ask() { while kill -0 "$step" 2>/dev/null; do scancel --signal=USR1 "$SLURM_JOB_ID" || true; sleep 10; done; }      # again, for processes that were still starting
@@ -68,7 +67,7 @@ srun --mpi=none --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"
     several=(); [ "$WORLD" -eq 1 ] || several=(--multi_gpu)
     exec "$PYTHON" -m accelerate.commands.launch ${several[@]+"${several[@]}"} --num_machines "$SLURM_NNODES" --num_processes "$WORLD" \
         --machine_rank "$SLURM_NODEID" --main_process_ip "$ADDRESS" --main_process_port "$PORT" --rdzv_backend static \
-        --mixed_precision no --dynamo_backend no -m cion_nb.pretrain "$@"' pretrain "${arguments[@]}" &
+        --mixed_precision no --dynamo_backend no -m cion_nb pretrain "$@"' pretrain "${arguments[@]}" &
 step=$!
 while :; do                                                    # a signal ends `wait` before srun ends
     code=0; wait "$step" || code=$?

@@ -6,11 +6,14 @@ import hashlib, json, sys, warnings
 from pathlib import Path
 import numpy as np
 import torch
-from cion_nb import cluster_contrast, engine, finetune, precision, pretrain
-from cion_nb.backbones import create_backbone
-from cion_nb.features import embed, open_image
-from cion_nb.runs import Run, recipe
-from cion_nb.samples import read_samples
+from cion_nb.models import precision
+from cion_nb.training import cluster_contrast, engine, finetune, pretrain
+from cion_nb.models.backbones import create_backbone
+from cion_nb.core.images import open_image
+from cion_nb.models.features import embed
+from cion_nb.core.settings import recipe
+from cion_nb.core.runs import Run
+from cion_nb.core.samples import read_samples
 
 VIEWS = dict(epochs=1, images_per_epoch=48, batch_size=24, n_id_epochs=[0], n_id=[2], n_local=1, out_dim=32, head_hidden=32, head_bottleneck=16, queue=48, warmup_epochs=0, warmup_teacher_temp_epochs=0)
 STEPS = dict(epochs=2, images_per_epoch=16, batch_size=16, warmup_epochs=0)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from cion_nb import backbones
-from cion_nb.backbones import (ARCHITECTURES, FAMILIES, IBN, InputSpec, count_gflops, create_backbone, export_onnx, export_torchscript,
-                               list_backbones, load_backbone, load_backbone_weights, save_backbone)
+from cion_nb.models import backbones
+from cion_nb.models.architectures import ARCHITECTURES, count_gflops, FAMILIES, IBN, InputSpec, list_backbones
+from cion_nb.models.checkpoints import load_backbone_weights
+from cion_nb.models.backbones import create_backbone, load_backbone, save_backbone
+from cion_nb.models.leaving import export_onnx, export_torchscript
 
 ZOO = Path(__file__).parent / "zoo"
 PAPER_NUMBERS = Path(__file__).parent.parent / "reports" / "paper"
@@ -807,7 +809,7 @@ def test_exported_file_is_fed_as_the_card_says(tmp_path):
     "Pixels into the ONNX file with normalisation inside, and through `OnnxModel` by either contract, give the model's own features."
     pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
     import onnxruntime
-    from cion_nb.features import OnnxModel, embed
+    from cion_nb.models.features import embed, OnnxModel
     model = Small(InputSpec(64, 32, mean=(.5, .4, .3), std=(.2, .3, .4)))
     images = list(np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), dtype=np.uint8))
     want = embed(model, images)

@@ -2,12 +2,15 @@
 import numpy as np
 import pandas as pd
 import pytest
-from cion_nb import calibration as C
-from cion_nb.calibration import calibrate, street_world
-from cion_nb.levels import clean_tracklets, feature_world, lay_out
-from cion_nb.linking import seen_together
-from cion_nb.noise import identity_scores, unit_rows
-from cion_nb.samples import make_samples
+from cion_nb.identities import calibration as C
+from cion_nb.data.feature_worlds import street_world
+from cion_nb.identities.calibration import calibrate
+from cion_nb.data.feature_worlds import feature_world
+from cion_nb.identities.levels import clean_tracklets, lay_out
+from cion_nb.identities.linking import seen_together
+from cion_nb.identities.pairs import unit_rows
+from cion_nb.identities.truth import identity_scores
+from cion_nb.core.samples import make_samples
 
 QUICK = dict(k1=(5,), eps=(.3, .45), centres=(None,))
 KEYS = {"sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre", "half_width"}

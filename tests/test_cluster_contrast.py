@@ -7,14 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from cion_nb.backbones import create_backbone
-from cion_nb.cluster_contrast import UPDATES, ClusterContrast, ClusterMemory, ClusterNet, ClusterSampler, bn_group, ghost_batchnorm, load_clusternet, uda, usl
-from cion_nb.features import Features, embed
-from cion_nb.finetune import finetune
-from cion_nb.neighbours import cluster
-from cion_nb.runs import Run, recipe
-from cion_nb.samples import read_samples, write_samples
-from cion_nb.score import load_model, score
+from cion_nb.models.backbones import create_backbone
+from cion_nb.training.cluster_contrast import (
+    bn_group, ClusterContrast, ClusterMemory, ClusterNet, ClusterSampler, ghost_batchnorm, load_clusternet, uda,
+    UPDATES, usl)
+from cion_nb.core.store import Features
+from cion_nb.models.features import embed
+from cion_nb.training.finetune import finetune
+from cion_nb.identities.neighbours import cluster
+from cion_nb.core.settings import recipe
+from cion_nb.core.runs import Run
+from cion_nb.core.samples import read_samples, write_samples
+from cion_nb.companion.score import load_model, score
 from test_finetune import what_is_erased
 from test_training_stages import people, runs      # noqa: F401  (fixtures)
 from test_views import BOX, boxes_plainly, same_distribution
@@ -134,7 +138,7 @@ def test_usl_clusters_learns_tests_and_comes_back(people, runs):
 
 def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
     "The first epoch's clusters, from a network that has not learned: the same by hand."
-    from cion_nb.engine import make_accelerator
+    from cion_nb.training.engine import make_accelerator
     torch.manual_seed(0); r = quick(people); task = ClusterContrast(r); task.build(torch.device("cpu"))
     features = task.features(make_accelerator(r)); assert features.shape == (64, task.modules["model"].embed_dim)
     rows, near = task.neighbours(features, make_accelerator(r)); assert (rows == np.arange(64)).all()
@@ -180,7 +184,7 @@ def at_kill(command, env, folder, where):
 
 def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, tmp_path):
     r = quick(people, checkpoint_minutes=0., epochs=12, keep_checkpoints=50); file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    env = os.environ | dict(OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb.cluster_contrast", "usl", "--recipe", str(file)]
+    env = os.environ | dict(OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb.training.cluster_contrast", "usl", "--recipe", str(file)]
     whole = tmp_path / "whole" / Run(r).name
     assert subprocess.run(command, env=env | dict(CION_NB_RUNS=str(tmp_path / "whole")), capture_output=True, timeout=240).returncode == 0
     for name, seen in (("between", 64), ("inside", 80)):                     # two steps an epoch: 64 ends one, 80 is half of the next
@@ -202,7 +206,7 @@ def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path)
     r = quick(people, ghost_bn=8, images_per_epoch=16, optimizer="sgd", lr=1e-4, test_every=2); one = usl(r); first = [row for row in one.read_log() if "clusters" in row]; mAP = one.result["mAP"]
     import shutil; shutil.rmtree(one.folder)
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.cluster_contrast", "usl", "--recipe", str(file)],
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.training.cluster_contrast", "usl", "--recipe", str(file)],
                        env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-3000:]
     assert "BatchNorm over 8 images, batches of 16, 2 processes" in p.stderr
@@ -216,8 +220,8 @@ def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path)
 SEARCH = """
 import numpy as np, sys, torch
 from types import SimpleNamespace
-from cion_nb.cluster_contrast import ClusterContrast
-from cion_nb.neighbours import knn, knn_approximate
+from cion_nb.training.cluster_contrast import ClusterContrast
+from cion_nb.identities.neighbours import knn, knn_approximate
 from accelerate import Accelerator
 a = Accelerator(cpu=True); rng = np.random.default_rng(0)
 x = rng.normal(size=(3000, 24)).astype(np.float32); x[40:80] = x[7]
@@ -229,9 +233,9 @@ for probes in (None, 3):
     one = knn(x[rows], 12, device="cpu") if probes is None else knn_approximate(x[rows], 12, probes)
     assert (near.index == one.index).all() and (near.distance == one.distance).all(), probes
     assert a.num_processes == 3
-from cion_nb.backbones import create_backbone
-from cion_nb.finetune import test_model, test_set
-from cion_nb.runs import recipe
+from cion_nb.models.backbones import create_backbone
+from cion_nb.training.finetune import test_model, test_set
+from cion_nb.core.settings import recipe
 model, seen = create_backbone("resnet10_tiny", (64, 32)).eval(), []; r = recipe("usl", "tiny", data=sys.argv[1])      # every rank the same network, as after `features`
 for p in model.parameters(): torch.nn.init.trunc_normal_(p, std=.1, generator=torch.Generator().manual_seed(len(seen)))
 model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
@@ -287,7 +291,7 @@ def test_what_cannot_work_is_named(people, runs, changes, word):
 
 
 def test_later_epochs_keep_their_clusters_where_new_ones_fail(people, runs, monkeypatch):
-    import cion_nb.cluster_contrast as room
+    from cion_nb.training import cluster_contrast as room
     calls = []
     def failing(x, *a, **k): calls.append(1); return cluster(x, *a, **k) if len(calls) == 1 else np.full(len(x), -1)
     monkeypatch.setattr(room, "cluster", failing)

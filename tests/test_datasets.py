@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from scipy.io import loadmat, savemat
-from cion_nb.datasets import ranked, read_cuhk03np, read_ltcc, read_mars, read_prcc, read_viper
-from cion_nb.evaluate import evaluate, evaluate_distances, rank
-from cion_nb.facts import DATASETS, facts_of
-from cion_nb.inspection import pair_distances
-from cion_nb.protocols import by_camera, evaluate_single_shot, sides
-from cion_nb.samples import check, make_samples, read_market1501, read_msmt17, read_samples, write_samples
+from cion_nb.data.datasets import read_cuhk03np, read_ltcc, read_mars, read_prcc, read_viper
+from cion_nb.retrieval.protocols import ranked
+from cion_nb.retrieval.evaluate import evaluate, evaluate_distances, rank
+from cion_nb.data.facts import DATASETS, facts_of
+from cion_nb.retrieval.inspection import pair_distances
+from cion_nb.retrieval.protocols import by_camera, evaluate_single_shot, sides
+from cion_nb.core.samples import make_samples, read_samples, write_samples
+from cion_nb.data.datasets import read_market1501, read_msmt17
+from cion_nb.data.check import check
 from test_evaluate import cosine
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -211,10 +214,10 @@ def test_mars_is_scored_by_its_official_protocol(tmp_path):
 
 
 def test_score_and_fine_tuning_agree_on_mars(tmp_path, monkeypatch):
-    from cion_nb.backbones import create_backbone
-    from cion_nb.finetune import test_model as tested
-    from cion_nb.runs import recipe
-    from cion_nb.score import score
+    from cion_nb.models.backbones import create_backbone
+    from cion_nb.training.finetune import test_model as tested
+    from cion_nb.core.settings import recipe
+    from cion_nb.companion.score import score
     monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs")); home = mars(tmp_path / "MARS")
     for i, p in enumerate(sorted(home.rglob("*.jpg"))): Image.fromarray(np.random.default_rng(i).integers(0, 255, (64, 32, 3), dtype=np.uint8)).save(p)
     model = create_backbone("resnet10_tiny", (64, 32)).eval()

@@ -7,14 +7,18 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import cion_nb.denoise as module
-import cion_nb.parts as parts
-from cion_nb.denoise import LEVELS, Denoised, denoise
-from cion_nb.explain import counts
-from cion_nb.levels import clean_tracklets, closure, feature_world, lay_out
-from cion_nb.parts import blocks
-from cion_nb.noise import identity_scores, noise, unit_rows
-from cion_nb.samples import make_samples
+from cion_nb.identities import denoise as module
+from cion_nb.identities import parts
+from cion_nb.identities.parts import LEVELS
+from cion_nb.identities.denoise import denoise, Denoised
+from cion_nb.identities.explain import counts
+from cion_nb.data.feature_worlds import feature_world
+from cion_nb.identities.levels import clean_tracklets, closure, lay_out
+from cion_nb.identities.parts import blocks
+from cion_nb.identities.pairs import unit_rows
+from cion_nb.identities.noise import noise
+from cion_nb.identities.truth import identity_scores
+from cion_nb.core.samples import make_samples
 
 PREFIXES = [(), ("tracklet",), ("tracklet", "video"), LEVELS]
 OTHERS = [("video",), ("cross",), ("tracklet", "cross"), ("video", "cross")]

@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import cion_nb.denoise as module
-import cion_nb.parts as parts
-from cion_nb.denoise import Denoised, denoise, denoise_shard
-from cion_nb.levels import clean_and_sum, feature_world, lay_out, read_rows
-from cion_nb.parts import clean_on_device
-from cion_nb.samples import write_samples
+from cion_nb.identities import denoise as module
+from cion_nb.identities import parts
+from cion_nb.identities.denoise import denoise, denoise_shard, Denoised
+from cion_nb.data.feature_worlds import feature_world
+from cion_nb.identities.levels import clean_and_sum, lay_out, read_rows
+from cion_nb.identities.parts import clean_on_device
+from cion_nb.core.samples import write_samples
 from test_denoise import fast_oracle, random_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,11 +36,11 @@ def world(tmp_path_factory):
     return folder, x, samples, denoise(x, samples, measure=False)
 
 
-def command(folder, out, *more): return [sys.executable, "-m", "cion_nb.denoise", str(folder / "features.npy"), str(folder / "samples.parquet"), "--out", str(out), "--set", "measure=false", *more]
+def command(folder, out, *more): return [sys.executable, "-m", "cion_nb.identities.denoise", str(folder / "features.npy"), str(folder / "samples.parquet"), "--out", str(out), "--set", "measure=false", *more]
 
 
 JOB = """
-import sys; from cion_nb.denoise import denoise; import cion_nb.parts as parts, numpy as np, pandas as pd
+import sys; from cion_nb.identities.denoise import denoise; from cion_nb.identities import parts; import numpy as np, pandas as pd
 parts.PART_ROWS = 3000, 3000
 parts.chunks_of = lambda m, half_width, pairs=0: [(i, min(i + 500, m)) for i in range(0, m, 500)]
 x, samples = np.load(sys.argv[1] + "/features.npy", mmap_mode="r"), pd.read_parquet(sys.argv[1] + "/samples.parquet")
@@ -140,7 +141,7 @@ def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
                                              (folder / "features.npy", folder / "samples.parquet", ["--device", "cudaa"], "unknown device"), (folder / "features.npy", folder / "samples.parquet", ["--set", "sigma_drm=abc"], "sigma_drm must be")):
         with pytest.raises(SystemExit) as stopped: module.main([str(features), str(samples), "--out", str(tmp_path / "x"), *more])
         assert stopped.value.code == 2 and message in capsys.readouterr().err
-    p = subprocess.run([sys.executable, "-m", "cion_nb.denoise", str(folder / "nothing.npy"), str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, "-m", "cion_nb.identities.denoise", str(folder / "nothing.npy"), str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True, text=True)
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
 
@@ -232,7 +233,7 @@ def test_frames_that_restart_in_every_tracklet_forbid_nothing():
 
 @pytest.mark.parametrize("name", ["part00000.npz", "part00000.sums.npy"])
 def test_a_damaged_piece_is_named(tmp_path, name):
-    from cion_nb.parts import Store
+    from cion_nb.identities.parts import Store
     store = Store(tmp_path); store.put("part00000", sums=np.ones((3, 4)), kept=np.arange(3))
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
     with pytest.raises(ValueError, match=rf"{name} is damaged.*run denoise again"): store.get("part00000"); store.sums("part00000")

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from cion_nb import distill
-from cion_nb.distill import (ALARMS, CollapseWatch, ContrastHead, IdentityGuidedLoss, InfoNCELoss, MomentumQueue, MultiViewModel, ProjectionHead, VARIANTS,
-                             clip_gradients_, feature_rank, folded_targets, freeze_last_layer, momentum_schedule, param_groups, teacher_statistics,
-                             update_teacher, weight_decay_schedule)
+from cion_nb.training import distill
+from cion_nb.training.distill import (
+    ALARMS, clip_gradients_, CollapseWatch, ContrastHead, feature_rank, folded_targets, freeze_last_layer,
+    IdentityGuidedLoss, InfoNCELoss, momentum_schedule, MomentumQueue, MultiViewModel, param_groups, ProjectionHead,
+    teacher_statistics, update_teacher, VARIANTS, weight_decay_schedule)
 
 torch.set_num_threads(1)
 
@@ -370,7 +371,7 @@ def test_two_processes_share_centre_and_queue(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent("""
         import sys, torch, torch.distributed as dist
-        from cion_nb.distill import IdentityGuidedLoss, MomentumQueue
+        from cion_nb.training.distill import IdentityGuidedLoss, MomentumQueue
         dist.init_process_group("gloo"); rank = dist.get_rank(); assert dist.get_world_size() == 2
         torch.manual_seed(0)
         student, teacher = torch.randn(4, 4, 9, dtype=torch.float64), torch.randn(2, 4, 9, dtype=torch.float64)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from cion_nb import engine
-from cion_nb.engine import Position, Preempted, Task, adamw, batches, budget, fit, last_checkpoint, not_finite
-from cion_nb.runs import Run
-from cion_nb.samples import make_samples
-from cion_nb.views import ImageStore
+from cion_nb.training import engine
+from cion_nb.training.engine import adamw, batches, budget, fit, last_checkpoint, not_finite, Position, Preempted, Task
+from cion_nb.core.runs import Run
+from cion_nb.core.samples import make_samples
+from cion_nb.training.views import ImageStore
 from training_job import Job
 
 JOB = Path(__file__).with_name("training_job.py")
@@ -335,7 +335,7 @@ def test_unreadable_images_are_counted_wherever_they_are_met(tmp_path, monkeypat
 
 def test_a_node_that_does_not_see_the_runs_is_named(tmp_path):
     from types import SimpleNamespace
-    from cion_nb.engine import _agreed_checkpoint
+    from cion_nb.training.engine import _agreed_checkpoint
     other = SimpleNamespace(is_main_process=False, num_processes=1, process_index=3)
     with pytest.raises(FileNotFoundError, match="process 3 on .* need one file system"): _agreed_checkpoint(Run(dict(stage="toy", profile="test"), tmp_path / "elsewhere"), other)
 
@@ -350,7 +350,7 @@ def test_two_gpus(tmp_path):
 def test_channels_last_damages_no_memory():
     "oneDNN issue 6035: the gradient of FastViT's stem wrote past its buffer; without `to_channels_last` this process dies at its next allocation."
     code = ("import torch; torch.set_num_threads(1)\n"
-            "from cion_nb.backbones import create_backbone\nfrom cion_nb.engine import to_channels_last\n"
+            "from cion_nb.models.backbones import create_backbone\nfrom cion_nb.training.engine import to_channels_last\n"
             "m = to_channels_last(create_backbone('fastvit_s12', (256, 128)).train())\n"
             "for _ in range(2): m(torch.randn(2, 3, 256, 128).to(memory_format=torch.channels_last)).square().mean().backward()\n"
             "print(sum(float(p.grad.abs().sum()) for p in m.parameters() if p.grad is not None) > 0)")
@@ -359,7 +359,7 @@ def test_channels_last_damages_no_memory():
 
 
 def test_denormals_are_zero_in_training_and_only_there():
-    from cion_nb.engine import _without_denormals
+    from cion_nb.training.engine import _without_denormals
     tiny = torch.tensor(1e-40)
     assert float(tiny * 1) != 0
     with pytest.raises(KeyError):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cion_nb import evaluate as E
-from cion_nb.evaluate import evaluate, evaluate_distances, hit_ranks, plot_ranked, rank
-from cion_nb.protocols import evaluate_single_shot
-from cion_nb.samples import make_samples
+from cion_nb.retrieval import evaluate as E
+from cion_nb.retrieval.evaluate import evaluate, evaluate_distances, hit_ranks, plot_ranked, rank
+from cion_nb.retrieval.protocols import evaluate_single_shot
+from cion_nb.core.samples import make_samples
 
 
 def oracle(distances, query, gallery, protocol="market"):

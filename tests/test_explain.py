@@ -13,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-import cion_nb.explain as module
-from cion_nb.denoise import denoise
-from cion_nb.explain import TREE, counts, explain, explore, export, identity_sheet, links_of, suspects, sweep
-from cion_nb.levels import feature_world
-from cion_nb.noise import group_sums, unit_centroids, unit_rows
-from cion_nb.samples import make_samples, read_cion_al, read_csv, read_folder, read_tracklets
+from cion_nb.identities import explain as module
+from cion_nb.identities.denoise import denoise
+from cion_nb.identities.explain import counts, explain, explore, export, identity_sheet, links_of, suspects, sweep, TREE
+from cion_nb.data.feature_worlds import feature_world
+from cion_nb.identities.pairs import group_sums, unit_centroids, unit_rows
+from cion_nb.core.samples import make_samples, read_csv, read_folder, read_tracklets
+from cion_nb.data.datasets import read_cion_al
 
 
 @pytest.fixture(autouse=True)
@@ -362,8 +363,8 @@ def test_ten_thousand_rows_and_ten_times_that(tmp_path):
 KILLED = """
 import sys, os, time
 import numpy as np
-from cion_nb.samples import make_samples
-import cion_nb.explain as e
+from cion_nb.core.samples import make_samples
+from cion_nb.identities import explain as e
 slow = e.shutil.copyfile
 e.shutil.copyfile = lambda a, b: (time.sleep(.01), slow(a, b))
 n = 200

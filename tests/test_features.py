@@ -10,10 +10,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
-from cion_nb import features as room
-from cion_nb.backbones import InputSpec, create_backbone
-from cion_nb.features import Features, OnnxModel, embed, extract, normalise, read_features, to_pixels
-from cion_nb.samples import UnreadableImage, make_samples
+from cion_nb.models import features as room
+from cion_nb.models.architectures import InputSpec
+from cion_nb.models.backbones import create_backbone
+from cion_nb.core.store import Features, read_features
+from cion_nb.models.features import embed, extract, normalise, OnnxModel, to_pixels
+from cion_nb.core.images import UnreadableImage
+from cion_nb.core.samples import make_samples
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPEC = InputSpec(8, 4)
@@ -91,8 +94,8 @@ SCRIPT = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 from test_features import Mean, names
-from cion_nb.features import extract
-from cion_nb.samples import make_samples
+from cion_nb.models.features import extract
+from cion_nb.core.samples import make_samples
 class Slow(Mean):
     def forward(self, x): time.sleep(0.05); return super().forward(x)
 f = extract(make_samples(names() + ["empty.jpg"] + names(), frame=range(81)), {root!r}, Slow(), {out!r}, batch_size=4, flush_seconds=0)

@@ -9,18 +9,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from cion_nb.backbones import InputSpec, create_backbone, export_onnx, export_torchscript, load_backbone, load_backbone_weights, save_backbone
-from cion_nb.checkpoints import read_checkpoint
-from cion_nb.cluster_contrast import ClusterNet, load_clusternet, save_clusternet
-from cion_nb.evaluate import evaluate
-from cion_nb.features import Features, embed, extract
-from cion_nb.finetune import BNNeck, BestSoFar, FineTuning, batch_hard_triplet, finetune, held_out_score, load_finetuned, make_backbone, make_model, part_of, save_finetuned
-from cion_nb.mgn import MGN, PARTS, STRIPES, TRIPLETS, mgn_loss
-from cion_nb.report import paper
-from cion_nb.runs import Run, licence, made_from, recipe, released_finetuning
-from cion_nb.samples import read_samples, write_samples
-from cion_nb.score import load_model, score
-from cion_nb.transreid import TransReID, jigsaw_groups
+from cion_nb.models.architectures import InputSpec
+from cion_nb.models.checkpoints import load_backbone_weights
+from cion_nb.models.backbones import create_backbone, load_backbone, save_backbone
+from cion_nb.models.leaving import export_onnx, export_torchscript
+from cion_nb.core.weights import read_checkpoint
+from cion_nb.training.cluster_contrast import ClusterNet, load_clusternet, save_clusternet
+from cion_nb.retrieval.evaluate import evaluate
+from cion_nb.core.store import Features
+from cion_nb.models.features import embed, extract
+from cion_nb.training.finetune import (
+    batch_hard_triplet, BestSoFar, BNNeck, finetune, FineTuning, held_out_score, load_finetuned, make_backbone,
+    make_model, part_of, save_finetuned)
+from cion_nb.training.mgn import MGN, mgn_loss, PARTS, STRIPES, TRIPLETS
+from cion_nb.companion.claims import paper
+from cion_nb.core.settings import recipe, released_finetuning
+from cion_nb.core.runs import licence, made_from, Run
+from cion_nb.core.samples import read_samples, write_samples
+from cion_nb.companion.score import load_model, score
+from cion_nb.training.transreid import jigsaw_groups, TransReID
 from test_training_stages import asked, people, runs      # noqa: F401  (fixtures)
 from test_views import BOX, boxes_plainly, same_distribution
 
@@ -103,12 +110,12 @@ def test_the_card_says_what_a_model_is_and_where_it_comes_from(people, runs):
 
 def test_seeds_on_a_command_line(people, runs):
     settings = [f"{k}={json.dumps(v)}" for k, v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
-    done = subprocess.run([sys.executable, "-m", "cion_nb.finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "cion_nb.training.finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *folders, said = done.stdout.strip().splitlines()
     results = [json.loads(Path(f, "result.json").read_text()) for f in folders]; scores = [r["mAP"] for r in results]
     assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1") and f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
-    assert subprocess.run([sys.executable, "-m", "cion_nb.finetune", "--seeds", "0"], capture_output=True, text=True).returncode == 2
+    assert subprocess.run([sys.executable, "-m", "cion_nb.training.finetune", "--seeds", "0"], capture_output=True, text=True).returncode == 2
 
 
 def test_a_backbone_with_overlapping_patches_comes_back(tmp_path):
@@ -218,7 +225,7 @@ def test_a_list_of_ones_own(people, runs, tmp_path, capsys):
     capsys.readouterr(); part_of(t, keep_list=tmp_path / "pids.txt"); assert "pids.txt: 16 of 64 training images are listed, 2 of 8 people; the others sit out" in capsys.readouterr().err
     r = quick(people, keep_list=str(tmp_path / "pids.txt"), epochs=1, batch_size=8, images_per_epoch=8)
     run = finetune(r); assert run.result["train_ids"] == 2 and run.result["train_images"] == 16 and run.result["left_out_images"] == 48
-    time.sleep(.02); (tmp_path / "pids.txt").write_text("3\n5\n7\n"); import cion_nb.runs as room; room._seen_inputs.clear()
+    time.sleep(.02); (tmp_path / "pids.txt").write_text("3\n5\n7\n"); from cion_nb.core import runs as room; room._seen_inputs.clear()
     assert Run(r).name != run.name, "the list is an input: its content is in the name"
 
 
@@ -314,7 +321,7 @@ def test_best_so_far_keeps_the_best():
 def test_killed_fine_tuning_with_held_out_people_resumes_to_the_same_bits(people, runs, tmp_path):
     r = quick(people, held_out=.25, epochs=10, checkpoint_minutes=0.)
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    env = os.environ | dict(CION_NB_RUNS=str(tmp_path / "other"), OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb.finetune", "--recipe", str(file)]
+    env = os.environ | dict(CION_NB_RUNS=str(tmp_path / "other"), OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb.training.finetune", "--recipe", str(file)]
     p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     folder, deadline = tmp_path / "other" / Run(r).name, time.time() + 120
     def seen(): return max((int(f.name[5:]) for f in (folder / "checkpoints").glob("seen-*")), default=0)
@@ -333,7 +340,7 @@ def test_killed_fine_tuning_with_held_out_people_resumes_to_the_same_bits(people
 GATHER = """
 import json, sys, torch, numpy as np
 from accelerate import Accelerator
-from cion_nb.finetune import batch_hard_triplet, of_all_ranks
+from cion_nb.training.finetune import batch_hard_triplet, of_all_ranks
 a = Accelerator(cpu=True); torch.manual_seed(0)
 net = a.prepare(torch.nn.Linear(5, 3)); x, pid = torch.randn(16, 5), torch.arange(16) // 4
 mine = slice(a.process_index * 8, a.process_index * 8 + 8) if a.num_processes == 2 else slice(None)
@@ -351,7 +358,7 @@ def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
 
 def test_two_processes_fine_tune(people, runs, tmp_path):
     r = quick(people, gather_triplets=True); file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.finetune", "--recipe", str(file)],
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.training.finetune", "--recipe", str(file)],
                        env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-3000:]
     assert Run(r).result["processes"] == 2 and 0 < Run(r).result["mAP"] <= 1

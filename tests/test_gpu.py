@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cion_nb.backbones import create_backbone
-from cion_nb.distill import IdentityGuidedLoss
-from cion_nb.engine import adamw, fit, to_channels_last
-from cion_nb.features import embed
-from cion_nb.neighbours import knn
-from cion_nb.noise import noise
-from cion_nb.runs import Run, recipe
+from cion_nb.models.backbones import create_backbone
+from cion_nb.training.distill import IdentityGuidedLoss
+from cion_nb.training.engine import adamw, fit, to_channels_last
+from cion_nb.models.features import embed
+from cion_nb.identities.neighbours import knn
+from cion_nb.identities.noise import noise
+from cion_nb.core.settings import recipe
+from cion_nb.core.runs import Run
 from test_precision import cut, ended, same, trained
 from test_training_stages import people, runs      # noqa: F401  (fixtures)
 
@@ -72,9 +73,9 @@ STAGES = dict(pretrain=dict(epochs=1, images_per_epoch=24, batch_size=24, n_id=[
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_training_of_every_stage(people, runs, stage, precision):
     "In float32 it runs on any device, in 16 bits on a GPU, where fp16 goes through a GradScaler; throughput and memory are written down."
-    from cion_nb.cluster_contrast import ClusterContrast
-    from cion_nb.finetune import FineTuning
-    from cion_nb.pretrain import Distillation
+    from cion_nb.training.cluster_contrast import ClusterContrast
+    from cion_nb.training.finetune import FineTuning
+    from cion_nb.training.pretrain import Distillation
     r = recipe(stage, "tiny", data=str(people), precision=precision, **STAGES[stage]); task = dict(pretrain=Distillation, finetune=FineTuning, usl=ClusterContrast)[stage](r)
     if CUDA: torch.cuda.reset_peak_memory_stats()
     report = fit(task, Run(r))
@@ -85,7 +86,7 @@ def test_a_training_of_every_stage(people, runs, stage, precision):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no GPU here: compiling for a CPU takes a minute")
 def test_a_compiled_training(people, runs):
-    from cion_nb.pretrain import Distillation
+    from cion_nb.training.pretrain import Distillation
     r = recipe("pretrain", "tiny", data=str(people), precision="fp32", compile=True, **STAGES["pretrain"])
     assert np.isfinite(fit(Distillation(r), Run(r))["loss"])
 

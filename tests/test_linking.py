@@ -3,11 +3,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-from cion_nb.calibration import street_world
-from cion_nb.levels import closure, lay_out
-from cion_nb.linking import Links, centre_on_videos, constrained_closure, link_by_reciprocal, link_within, seen_together
-from cion_nb.neighbours import dbscan, jaccard, knn
-from cion_nb.samples import make_samples
+from cion_nb.data.feature_worlds import street_world
+from cion_nb.identities.levels import closure, lay_out
+from cion_nb.identities.linking import (
+    centre_on_videos, constrained_closure, link_by_reciprocal, link_within, Links, seen_together)
+from cion_nb.identities.neighbours import dbscan, jaccard, knn
+from cion_nb.core.samples import make_samples
 
 
 def unit(x): return x / np.linalg.norm(x, axis=1, keepdims=True)

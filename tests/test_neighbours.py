@@ -7,8 +7,9 @@ from scipy.sparse import csr_matrix
 from sklearn.cluster import DBSCAN, HDBSCAN
 from sklearn.metrics import adjusted_rand_score
 
-import cion_nb.neighbours as module
-from cion_nb.neighbours import Neighbours, cluster, dbscan, hdbscan, jaccard, knn, knn_approximate, knn_part, merge_neighbours, recall, rerank
+from cion_nb.identities import neighbours as module
+from cion_nb.identities.neighbours import (
+    cluster, dbscan, hdbscan, jaccard, knn, knn_approximate, knn_part, merge_neighbours, Neighbours, recall, rerank)
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +275,7 @@ def test_rows_without_direction_are_named(value, dtype):
 def test_approximate_lists_hold_what_their_cells_hold(probes, lists):
     "Short lists end in -1; members, distances and order are those of the exact search among what was found; everything is found where all cells are looked into."
     pytest.importorskip("faiss")
-    from cion_nb.neighbours import cluster, knn_approximate, recall
+    from cion_nb.identities.neighbours import cluster, knn_approximate, recall
     rng = np.random.default_rng(0); x = (rng.normal(size=(25, 12)).repeat(12, 0) + .5 * rng.normal(size=(300, 12))).astype(np.float32); x[7] = x[8]
     near, exact = knn_approximate(x, 10, probes, lists), knn(x, 10, device="cpu")
     u = x / np.linalg.norm(x, axis=1, keepdims=True); d = 1 - u @ u.T

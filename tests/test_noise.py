@@ -9,8 +9,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-import cion_nb.noise as module
-from cion_nb.noise import IdentityScores, Noise, UnitCentroids, _least_product, _screen, _zeros, close_pairs, cosine_distance, estimate_total, identity_scores, noise, noises, screen_type, unit_centroids, unit_rows
+from cion_nb.identities import noise as module
+from cion_nb.identities.pairs import (
+    _least_product, _screen, _zeros, close_pairs, cosine_distance, screen_type, unit_centroids, unit_rows,
+    UnitCentroids)
+from cion_nb.identities.noise import estimate_total, Noise, noise, noises
+from cion_nb.identities.truth import identity_scores, IdentityScores
 
 
 # ---------------------------------------------------------------- the oracle
@@ -341,7 +345,7 @@ def test_sums_that_do_not_fit_lie_in_a_file_without_a_name(tmp_path, monkeypatch
     assert isinstance(big, np.memmap) and not big.any() and not list(tmp_path.iterdir())
     big[3] = 1
     assert big.sum() == 16 and not isinstance(_zeros((1000, 16)), np.memmap)
-    monkeypatch.setattr("cion_nb.noise._zeros", lambda shape: _zeros(shape, in_memory=0))
+    monkeypatch.setattr("cion_nb.identities.noise._zeros", lambda shape: _zeros(shape, in_memory=0))
     rng = np.random.default_rng(0); x, labels = rng.normal(size=(300, 6)), rng.integers(0, 60, 300)
     on_disk = noise(x, labels, .3, .5); monkeypatch.undo()
     assert on_disk == noise(x, labels, .3, .5)

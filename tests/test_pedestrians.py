@@ -7,8 +7,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cion_nb import pedestrians as P
-from cion_nb.pedestrians import JOINTS, PARTS, make_world, mistake_rates, read_truth, render, render_frame, truth_boxes, write_detections, write_truth, write_video
+from cion_nb.data import film as P
+from cion_nb.data.people import JOINTS, PARTS
+from cion_nb.data.film import (
+    make_world, mistake_rates, read_truth, render, render_frame, truth_boxes, write_detections, write_truth,
+    write_video)
 
 SMALL = dict(cameras=3, pretrain_people=8, appearances=2, walks_per_video=4, train_people=3, test_people=4, cameras_per_person=3, images_per_camera=2,
              train_images_per_camera=2, distractors=6, crop=(64, 32), lookalikes=.5)
@@ -143,7 +146,7 @@ def test_crops_are_what_the_tables_say(root, world):
 
 
 def test_goes_on_after_a_kill(world, root, tmp_path):
-    code = f"from cion_nb.pedestrians import make_world, render; render(make_world('tiny', 3, **{SMALL!r}), {str(tmp_path)!r}, workers=1)"
+    code = f"from cion_nb.data.film import make_world, render; render(make_world('tiny', 3, **{SMALL!r}), {str(tmp_path)!r}, workers=1)"
     p = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ, CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
     end = time.time() + 60
     while not [q for q in tmp_path.glob("crops/[!.]*")] and time.time() < end and p.poll() is None: time.sleep(.02)

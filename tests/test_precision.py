@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from cion_nb import engine, precision as room
-from cion_nb.backbones import InputSpec, create_backbone
-from cion_nb.engine import fit, last_checkpoint, to_channels_last
-from cion_nb.features import embed
-from cion_nb.noise import screen_type
-from cion_nb.precision import LIMIT, POISONS, Watch, bf16_matmul_is_sound, cpu, has_fast_bf16, known, machine, poisoned, precision, probe, remember
-from cion_nb.runs import Run
+from cion_nb.models import precision as room
+from cion_nb.training import engine
+from cion_nb.models.architectures import InputSpec
+from cion_nb.models.backbones import create_backbone
+from cion_nb.training.engine import fit, last_checkpoint, to_channels_last
+from cion_nb.models.features import embed
+from cion_nb.identities.pairs import screen_type
+from cion_nb.models.precision import (
+    bf16_matmul_is_sound, cpu, has_fast_bf16, known, LIMIT, machine, poisoned, POISONS, precision, probe, remember,
+    Watch)
+from cion_nb.core.runs import Run
 from test_training_stages import people, runs      # noqa: F401  (fixtures)
 
 TESTS = Path(__file__).parent
@@ -244,7 +248,7 @@ def test_extraction_in_bf16_is_probed(runs, monkeypatch):
 
 
 def test_the_fast_product_of_noise_is_probed(monkeypatch):
-    monkeypatch.setattr("cion_nb.noise.cpu", lambda: dict(avx512_bf16=True)); bf16_matmul_is_sound.cache_clear()
+    monkeypatch.setattr("cion_nb.identities.noise.cpu", lambda: dict(avx512_bf16=True)); bf16_matmul_is_sound.cache_clear()
     assert screen_type("cpu", 40) == "bfloat16"
     bf16_matmul_is_sound.cache_clear()
     with Sick("matmul", .02), Sick("__matmul__", .02): assert screen_type("cpu", 40) == "float32"

@@ -5,14 +5,16 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from cion_nb import evaluate as E
-from cion_nb.backbones import ARCHITECTURES, create_backbone
-from cion_nb.datasets import READERS, tracklet_features
-from cion_nb.evaluate import evaluate
-from cion_nb.gallery import Gallery
-from cion_nb.inspection import activation_map, by_person, hardest, pair_distances
-from cion_nb.protocols import by_camera, draw_keys, evaluate_single_shot
-from cion_nb.samples import make_samples
+from cion_nb.retrieval import evaluate as E
+from cion_nb.models.architectures import ARCHITECTURES
+from cion_nb.models.backbones import create_backbone
+from cion_nb.data.datasets import READERS
+from cion_nb.retrieval.protocols import tracklet_features
+from cion_nb.retrieval.evaluate import evaluate
+from cion_nb.retrieval.gallery import Gallery
+from cion_nb.retrieval.inspection import activation_map, by_person, hardest, pair_distances
+from cion_nb.retrieval.protocols import by_camera, draw_keys, evaluate_single_shot
+from cion_nb.core.samples import make_samples
 from test_evaluate import cosine, tables
 
 
@@ -51,7 +53,7 @@ def test_single_shot_is_its_definition(seed, n_query, n_gallery, protocol, memor
 
 def test_draws_are_fair():
     "Each of a person's images is drawn equally often."
-    gallery = make_samples(list("abcdef"), [1, 1, 1, 2, 2, 3], [0] * 6); from cion_nb.protocols import _drawn
+    gallery = make_samples(list("abcdef"), [1, 1, 1, 2, 2, 3], [0] * 6); from cion_nb.retrieval.protocols import _drawn
     rows, person = _drawn(gallery.pid.to_numpy(), draw_keys(6, 6000))
     assert person.tolist() == [1, 2, 3] and (rows[:, 2] == 5).all()
     for column, n in ((0, 3), (1, 2)): np.testing.assert_allclose(np.unique(rows[:, column], return_counts=True)[1] / 6000, 1 / n, atol=.03)
@@ -200,19 +202,19 @@ def test_ids_stay_whole_numbers():
 
 
 def test_no_map_of_what_has_no_map():
-    from cion_nb.backbones import create_backbone
-    from cion_nb.mgn import MGN
+    from cion_nb.models.backbones import create_backbone
+    from cion_nb.training.mgn import MGN
     with pytest.raises(ValueError, match="MGN has none"): activation_map(MGN(create_backbone("resnet18", (96, 32)), 4), np.zeros((96, 32, 3), np.uint8))
 
 
 @pytest.mark.parametrize("pid,word", [([1.4, 2], "1.4"), ([1, np.nan], "nan"), (["a", "b"], "'a'"), ([True, False], "True")])
 def test_people_are_whole_numbers(pid, word):
-    from cion_nb.samples import make_samples
+    from cion_nb.core.samples import make_samples
     t = make_samples(["a.jpg", "b.jpg"], 1, [1, 2]); bad = pd.DataFrame(t).assign(pid=pid)
     with pytest.raises(ValueError, match=f"pid must hold whole numbers.*{word}"): evaluate(np.eye(2), np.eye(2), bad, t)
 
 
 def test_distractors_are_whole_numbers():
-    from cion_nb.samples import make_samples
+    from cion_nb.core.samples import make_samples
     t = make_samples(["a.jpg", "b.jpg"], [1, 2], 1)
     with pytest.raises(ValueError, match=r"distractors=\[99.5\]: pids are whole numbers"): evaluate_single_shot(np.eye(2), np.eye(2), t, t.assign(path=["c.jpg", "d.jpg"]), distractors=[99.5], protocol="no_camera")

@@ -7,13 +7,13 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not (DATA / "video").is_dir(), reason="the folder with real clips is not here")
 for module in ("cv2", "trackers", "trackeval", "onnxruntime"): pytest.importorskip(module, reason="needs the extras [track] and [onnx]")
 
-from cion_nb import tracking as T
-from cion_nb.backbones import InputSpec
-from cion_nb.denoise import denoise
-from cion_nb.evaluate import evaluate
-from cion_nb.features import OnnxModel, extract
-from cion_nb.noise import identity_scores
-from cion_nb.samples import read_folder
+from cion_nb.data import tracking as T
+from cion_nb.models.architectures import InputSpec
+from cion_nb.identities.denoise import denoise
+from cion_nb.retrieval.evaluate import evaluate
+from cion_nb.models.features import extract, OnnxModel
+from cion_nb.identities.truth import identity_scores
+from cion_nb.core.samples import read_folder
 
 PETS = DATA / "video/PETS09-S2L1"
 SETTINGS = dict(tracker="botsort", tracker_settings=dict(enable_cmc=False))      # chosen on the TUD clips

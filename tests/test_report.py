@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from cion_nb import report
-from cion_nb.report import exceptions, judge, mean_interval, other_sources, paper
+from cion_nb.companion import report
+from cion_nb.companion.claims import exceptions, judge, mean_interval, other_sources, paper
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,11 +8,13 @@ import pytest
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from cion_nb import denoise as denoise_room, reproduce as room
-from cion_nb.features import Features
-from cion_nb.pedestrians import make_world
-from cion_nb.reproduce import STAGES, Page, main, settings_of
-from cion_nb.runs import Run, dependencies, recipe
+from cion_nb.companion import reproduce as room
+from cion_nb.identities import denoise as denoise_room
+from cion_nb.core.store import Features
+from cion_nb.data.film import make_world
+from cion_nb.companion.reproduce import main, Page, settings_of, STAGES
+from cion_nb.core.settings import recipe
+from cion_nb.core.runs import dependencies, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs" / "reproduce").glob("*.ipynb"))
@@ -97,7 +99,7 @@ def test_a_folder_that_cannot_be_written_and_a_collapse_are_named(made_up, tmp_p
 
 @pytest.fixture
 def reports(tmp_path, monkeypatch):
-    from cion_nb import report
+    from cion_nb.companion import report
     for module in (report, room): monkeypatch.setattr(module, "report_folder", lambda profile: tmp_path / "reports" / profile)
     return tmp_path / "reports"
 
@@ -136,7 +138,7 @@ def test_denoising_page_honours_every_setting(made_up, monkeypatch):
     "At `small` it once took four of eleven settings, and two in its last part."
     real, plain, asked = denoise_room.denoise, recipe, []
     monkeypatch.setattr(denoise_room, "denoise", lambda x, samples, **settings: asked.append(settings) or real(x, samples, **settings))
-    monkeypatch.setattr("cion_nb.runs.recipe", lambda stage, *a, **k: plain(stage, *a, **k) | (CHANGES if stage == "denoise" else {}))
+    monkeypatch.setattr("cion_nb.core.runs.recipe", lambda stage, *a, **k: plain(stage, *a, **k) | (CHANGES if stage == "denoise" else {}))
     def open_features(folder):
         r = json.loads((Path(folder) / "recipe.json").read_text())["data"]
         samples = make_world(r["size"], r["seed"], bank=r["bank"], **r["values"]).tracklets.reset_index(drop=True)
@@ -159,7 +161,7 @@ def test_a_parameter_that_has_its_own_flag_is_refused(name, capsys):
 
 def test_a_run_that_ends_in_nan_is_one_line(tmp_path, monkeypatch, capsys):
     def broken(recipe): raise FloatingPointError("the loss is nan")
-    monkeypatch.setattr("cion_nb.reproduce.make_run", broken)
+    monkeypatch.setattr("cion_nb.companion.reproduce.make_run", broken)
     (tmp_path / "recipe.json").write_text("{}")
     assert main(["--recipe", str(tmp_path / "recipe.json")]) == 1 and capsys.readouterr().err == "error: the loss is nan\n"
 

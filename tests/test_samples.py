@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from cion_nb import samples as S
-from cion_nb.samples import (COLUMNS, UnreadableImage, as_samples, check, make_samples, open_image, read_cion_al, read_csv,
-                             read_folder, read_market1501, read_msmt17, read_samples, read_tracklets, write_samples)
+from cion_nb.core import samples as S
+from cion_nb.core.images import open_image, UnreadableImage
+from cion_nb.core.samples import (
+    as_samples, COLUMNS, make_samples, read_csv, read_folder, read_samples, read_tracklets, write_samples)
+from cion_nb.data.datasets import read_cion_al, read_market1501, read_msmt17
+from cion_nb.data.check import check
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

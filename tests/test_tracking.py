@@ -8,8 +8,8 @@ from hypothesis import given, settings as hsettings, strategies as st
 
 cv2 = pytest.importorskip("cv2", reason="needs the extra [track]")
 pytest.importorskip("trackers", reason="needs the extra [track]")
-from cion_nb import tracking as T
-from cion_nb.samples import as_samples, read_samples
+from cion_nb.data import tracking as T
+from cion_nb.core.samples import as_samples, read_samples
 
 COLOURS = [(40, 40, 220), (40, 200, 40), (220, 60, 30), (30, 200, 220)]   # BGR
 N, W, H = 90, 320, 240
@@ -797,7 +797,7 @@ def test_mot_round_trip(street, tmp_path):
 
 
 def test_crops_are_a_tracklet_folder(street, tmp_path):
-    from cion_nb.samples import read_tracklets
+    from cion_nb.core.samples import read_tracklets
     samples = T.track(street[0], tmp_path, **OPTIONS)
     again = read_tracklets(tmp_path / "crops")
     assert ("crops/" + again["path"]).tolist() == samples["path"].tolist()

@@ -7,18 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from cion_nb.backbones import InputSpec, create_backbone, export_onnx, load_backbone
-from cion_nb.evaluate import evaluate
-from cion_nb.features import Features, OnnxModel, embed, read_data
-from cion_nb.finetune import FineTuning, finetune, load_finetuned
-from cion_nb import pretrain as pretrain_room, reproduce as reproduce_room
-from cion_nb.distill import CollapseWatch, ProjectionHead
-from cion_nb.engine import Position, _trim_log, fit, warmup_cosine
-from cion_nb.pretrain import Distillation, WatchedRun, equal_budget, identity_labels, pretrain
-from cion_nb.reproduce import STAGES, make_run, make_runs, plan
-from cion_nb.runs import METHODS, MissingRun, Run, recipe, table5
-from cion_nb.samples import make_samples, read_samples, write_samples
-from cion_nb.views import normalise
+from cion_nb.models.architectures import InputSpec
+from cion_nb.models.backbones import create_backbone, load_backbone
+from cion_nb.models.leaving import export_onnx
+from cion_nb.retrieval.evaluate import evaluate
+from cion_nb.core.store import Features
+from cion_nb.data.datasets import read_data
+from cion_nb.models.features import embed, OnnxModel
+from cion_nb.training.finetune import finetune, FineTuning, load_finetuned
+from cion_nb.companion import reproduce as reproduce_room
+from cion_nb.training import pretrain as pretrain_room
+from cion_nb.training.distill import CollapseWatch, ProjectionHead
+from cion_nb.training.engine import _trim_log, fit, Position, warmup_cosine
+from cion_nb.training.pretrain import Distillation, equal_budget, identity_labels, pretrain, WatchedRun
+from cion_nb.companion.reproduce import make_run, make_runs, plan, STAGES
+from cion_nb.core.settings import METHODS, recipe, table5
+from cion_nb.core.runs import MissingRun, Run
+from cion_nb.core.samples import make_samples, read_samples, write_samples
+from cion_nb.training.views import normalise
 from test_backbones import rounding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +117,7 @@ def test_paper_settings_are_the_papers_and_dinos():
 
 
 def test_released_settings_and_views_agree_where_both_state_them():
-    from cion_nb.views import VIEW_RECIPES
+    from cion_nb.training.views import VIEW_RECIPES
     for method, name in (("cion", "paper"), ("released", "released")):
         r = recipe("pretrain", "paper", method=method)
         views = VIEW_RECIPES[name]
@@ -119,7 +125,7 @@ def test_released_settings_and_views_agree_where_both_state_them():
 
 
 def test_lup_style_is_its_released_scripts():
-    from cion_nb.views import VIEW_RECIPES
+    from cion_nb.training.views import VIEW_RECIPES
     r, views = recipe("pretrain", "paper", method="lup"), VIEW_RECIPES["lup"]
     assert (r["optimizer"], r["lr"] * 2560 / r["lr_per"], r["moco_temp"], r["queue"], r["moco_momentum"], r["moco_dim"], r["weight_decay"], r["n_local"], r["identities"]) == \
            ("sgd", pytest.approx(0.3), 0.1, 65536, 0.999, 128, [1e-4, 1e-4], 0, "image")
@@ -262,7 +268,7 @@ def test_what_some_profile_leaves_out_may_be_left_out():
 
 
 def test_images_beside_their_table_are_part_of_a_runs_name(people, runs, tmp_path):
-    from cion_nb import runs as room
+    from cion_nb.core import runs as room
     root = shutil.copytree(people.parent, tmp_path / "own"); r = asked(root / "samples.parquet"); first = Run(r).name
     (root / "3_1_2.png").write_bytes(b"other"); room._seen_inputs.clear(); second = Run(r).name
     (root / "notes.txt").write_text("nothing to do with it"); room._seen_inputs.clear()
@@ -337,21 +343,21 @@ def test_killed_pretraining_resumes_to_the_same_bits(people, runs, tmp_path):
     other = tmp_path / "other"
     env = os.environ | dict(CION_NB_RUNS=str(other), OMP_NUM_THREADS="1")
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    p = subprocess.Popen([sys.executable, "-m", "cion_nb.pretrain", "--recipe", str(file)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     folder, deadline = other / through.name, time.time() + 120
     while not list((folder / "checkpoints").glob("seen-*")) and p.poll() is None and time.time() < deadline: time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.wait()
     assert list((folder / "checkpoints").glob("seen-*")) and not (folder / "result.json").exists()
-    done = subprocess.run([sys.executable, "-m", "cion_nb.pretrain", "--recipe", str(file)], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    own = subprocess.run([sys.executable, "-m", "cion_nb.pretrain", "--recipe", str(file)], env=env | dict(CION_NB_RUNS=str(tmp_path / "third")), capture_output=True, text=True, timeout=240)
+    own = subprocess.run([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=env | dict(CION_NB_RUNS=str(tmp_path / "third")), capture_output=True, text=True, timeout=240)
     assert own.returncode == 0, own.stderr[-2000:]
     assert (folder / "backbone.safetensors").read_bytes() == (tmp_path / "third" / through.name / "backbone.safetensors").read_bytes()
 
 
 def command(tmp_path, r, **env):
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    return subprocess.run([sys.executable, "-m", "cion_nb.pretrain", "--recipe", str(file)], env=os.environ | env, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=os.environ | env, capture_output=True, text=True, timeout=240)
 
 
 def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path):
@@ -369,7 +375,7 @@ def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path):
 def test_two_processes(people, runs, tmp_path):
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(asked(people)))
     env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.pretrain", "--recipe", str(file)],
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.training.pretrain", "--recipe", str(file)],
                        env=env, capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-3000:]
     assert Run(asked(people)).result["processes"] == 2
@@ -384,7 +390,7 @@ def test_a_broken_image_is_replaced_and_counted(people, runs, tmp_path):
 
 
 def test_identities_of_a_denoising_run_join_by_path(people, runs):
-    from cion_nb.denoise import denoise
+    from cion_nb.identities.denoise import denoise
     samples = read_samples(people)
     kept = samples.drop(index=[0, 5]).reset_index(drop=True)            # extraction skipped two images
     x = np.random.default_rng(0).normal(size=(len(kept), 8)); x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -471,7 +477,7 @@ def test_an_identity_without_a_readable_image_sits_out(people, runs, tmp_path):
 
 def test_identities_of_other_data_are_refused(people, runs):
     run = Run(recipe("denoise", "tiny"))
-    from cion_nb.denoise import denoise
+    from cion_nb.identities.denoise import denoise
     other = read_samples(people).assign(path=lambda t: "elsewhere/" + t.path)
     x = np.random.default_rng(0).normal(size=(len(other), 8))
     with run.computing(): denoise(x, other, sigma_cst=2, sigma_drm=0).save(run.folder); write_samples(other, run.folder / "samples.parquet"); run.finish({})
@@ -485,7 +491,7 @@ def test_settings_that_cannot_work_are_refused(people, runs, changes, word):
 
 @pytest.mark.parametrize("args,word", [(["-p", "sedes", "3"], "did you mean 'seeds'"), (["--only", "table9"], "table4"), (["--profile", "huge"], "invalid choice")])
 def test_reproduce_refuses_before_running(args, word, tmp_path):
-    p = subprocess.run([sys.executable, "-m", "cion_nb.reproduce", "--only", "table4", *args] if "--only" not in args else [sys.executable, "-m", "cion_nb.reproduce", *args],
+    p = subprocess.run([sys.executable, "-m", "cion_nb.companion.reproduce", "--only", "table4", *args] if "--only" not in args else [sys.executable, "-m", "cion_nb.companion.reproduce", *args],
                        cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert p.returncode == 2 and word in p.stderr
 
@@ -544,7 +550,7 @@ def test_children_leave_with_their_parent(people, runs, tmp_path):
     "The parent is killed, the children checkpoint and go, and the next call goes on from there."
     long = beside(people, images_per_epoch=4800)[:2]
     script = tmp_path / "parent.py"
-    script.write_text(f"import cion_nb.reproduce as room\nroom.make_runs({long!r}, jobs=2)\n")
+    script.write_text(f"from cion_nb.companion import reproduce as room\nroom.make_runs({long!r}, jobs=2)\n")
     parent = subprocess.Popen([sys.executable, str(script)], env=os.environ | dict(CION_NB_RUNS=str(runs)))
     until = time.time() + 90
     while time.time() < until and not all(Run(r).read_log() for r in long): time.sleep(.2)

@@ -9,11 +9,13 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
-from cion_nb import views
-from cion_nb.backbones import InputSpec
-from cion_nb.samples import make_samples
-from cion_nb.views import (IdentitySampler, ImageStore, MultiCrop, ORDERS, PKSampler, TrainTransform, VIEW_RECIPES, blur, brighten_, contrast_, crop_boxes,
-                           erase_, erase_boxes, grey_, grey_sum, id_curriculum, normalise, resize, sample_draws, saturate_, spread_groups, turn_hue_)
+from cion_nb.training import views
+from cion_nb.models.architectures import InputSpec
+from cion_nb.core.samples import make_samples
+from cion_nb.training.views import (
+    blur, brighten_, contrast_, crop_boxes, erase_, erase_boxes, grey_, grey_sum, ImageStore, MultiCrop, normalise,
+    ORDERS, resize, sample_draws, saturate_, TrainTransform, turn_hue_, VIEW_RECIPES)
+from cion_nb.training.samplers import id_curriculum, IdentitySampler, PKSampler, spread_groups
 
 torch.set_num_threads(1)
 tv = pytest.importorskip("torchvision.transforms.functional")
@@ -390,7 +392,7 @@ def test_train_transform_is_resize_flip_pad_crop():
 
 
 def test_normalise_is_feature_extractions():
-    from cion_nb.features import normalise as theirs
+    from cion_nb.models.features import normalise as theirs
     x = torch.stack([picture(16, 8, s) for s in range(3)])
     for spec in (InputSpec(), InputSpec(colour="BGR", scale=1., mean=(1., 2., 3.), std=(4., 5., 6.))):
         assert torch.equal(normalise(x, spec), theirs(x.permute(0, 2, 3, 1), spec))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from cion_nb.engine import Task, adamw, fit, warmup_cosine
-from cion_nb.runs import Run
+from cion_nb.training.engine import adamw, fit, Task, warmup_cosine
+from cion_nb.core.runs import Run
 
 
 class Centre(nn.Module):
@@ -65,7 +65,8 @@ class Job(Task):
 
 def pretend():
     "The CPU that the environment asks for."
-    from cion_nb import engine, precision
+    from cion_nb.models import precision
+    from cion_nb.training import engine
     if os.environ.get("JOB_BF16"): precision.has_fast_bf16 = lambda cpu: True
     if os.environ.get("JOB_SICK_RANK") == os.environ.get("RANK", "0"): engine.probe = lambda *args: precision.Verdict(False, "model.0 (linear): the result is not finite", 2, None, .1)
 
