@@ -62,7 +62,7 @@ def main():
     books = sorted(p for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     files = sorted(ROOT.glob("tests/test_*.py"))
     with ThreadPoolExecutor(2) as pool:
-        def pytest(chosen): return pool.submit(timed, call, ["-m", "pytest", "-rs", "--durations=15", "-p", "no:cacheprovider", *map(str, chosen)], PYTEST_SECONDS)
+        def pytest(chosen): return pool.submit(timed, call, ["-m", "pytest", "-rfEs", "--durations=15", "-p", "no:cacheprovider", *map(str, chosen)], PYTEST_SECONDS)
         parts = [pytest(f for f in files if not any(f.stem in names for names in LATE))]
         runs = {pool.submit(timed, notebook, b): str(b.relative_to(ROOT)) for b in books}
         parts += [pytest(f for f in files if f.stem in names) for names in LATE]
@@ -70,7 +70,7 @@ def main():
         parts = [f.result() for f in parts]
     done("papermill nbs/reproduce/figure4.ipynb", *timed(papermill))
     for code, out, seconds in parts:
-        print(out[-10000:])
+        print(out[-20000:])
         counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", out.strip().splitlines()[-1] if out.strip() else "")}
         passed += counts.get("passed", 0); skipped += counts.get("skipped", 0)
         failed += counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
