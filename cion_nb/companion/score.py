@@ -6,7 +6,7 @@
 __all__ = ['load_model', 'score']
 
 # %% ../../nbs/9_companion/00_score.ipynb #0e1f8188
-import argparse, os, sys, warnings
+import os, warnings
 from dataclasses import replace
 from pathlib import Path
 from ..models.backbones import load_backbone

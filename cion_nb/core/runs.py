@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from .files import (
     atomic, fingerprint, json_line, project_root, read_json, resolve, runs_dir, write_json)
-from .settings import PROFILES, TRAININGS, recipe, refuse_unknown
+from .settings import PROFILES, TRAININGS, refuse_unknown
 
 # %% ../../nbs/0_core/02_runs.ipynb #1bae7ee8
 def processors() -> int:

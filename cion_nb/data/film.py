@@ -459,7 +459,7 @@ class _Stage:
         pad = .35 * (b[3] - b[1])
         return b[0] - pad < c.x + c.w and b[2] + pad > c.x and b[1] - pad < c.y + c.h and b[3] + pad > c.y
 
-    def random_person(self, c: Canvas, q) -> np.ndarray:
+    def _person(self, c: Canvas, q) -> np.ndarray:
         own = draw_person(c, q[2], q[3], self.scene.light)
         c.owner[own] = q[1]
         return own
