@@ -7,11 +7,14 @@ __all__ = ['paper', 'exceptions', 'mean_interval', 'verdict', 'verdict_text', 'r
            'judge']
 
 # %% ../../nbs/9_companion/01_claims.ipynb #3c272a5e
-import re, subprocess
+import re
+import subprocess
 from functools import lru_cache
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from ..core.files import project_root
 from ..core.settings import STAGES
 
@@ -22,7 +25,11 @@ def paper(
     "A table or figure of the CION paper as data (`reports/paper/README.md` says where each value was read)."
     folder = project_root() / "reports" / "paper"
     file = folder / f"{name}.csv"
-    if not file.exists(): raise ValueError(f"the paper's {name!r} is not in {folder}: there are {', '.join(sorted(p.stem for p in folder.glob('*.csv')))}")
+    if not file.exists():
+        raise ValueError(
+            f"the paper's {name!r} is not in {folder}: there are "
+            f"{', '.join(sorted(p.stem for p in folder.glob('*.csv')))}"
+        )
     return pd.read_csv(file)
 
 # %% ../../nbs/9_companion/01_claims.ipynb #5c68f1f0
@@ -44,7 +51,7 @@ def exceptions(
 def mean_interval(
     values,                   # one value a seed
     confidence: float = 0.95,
-) -> tuple[float, float, float]:   # mean, standard deviation, half-width of the interval; NaN where there are too few values
+) -> tuple[float, float, float]:   # mean, standard deviation, half-width of the interval; NaN: too few values
     "Mean, standard deviation and Student's interval of a few values."
     from scipy import stats
     x = np.asarray([v for v in values if v is not None and np.isfinite(v)], float)
@@ -58,10 +65,12 @@ def verdict(
     better,                     # scores of the method that the paper puts first, one a seed
     worse,                      # scores of the other, same seeds in the same order
     confidence: float = 0.95,
-) -> dict:                      # verdict, difference, half-width, seeds
-    "*agrees*, *contradicts*, *not resolved* (the interval of the paired difference holds zero, or one seed only) or *not run*."
+) -> dict:  # verdict, difference, half-width, seeds
+    """*agrees*, *contradicts*, *not resolved* (the interval of the paired difference holds zero, or one seed only)
+    or *not run*."""
     better, worse = np.asarray(better, float), np.asarray(worse, float)
-    if len(better) != len(worse): raise ValueError(f"{len(better)} and {len(worse)} seeds cannot be paired: run both methods with the same seeds")
+    if len(better) != len(worse):
+        raise ValueError(f"{len(better)} and {len(worse)} seeds cannot be paired: run both methods with the same seeds")
     if not len(better): return dict(verdict="not run", difference=None, half_width=None, seeds=0)
     mean, _, half = mean_interval(better - worse, confidence)
     word = "not resolved" if np.isnan(half) or abs(mean) <= half else "agrees" if mean > 0 else "contradicts"
@@ -71,14 +80,16 @@ def verdict_text(claim: str, v: dict) -> str:
     "One line a reader can quote."
     if v["difference"] is None: return f"{claim}: {v['verdict']}"
     half = "" if v["half_width"] is None else f" ± {100 * v['half_width']:.1f}"
-    return f"{claim}: {v['verdict']} ({100 * v['difference']:+.1f}{half} points, {v['seeds']} seed{'s' * (v['seeds'] != 1)})"
+    seeds = f"{v['seeds']} seed{'s' * (v['seeds'] != 1)}"
+    return f"{claim}: {v['verdict']} ({100 * v['difference']:+.1f}{half} points, {seeds})"
 
 # %% ../../nbs/9_companion/01_claims.ipynb #82d1a696
 def rooms_of(
     stage: str,                  # "pretrain", "finetune", "usl", "uda"
     commit: str | None = None,   # None: as the files are now
-) -> list[str]:                  # "folder/room", sorted; "room" in commits before there were folders
-    "The rooms that a stage's numbers depend on: its own and all that it imports, but for `settings` and `runs`, whose say is the recipe."
+) -> list[str]:  # "folder/room", sorted; "room" in commits before there were folders
+    """The rooms that a stage's numbers depend on: its own and all that it imports, but for `settings` and `runs`,
+    whose say is the recipe."""
     known, todo, found = _modules(commit), [STAGES[stage]], set()
     if todo[0] not in known: todo = [Path(todo[0]).name]
     while todo:
@@ -101,17 +112,32 @@ def other_sources(
     try:
         rooms = rooms_of(stage, one), rooms_of(stage, other)
         if len({any("/" in room for room in r) for r in rooms}) > 1: return ("what has moved between folders since",)
-        return tuple(r for r in sorted({*rooms[0], *rooms[1]}) if r not in rooms[0] or r not in rooms[1] or _code(r, one) != _code(r, other))
-    except (OSError, subprocess.SubprocessError): return ("what git cannot tell here",)
+        return tuple(
+            r
+            for r in sorted({*rooms[0], *rooms[1]})
+            if r not in rooms[0] or r not in rooms[1] or _code(r, one) != _code(r, other)
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ("what git cannot tell here",)
 
+# %% ../../nbs/9_companion/01_claims.ipynb #19760afe
 def _git(*arguments) -> str:
-    return subprocess.run(["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
+    return subprocess.run(
+        ["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, timeout=20, check=True
+    ).stdout
+
 
 @lru_cache(None)
 def _modules(commit) -> frozenset:
     "The modules of the package, as folder/room."
-    if commit is None: names = [f.relative_to(project_root() / "cion_nb").as_posix() for f in (project_root() / "cion_nb").rglob("*.py")]
-    else: names = [n.removeprefix("cion_nb/") for n in _git("ls-tree", "-r", "--name-only", commit, "cion_nb/").splitlines()]
+    if commit is None:
+        names = [
+            f.relative_to(project_root() / "cion_nb").as_posix() for f in (project_root() / "cion_nb").rglob("*.py")
+        ]
+    else:
+        names = [
+            n.removeprefix("cion_nb/") for n in _git("ls-tree", "-r", "--name-only", commit, "cion_nb/").splitlines()
+        ]
     return frozenset(n.removesuffix(".py") for n in names if n.endswith(".py"))
 
 @lru_cache(None)
@@ -125,7 +151,10 @@ def commits_text(rows: pd.DataFrame, column: str) -> str:
     "Which commits made the runs of each arm, in one line; empty where no row says."
     if "commit" not in rows or not rows.commit.notna().any(): return ""
     counts = rows.groupby([column, "commit"], sort=False).size()
-    arms = [f"{arm} {', '.join(f'{commit} ({n})' for commit, n in part.droplevel(0).items())}" for arm, part in counts.groupby(level=0, sort=False)]
+    arms = [
+        f"{arm} {', '.join(f'{commit} ({n})' for commit, n in part.droplevel(0).items())}"
+        for arm, part in counts.groupby(level=0, sort=False)
+    ]
     return "Commits that made the runs (how many): " + "; ".join(arms) + "."
 
 # %% ../../nbs/9_companion/01_claims.ipynb #afde3281
@@ -138,17 +167,34 @@ def judge(
     failed: dict | None = None,  # arm -> why a run of it failed
 ) -> str:
     "One line: the verdict on *better above worse*, seeds paired; a failed arm and arms of different sources are named."
-    arms = {arm: rows[rows[column] == arm].dropna(subset=[score]) if len(rows) and score in rows else pd.DataFrame(columns=["seed", score]) for arm in (better, worse)}
-    pairs = pd.concat({arm: part.groupby("seed")[score].mean().astype(float) for arm, part in arms.items()}, axis=1).dropna()
+    arms = {
+        arm: rows[rows[column] == arm].dropna(subset=[score])
+        if len(rows) and score in rows
+        else pd.DataFrame(columns=["seed", score])
+        for arm in (better, worse)
+    }
+    pairs = pd.concat(
+        {arm: part.groupby("seed")[score].mean().astype(float) for arm, part in arms.items()}, axis=1
+    ).dropna()
     lost = "; ".join(f"{arm} failed ({why})" for arm, why in (failed or {}).items() if arm in arms)
     if lost and pairs.empty: return f"{claim}: not resolved: {lost}"
     said = verdict_text(claim, verdict(pairs[better].to_numpy(), pairs[worse].to_numpy()))
     apart = _apart(*(arms[arm][arms[arm].seed.isin(pairs.index)] for arm in (better, worse)))
-    return "; ".join([said, *([f"in other seeds {lost}"] if lost else []), *([f"caution, the arms were made by different programs: {apart}"] if apart else [])])
+    return "; ".join(
+        [
+            said,
+            *([f"in other seeds {lost}"] if lost else []),
+            *([f"caution, the arms were made by different programs: {apart}"] if apart else []),
+        ]
+    )
+
 
 def _apart(one, other):
     "In what two arms' programs differ, in words."
     if not {"run", "commit"} <= set(one) & set(other): return ""
     pairs = one.merge(other, on="seed", suffixes=("", "_other")).dropna(subset=["commit", "commit_other"])
-    found = {(p.commit, p.commit_other): other_sources(p.commit, p.commit_other, str(p.run).split("-")[0]) for p in pairs.itertuples()}
+    found = {
+        (p.commit, p.commit_other): other_sources(p.commit, p.commit_other, str(p.run).split("-")[0])
+        for p in pairs.itertuples()
+    }
     return "; ".join(f"{', '.join(rooms)} between {a} and {b}" for (a, b), rooms in found.items() if rooms)

@@ -76,12 +76,24 @@ def from_here(changes: dict) -> dict:
     if Path.cwd() == project_root(): return changes
     def is_path(name, value):
         if not isinstance(value, str) or value == "imagenet": return False
-        return name in PATHS and (name != "identities" or os.path.exists(value)) or name in ("data", "test_data") and value.endswith(".parquet")
-    return {name: str(Path(value).expanduser().absolute()) if is_path(name, value) else value for name, value in changes.items()}
+        return (
+            name in PATHS
+            and (name != "identities" or os.path.exists(value))
+            or name in ("data", "test_data")
+            and value.endswith(".parquet")
+        )
+
+    return {
+        name: str(Path(value).expanduser().absolute()) if is_path(name, value) else value
+        for name, value in changes.items()
+    }
 
 # %% ../../nbs/9_companion/04_commands.ipynb #64bebc09
 def _set(parser, of: str) -> None:
-    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help=f"{of}; values as JSON, or text")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help=f"{of}; values as JSON, or text"
+    )
+
 
 def _here(path) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
@@ -90,19 +102,34 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
     "`I/N` as numbers, 0 <= I < N."
     if text is None: return None
     i, slash, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)): raise ValueError(f"--shard {text!r}: write I/N, such as 0/8; I is counted from 0")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise ValueError(f"--shard {text!r}: write I/N, such as 0/8; I is counted from 0")
     return int(i), int(n)
 
 # %% ../../nbs/9_companion/04_commands.ipynb #5ae2232c
 def _track_arguments(parser):
-    parser.add_argument("videos", nargs="+", help="video files, folders of numbered images, or patterns such as img1/%%06d.jpg")
+    parser.add_argument(
+        "videos", nargs="+", help="video files, folders of numbered images, or patterns such as img1/%%06d.jpg"
+    )
     parser.add_argument("--out", required=True, help="folder for crops, tables and detections")
-    parser.add_argument("--detector", default="torchvision", help='"hog", "torchvision", a YOLOX .onnx file, or a MOT .txt file (default: %(default)s)')
-    parser.add_argument("--tracker", default="bytetrack", help="a tracker of the library `trackers` (default: %(default)s)")
+    parser.add_argument(
+        "--detector",
+        default="torchvision",
+        help='"hog", "torchvision", a YOLOX .onnx file, or a MOT .txt file (default: %(default)s)',
+    )
+    parser.add_argument(
+        "--tracker", default="bytetrack", help="a tracker of the library `trackers` (default: %(default)s)"
+    )
     parser.add_argument("--camids", type=int, nargs="+", help="a camera number for each video")
     parser.add_argument("--skip-unreadable", action="store_true", help="warn and go on where a video cannot be read")
-    parser.add_argument("--shard", metavar="I/N", help="only every N-th video from the I-th on, counted from 0; the same command without it joins the tables")
-    parser.add_argument("--check", action="store_true", help="only see whether videos, detector and settings make sense")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only every N-th video from the I-th on, counted from 0; the same command without it joins the tables",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only see whether videos, detector and settings make sense"
+    )
     _set(parser, "settings of `track`: stride, min_height, min_score, tracker_settings, …")
 
 @command("Videos to person crops: detect, track, cut.", "one or several videos",
@@ -118,13 +145,19 @@ def track(args):
     samples = track_videos(videos, _here(args.out), detector, camids=args.camids, shard=shard_of(args.shard),
                            on_unreadable="skip" if args.skip_unreadable else "raise", **settings)
     if args.shard: return print(f"{len(samples):,} crops of this shard")
-    print(f"{len(samples):,} crops, {samples.tracklet.nunique():,} tracklets, {samples.video.nunique():,} videos: {_here(args.out) / 'samples.parquet'}")
+    print(
+        f"{len(samples):,} crops, {samples.tracklet.nunique():,} tracklets, {samples.video.nunique():,} videos: "
+        f"{_here(args.out) / 'samples.parquet'}"
+    )
+
 
 def _check_videos(videos, detector, args) -> None:
     from cion_nb.data.detectors import create_detector
     from cion_nb.data.tracking import create_tracker
     from cion_nb.data.videos import UnreadableVideo, Video
-    if args.camids and len(args.camids) != len(videos): raise ValueError(f"{len(args.camids)} camids for {len(videos)} videos: one each")
+
+    if args.camids and len(args.camids) != len(videos):
+        raise ValueError(f"{len(args.camids)} camids for {len(videos)} videos: one each")
     shard_of(args.shard)
     for video in videos:
         try: Video(video)
@@ -135,8 +168,12 @@ def _check_videos(videos, detector, args) -> None:
 
 # %% ../../nbs/9_companion/04_commands.ipynb #aadbb75e
 def _extract_arguments(parser):
-    parser.add_argument("samples", help="a samples .parquet, or the name of a data set with --root: market1501, msmt17, …")
-    parser.add_argument("--model", required=True, help="a run's folder, a saved backbone (.safetensors), or an .onnx file")
+    parser.add_argument(
+        "samples", help="a samples .parquet, or the name of a data set with --root: market1501, msmt17, …"
+    )
+    parser.add_argument(
+        "--model", required=True, help="a run's folder, a saved backbone (.safetensors), or an .onnx file"
+    )
     parser.add_argument("--out", required=True, help="folder of the features")
     parser.add_argument("--root", help="folder that image paths are relative to (default: the folder of the .parquet)")
     parser.add_argument("--check", action="store_true", help="only see whether table, model and settings make sense")
@@ -144,7 +181,8 @@ def _extract_arguments(parser):
 
 @command("Person images to features.", "a table of images and a model",
          "OUT/features.npy, a row an image, and OUT/samples.parquet, row beside row; goes on where it was killed",
-         "extract tracks/samples.parquet --model backbone.safetensors --out features --set flip=true", _extract_arguments)
+         "extract tracks/samples.parquet --model backbone.safetensors --out features --set "
+         "flip=true", _extract_arguments)
 def extract(args):
     from cion_nb.models.features import extract
     settings = read_settings(args.set, names_of(extract), "extract setting")
@@ -157,7 +195,11 @@ def _check_images(samples, root) -> None:
     "The first and the last image are there."
     if not len(samples): raise ValueError("the table is empty")
     for path in samples.path.iloc[[0, -1]]:
-        if not (root / path).is_file(): raise FileNotFoundError(f"no image {root / path}: --root names the folder that the table's paths start from")
+        if not (root / path).is_file():
+            raise FileNotFoundError(
+                f"no image {root / path}: --root names the folder that the table's paths start from"
+            )
+
 
 def _table(name: str, root: str | None):
     "The samples that a command names, and the root of their paths."
@@ -174,8 +216,15 @@ def _model(path: str):
 
 # %% ../../nbs/9_companion/04_commands.ipynb #60124e4a
 def _features_arguments(parser):
-    parser.add_argument("features", help="the folder that `extract` wrote, or an (N, D) .npy file; it is mapped, not loaded")
-    parser.add_argument("samples", nargs="?", help="the table beside an .npy file: a samples .parquet, row i of one is row i of the other")
+    parser.add_argument(
+        "features", help="the folder that `extract` wrote, or an (N, D) .npy file; it is mapped, not loaded"
+    )
+    parser.add_argument(
+        "samples",
+        nargs="?",
+        help="the table beside an .npy file: a samples .parquet, row i of one is row i of the other",
+    )
+
 
 def open_features(
     features: str,               # a folder of `extract`, or an .npy file
@@ -190,14 +239,24 @@ def open_features(
         from cion_nb.core.store import Features
         Features.open(features)
         features, samples = features / "features.npy", features / "samples.parquet"
-    if samples is None: raise ValueError(f"{features} needs its table: name the samples .parquet after it, or the folder that `extract` wrote")
+    if samples is None:
+        raise ValueError(
+            f"{features} needs its table: name the samples .parquet after it, or the folder that `extract` wrote"
+        )
     try: x = np.load(features, mmap_mode="r")
     except (ValueError, EOFError): x = None
     if not isinstance(x, np.ndarray):
-        raise ValueError(f"{features} is not one whole .npy array: write the (N, D) features with np.save, or take the folder of `extract`")
+        raise ValueError(
+            f"{features} is not one whole .npy array: write the (N, D) features with np.save, or take the folder of "
+            f"`extract`"
+        )
     wanted, samples = {"path", "video", "tracklet", "frame", "x", "y", "w", "h"}, _here(samples)
-    try: table = pq.read_table(samples, columns=[c for c in pq.read_schema(samples).names if c in wanted], read_dictionary=["video"])
-    except pa.ArrowInvalid as e: raise ValueError(f"{samples} is not a parquet file ({e}): write the table with write_samples") from None
+    try:
+        table = pq.read_table(
+            samples, columns=[c for c in pq.read_schema(samples).names if c in wanted], read_dictionary=["video"]
+        )
+    except pa.ArrowInvalid as e:
+        raise ValueError(f"{samples} is not a parquet file ({e}): write the table with write_samples") from None
     return x, table.to_pandas(split_blocks=True, self_destruct=True)
 
 # %% ../../nbs/9_companion/04_commands.ipynb #9f130508
@@ -216,14 +275,20 @@ def calibrate(args):
     found = calibrate(*open_features(args.features, args.samples), **settings)
     print(found, found.errors.round(4).to_string(), sep="\n")
     where = " ".join(x for x in (args.features, args.samples) if x)
-    print(f"cion_nb denoise {where} --out identities --set " + " ".join(f"{k}={json.dumps(v)}" for k, v in found.parameters.items()))
-    if args.json: write_json(_here(args.json), dict(parameters=found.parameters, warnings=found.warnings, notes=found.notes))
+    print(
+        f"cion_nb denoise {where} --out identities --set "
+        + " ".join(f"{k}={json.dumps(v)}" for k, v in found.parameters.items())
+    )
+    if args.json:
+        write_json(_here(args.json), dict(parameters=found.parameters, warnings=found.warnings, notes=found.notes))
 
 # %% ../../nbs/9_companion/04_commands.ipynb #352b5528
 def _denoise_arguments(parser):
     _features_arguments(parser)
     parser.add_argument("--out", required=True, help="folder of the result")
-    parser.add_argument("--step", choices=("videos", "links"), help="compute one shard of this step instead of everything")
+    parser.add_argument(
+        "--step", choices=("videos", "links"), help="compute one shard of this step instead of everything"
+    )
     parser.add_argument("--shard", metavar="I/N", help="with --step: which shard of how many, counted from 0")
     parser.add_argument("--check", action="store_true", help="only see whether files and settings make sense")
     parser.add_argument("--device", default="cpu")
@@ -231,27 +296,42 @@ def _denoise_arguments(parser):
     _set(parser, "settings of `denoise`: sigma_cst, sigma_drm, half_width, levels, link, measure, …")
 
 @command("Tracklets to identities: progressive multi-level denoising (Eq. 4-7).", "features and their table",
-         "OUT/provenance.parquet, a row an image with its identity and why, and tables of tracklets and links; goes on where it was killed",
+         "OUT/provenance.parquet, a row an image with its identity and why, and tables of tracklets and links; goes "
+         "on where it was killed",
          "denoise features --out identities --set sigma_cst=0.2 sigma_drm=0.18", _denoise_arguments)
 def denoise(args):
-    from cion_nb.identities.denoise import SETTINGS, check_machine, check_settings, check_table, denoise, denoise_shard
+    from cion_nb.identities.denoise import check_machine, check_settings, check_table, denoise, denoise_shard, SETTINGS
     settings = read_settings(args.set, SETTINGS, "denoise setting")
     if (args.shard is None) != (args.step is None): raise ValueError("--step and --shard go together")
     shard, shards = shard_of(args.shard) or (0, 1)
-    check_machine(args.device, args.workers); check_settings(**(SETTINGS | settings))
+    check_machine(args.device, args.workers)
+    check_settings(**(SETTINGS | settings))
     features, samples = open_features(args.features, args.samples)
     machine = dict(device=args.device, workers=args.workers)
     if args.check: check_table(features, samples)
     elif args.step is None: print(denoise(features, samples, out=_here(args.out), **machine, **settings))
-    else: print(denoise_shard(features, samples, _here(args.out), args.step, shard, shards, **machine, **settings), "pieces")
+    else:
+        print(
+            denoise_shard(features, samples, _here(args.out), args.step, shard, shards, **machine, **settings), "pieces"
+        )
 
 # %% ../../nbs/9_companion/04_commands.ipynb #9de950c7
 def _training_arguments(parser):
     parser.add_argument("--recipe", metavar="FILE", help="a recipe.json; the other arguments then change it")
     parser.add_argument("--profile", default="tiny", help=f"one of {', '.join(PROFILES)} (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run it with N seeds, from the recipe's own on, and tell mean and standard deviation of its scores")
-    parser.add_argument("--check", action="store_true", help="only see whether the settings make sense, and print the recipe")
-    parser.add_argument("--dependencies", action="store_true", help="compute what it starts from, where it can be made here, and stop")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run it with N seeds, from the recipe's own on, and tell mean and standard deviation of its scores",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only see whether the settings make sense, and print the recipe"
+    )
+    parser.add_argument(
+        "--dependencies", action="store_true", help="compute what it starts from, where it can be made here, and stop"
+    )
     _set(parser, "settings of the recipe: data, data_root, backbone, weights, lr, epochs, …")
 
 def recipe_of(stage: str, args) -> dict:
@@ -262,7 +342,11 @@ def recipe_of(stage: str, args) -> dict:
     if not args.recipe: return recipe(stage, args.profile, **changes)
     base = read_json(_here(args.recipe))
     if not isinstance(base, dict) or base.get("stage") != stage:
-        raise ValueError(f"{args.recipe} is {'a recipe of stage ' + repr(base.get('stage')) if isinstance(base, dict) else 'no recipe'}, not of {stage!r}")
+        raise ValueError(
+            f"{args.recipe} is "
+                f"{'a recipe of stage ' + repr(base.get('stage')) if isinstance(base, dict) else 'no recipe'}, not of "
+                f"{stage!r}"
+        )
     try: return recipe(**base | changes)
     except TypeError as e: raise ValueError(f"{args.recipe}: {e}") from None
 
@@ -270,8 +354,9 @@ def recipe_of(stage: str, args) -> dict:
 def _train(stage: str, args) -> None:
     "Run a training for each seed, print the runs' folders and the spread of their scores."
     from importlib import import_module
+
     from cion_nb.core.files import runs_dir
-    from cion_nb.core.runs import MissingRun, Run, dependencies, is_main_process, over_seeds, show_mean
+    from cion_nb.core.runs import dependencies, is_main_process, MissingRun, over_seeds, Run, show_mean
     from cion_nb.core.settings import STAGES
     if args.seeds < 1: raise ValueError(f"--seeds {args.seeds}: at least 1")
     asked = recipe_of(stage, args)
@@ -288,18 +373,32 @@ def _train(stage: str, args) -> None:
     for name in found.run: print(runs_dir() / name)
     scores = [s for s in ("mAP", "rank1", "mINP") if s in found]
     if args.seeds > 1 and scores:
-        print(f"seeds {', '.join(map(str, found.seed))} (mean ± sd, %): " + ", ".join(f"{s} {show_mean(found[s])}" for s in scores))
+        print(
+            f"seeds {', '.join(map(str, found.seed))} (mean ± sd, %): "
+            + ", ".join(f"{s} {show_mean(found[s])}" for s in scores)
+        )
+
 
 def _check_data(recipe: dict) -> None:
     "What a recipe reads is there: its folders and files, and the tables of data sets that are lists of names."
     from cion_nb.data.datasets import read_data
     for name in PATHS:
         value = recipe.get(name)
-        if isinstance(value, str) and value != "imagenet" and ("/" in value or name.endswith("root")) and not _resolved(value).exists():
+        if (
+            isinstance(value, str)
+            and value != "imagenet"
+            and ("/" in value or name.endswith("root"))
+            and not _resolved(value).exists()
+        ):
             raise FileNotFoundError(f"{name}={value}: there is no such file or folder")
-    if isinstance(recipe["data"], str) and recipe["data"] != "cion_al": read_data(recipe, "tracklets" if recipe["stage"] == "pretrain" else "train")
+    if isinstance(recipe["data"], str) and recipe["data"] != "cion_al":
+        read_data(recipe, "tracklets" if recipe["stage"] == "pretrain" else "train")
     elif recipe["data"] == "cion_al" and not (recipe["data_root"] and recipe["annotation"]):
-        raise ValueError("data 'cion_al' needs data_root= and annotation=: the folder of the images, and the JSON list of {id, file_path}")
+        raise ValueError(
+            "data 'cion_al' needs data_root= and annotation=: the folder of the images, and the JSON list of "
+            "{id, file_path}"
+        )
+
 
 def _resolved(value: str) -> Path:
     from cion_nb.core.files import resolve
@@ -312,63 +411,104 @@ def _resolved(value: str) -> Path:
          "pretrain --profile small --set data=mine.parquet data_root=my_tracklets", _training_arguments)
 def pretrain(args): return _train("pretrain", args)
 
-@command("Fine-tune a backbone on labelled people, and test it.", "a data set with train, query and gallery; a backbone in weights=",
+@command("Fine-tune a backbone on labelled people, and test it.", "a data set with train, query and gallery; a "
+                                                                  "backbone in weights=",
          "a run's folder with the network, features of the test images, mAP and CMC",
-         "finetune --profile paper --set data=market1501 data_root=/data/Market-1501 weights=backbone.safetensors --seeds 3", _training_arguments)
+         "finetune --profile paper --set data=market1501 data_root=/data/Market-1501 weights=backbone.safetensors "
+         "--seeds 3", _training_arguments)
 def finetune(args): return _train("finetune", args)
 
-@command("Adapt a backbone to a data set without its labels: cluster contrast.", "train images, no labels; a backbone in weights=",
+@command("Adapt a backbone to a data set without its labels: cluster contrast.", "train images, no labels; a backbone "
+                                                                                 "in weights=",
          "a run's folder with the network, the clusters of every epoch, mAP and CMC",
-         "usl --profile paper --set data=market1501 data_root=/data/Market-1501 weights=backbone.safetensors", _training_arguments)
+         "usl --profile paper --set data=market1501 data_root=/data/Market-1501 "
+         "weights=backbone.safetensors", _training_arguments)
 def usl(args): return _train("usl", args)
 
-@command("The same from a network fine-tuned on another, labelled data set.", "train images of the target, no labels; weights= of the source",
+@command("The same from a network fine-tuned on another, labelled data set.", "train images of the target, no labels; "
+                                                                              "weights= of the source",
          "a run's folder as `usl` makes it",
-         "uda --profile paper --set data=market1501 data_root=/data/Market-1501 weights=runs/finetune-…/backbone.safetensors", _training_arguments)
+         "uda --profile paper --set data=market1501 data_root=/data/Market-1501 "
+         "weights=runs/finetune-…/backbone.safetensors", _training_arguments)
 def uda(args): return _train("uda", args)
 
 # %% ../../nbs/9_companion/04_commands.ipynb #21f80db3
 def _score_arguments(parser):
     parser.add_argument("model", help="a run's folder, a saved backbone (.safetensors), or an .onnx file")
-    parser.add_argument("--data", required=True, help="market1501, msmt17, cuhk03np_labeled, viper_0, …, or a samples .parquet")
+    parser.add_argument(
+        "--data", required=True, help="market1501, msmt17, cuhk03np_labeled, viper_0, …, or a samples .parquet"
+    )
     parser.add_argument("--data-root", help="folder of that data set")
-    parser.add_argument("--protocol", default="market", help="market, no_camera, clothes_changing, … (default: %(default)s)")
+    parser.add_argument(
+        "--protocol", default="market", help="market, no_camera, clothes_changing, … (default: %(default)s)"
+    )
     parser.add_argument("--flip", action="store_true", help="average with mirrored images")
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
     parser.add_argument("--draws", type=int, default=0, help="one gallery image a person, this many times")
-    parser.add_argument("--tracklets", action="store_true", default=None, help="mean features of whole tracklets (mars: always)")
-    parser.add_argument("--distractors", type=int, nargs="*", help="pids that are nobody in particular, for --draws (default: those of the data set)")
+    parser.add_argument(
+        "--tracklets", action="store_true", default=None, help="mean features of whole tracklets (mars: always)"
+    )
+    parser.add_argument(
+        "--distractors",
+        type=int,
+        nargs="*",
+        help="pids that are nobody in particular, for --draws (default: those of the data set)",
+    )
     parser.add_argument("--out", help="folder of the features")
     parser.add_argument("--json", metavar="FILE", help="write the score there too, with the machine it was made on")
     _set(parser, "the same by name: protocol, flip, reranked, draws, tracklets, distractors")
 
-@command("Score a model on query and gallery of a data set.", "a model and a data set", "mAP, CMC and mINP under a protocol; features are kept and resumed",
+@command("Score a model on query and gallery of a data set.", "a model and a data set", "mAP, CMC and mINP under a "
+    "protocol; features are kept and resumed",
          "score runs/finetune-… --data market1501 --data-root /data/Market-1501 --rerank", _score_arguments)
 def score(args):
     from cion_nb.companion.score import score
     from cion_nb.core.files import write_json
     from cion_nb.core.runs import environment
     from cion_nb.retrieval.evaluate import PROTOCOLS
-    asked = dict(protocol=args.protocol, flip=args.flip, reranked=args.rerank, draws=args.draws, tracklets=args.tracklets, distractors=args.distractors)
+
+    asked = dict(
+        protocol=args.protocol,
+        flip=args.flip,
+        reranked=args.rerank,
+        draws=args.draws,
+        tracklets=args.tracklets,
+        distractors=args.distractors,
+    )
     asked |= read_settings(args.set, asked, "score setting")
     refuse_unknown("protocol", asked["protocol"], PROTOCOLS)
     data = str(_here(args.data)) if args.data.endswith(".parquet") else args.data
     root = None if args.data_root is None else str(_here(args.data_root))
     found = score(_model(args.model), data, root, out=_here(args.out), **asked)
-    told = dict(model=str(args.model), data=args.data, flip=asked["flip"], reranked=asked["reranked"], environment=environment())
+    told = dict(
+        model=str(args.model), data=args.data, flip=asked["flip"], reranked=asked["reranked"], environment=environment()
+    )
     if args.json: write_json(_here(args.json), found.asdict() | told)
     print(f"{found}" + ", mirrored images averaged in" * bool(asked["flip"]) + ", re-ranked" * bool(asked["reranked"]))
 
 # %% ../../nbs/9_companion/04_commands.ipynb #b5a46286
 def _export_arguments(parser):
     parser.add_argument("what", help="a model (run's folder, .safetensors), or a folder that `denoise` wrote")
-    parser.add_argument("out", help="a model: FILE.onnx or FILE.pt (TorchScript); identities: a file, or a folder for --format tracklets")
+    parser.add_argument(
+        "out",
+        help="a model: FILE.onnx or FILE.pt (TorchScript); identities: a file, or a folder for --format tracklets",
+    )
     parser.add_argument("--samples", help="identities: the table that was denoised")
-    parser.add_argument("--format", default="cion_al", help="identities: cion_al (JSON), csv, or tracklets (a tree of images; needs --root)")
+    parser.add_argument(
+        "--format",
+        default="cion_al",
+        help="identities: cion_al (JSON), csv, or tracklets (a tree of images; needs --root)",
+    )
     parser.add_argument("--root", help="identities: folder of the images")
-    _set(parser, "settings of `export_onnx`, `export_torchscript` (normalise, tolerance, …) or of the identities' `export` (link, discarded)")
+    _set(
+        parser,
+        "settings of `export_onnx`, `export_torchscript` (normalise, tolerance, …) or of the identities' `export` "
+        "(link, discarded)",
+    )
 
-@command("Out of Python: a model as ONNX or TorchScript, identities as files for other programs.", "a model, or a denoised folder with its table",
+
+@command("Out of Python: a model as ONNX or TorchScript, identities as files for other "
+         "programs.", "a model, or a denoised folder with its table",
          "a file that was compared with what it was made from", "export runs/finetune-… model.onnx", _export_arguments)
 def export(args):
     if (_here(args.what) / "denoised.json").is_file(): return _export_identities(args)
@@ -384,13 +524,24 @@ def _export_identities(args):
     from cion_nb.identities.explain import export
     if args.samples is None: raise ValueError("identities need --samples: the table that was denoised")
     settings = read_settings(args.set, names_of(export, "format", "root"), "export setting")
-    print(export(Denoised.load(_here(args.what)), read_samples(_here(args.samples)), _here(args.out), format=args.format, root=_here(args.root), **settings))
+    print(
+        export(
+            Denoised.load(_here(args.what)),
+            read_samples(_here(args.samples)),
+            _here(args.out),
+            format=args.format,
+            root=_here(args.root),
+            **settings,
+        )
+    )
 
 # %% ../../nbs/9_companion/04_commands.ipynb #90c08d55
 def _reproduce_arguments(parser):
     parser.add_argument("--profile", default="tiny", choices=PROFILES, help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="PAGE", help="these pages only, e.g. table4 figure4")
-    parser.add_argument("--recipe", metavar="FILE", help="compute the run of this recipe.json and what it depends on, then stop")
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="compute the run of this recipe.json and what it depends on, then stop"
+    )
     parser.add_argument("--serve", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)          # a worker of make_runs
     _set(parser, "papermill parameters of the pages, e.g. seeds=5")
 
@@ -428,7 +579,8 @@ def runs(args):
         freed = prune_runs(*args.runs, requests=args.requests, dry_run=args.dry_run, **settings)
         return print(f"{'would free' if args.dry_run else 'freed'} {freed / 1e6:,.1f} MB")
     table = list_runs(*args.runs)
-    if not len(table): raise LookupError(f"no run in {runs_dir()}" + (f" is called {' or '.join(args.runs)}" if args.runs else ""))
+    if not len(table):
+        raise LookupError(f"no run in {runs_dir()}" + (f" is called {' or '.join(args.runs)}" if args.runs else ""))
     if args.action == "list": return print(table.to_string(index=False))
     if len(table) > 1: raise ValueError(f"{len(table)} runs are called so: {', '.join(table.run[:4])}, …; show one")
     print(show_run(table.run[0]))
@@ -439,14 +591,23 @@ def make_parser(name: str | None = None) -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     if name:
         c = COMMANDS[name]
-        parser = argparse.ArgumentParser(prog=f"cion_nb {name}", formatter_class=plain, epilog=f"example:\n  cion_nb {c.example}",
-                                         description=f"{c.does}\n\ntakes: {c.takes}\ngives: {c.gives}")
+        parser = argparse.ArgumentParser(
+            prog=f"cion_nb {name}",
+            formatter_class=plain,
+            epilog=f"example:\n  cion_nb {c.example}",
+            description=f"{c.does}\n\ntakes: {c.takes}\ngives: {c.gives}",
+        )
         c.arguments(parser)
         return parser
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {c.name:{width}}  {c.does}" for c in COMMANDS.values())
-    parser = argparse.ArgumentParser(prog="cion_nb", formatter_class=plain, description="A notebook-first, reproducible companion to CION.",
-                                     epilog=f"commands:\n{listed}\n\n`cion_nb COMMAND --help` says what it takes, what it gives, and shows an example.")
+    parser = argparse.ArgumentParser(
+        prog="cion_nb",
+        formatter_class=plain,
+        description="A notebook-first, reproducible companion to CION.",
+        epilog=f"commands:\n{listed}\n\n`cion_nb COMMAND --help` says what it takes, what it gives, and shows an "
+               f"example.",
+    )
     parser.add_argument("command", help="one of the commands below")
     parser.add_argument("--version", action="store_true", help="print the version")
     return parser
@@ -463,8 +624,12 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e: return print(f"cion_nb: error: {e}", file=sys.stderr) or 2
     args = make_parser(argv[0]).parse_args(argv[1:])
     try: return int(COMMANDS[argv[0]].run(args) or 0)
-    except (ValueError, TypeError, LookupError, OSError, ImportError, _busy()) as e: code = 2; said = e
-    except FloatingPointError as e: code = 1; said = e
+    except (ValueError, TypeError, LookupError, OSError, ImportError, _busy()) as e:
+        code = 2
+        said = e
+    except FloatingPointError as e:
+        code = 1
+        said = e
     text = said.args[0] if isinstance(said, KeyError) and said.args else said
     return print(f"cion_nb {argv[0]}: error: {text}", file=sys.stderr) or code
 

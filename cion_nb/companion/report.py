@@ -9,16 +9,19 @@ __all__ = ['KEYS', 'STYLE', 'report_folder', 'write_report', 'read_report', 'com
 # %% ../../nbs/9_companion/02_report.ipynb #6f2ed5e2
 import html
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
-from ..core.files import atomic, read_json, resolve, write_json
-from ..core.settings import PROFILES
-from ..core.runs import environment, show_mean
+
 from .claims import paper
+from ..core.files import atomic, read_json, resolve, write_json
+from ..core.runs import environment, show_mean
+from ..core.settings import PROFILES
 
 # %% ../../nbs/9_companion/02_report.ipynb #2c54993d
 def report_folder(profile: str) -> Path:
-    "`reports/<profile>` of the project; `reports/paper_runs` for the `paper` profile, since `reports/paper` holds the paper's own numbers."
+    """`reports/<profile>` of the project; `reports/paper_runs` for the `paper` profile, since `reports/paper` holds
+    the paper's own numbers."""
     if profile not in PROFILES: raise ValueError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
     return resolve("reports") / ("paper_runs" if profile == "paper" else profile)
 
@@ -30,11 +33,18 @@ def write_report(
     notes: list[str] = (),         # what was assumed, what differs from the paper
     **more,                        # anything else that a figure redraws from
 ) -> Path | None:
-    "Write `reports/<profile>/<name>.json`. The `smoke` profile proves that cells run and leaves no report, and neither do runs that are not there yet."
+    """Write `reports/<profile>/<name>.json`. The `smoke` profile proves that cells run and leaves no report, and
+    neither do runs that are not there yet."""
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
     if profile == "smoke" or not rows: return None
-    return write_json(report_folder(profile) / f"{name}.json", dict(name=name, profile=profile, rows=rows, verdicts=list(verdicts), notes=list(notes),
-                                                                    environment=environment()) | more)
+    return write_json(
+        report_folder(profile) / f"{name}.json",
+        dict(
+            name=name, profile=profile, rows=rows, verdicts=list(verdicts), notes=list(notes), environment=environment()
+        )
+        | more,
+    )
+
 
 def read_report(name: str, profile: str) -> dict | None:
     "A report as its notebook wrote it; None before it ran."
@@ -55,12 +65,20 @@ def compare(
     report = report or read_report(table, profile) or dict(rows=[])
     ours = pd.DataFrame(report["rows"], columns=None if report["rows"] else ["method", "data", "mAP", "rank1"])
     out = []
-    for method in [*(m for m in dict.fromkeys(ours.method) if m not in KEYS[table]), *KEYS[table]]:       # rows the paper does not have stand first
+    # rows the paper does not have stand first
+    for method in [*(m for m in dict.fromkeys(ours.method) if m not in KEYS[table]), *KEYS[table]]:
         line, row = {("", "method"): method}, KEYS[table].get(method)
         for label, column in (("Market-1501", "market"), ("MSMT17", "msmt")):
-            line |= {(f"paper: {label}", name): theirs.loc[row, f"{column}_{key}"] if row else None for name, key in (("mAP", "map"), ("rank-1", "r1"))}
+            line |= {
+                (f"paper: {label}", name): theirs.loc[row, f"{column}_{key}"] if row else None
+                for name, key in (("mAP", "map"), ("rank-1", "r1"))
+            }
         for data, part in ours[ours.method == method].groupby("data"):
-            line |= {(f"ours: {data}", "mAP"): show_mean(part.mAP), (f"ours: {data}", "rank-1"): show_mean(part.rank1), (f"ours: {data}", "seeds"): len(part)}
+            line |= {
+                (f"ours: {data}", "mAP"): show_mean(part.mAP),
+                (f"ours: {data}", "rank-1"): show_mean(part.rank1),
+                (f"ours: {data}", "seeds"): len(part),
+            }
         out.append(line)
     table = pd.DataFrame(out)
     table.columns = pd.MultiIndex.from_tuples(table.columns)
@@ -76,7 +94,10 @@ def tsne(
     from sklearn.manifold import TSNE
     x = np.asarray(features, np.float32)
     if len(x) < 4: raise ValueError(f"t-SNE needs at least 4 points, got {len(x)}")
-    return TSNE(2, perplexity=perplexity or min(30., (len(x) - 1) / 3), init="pca", random_state=seed, metric="cosine").fit_transform(x)
+    return TSNE(
+        2, perplexity=perplexity or min(30.0, (len(x) - 1) / 3), init="pca", random_state=seed, metric="cosine"
+    ).fit_transform(x)
+
 
 def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
     "Mean cosine silhouette of the identities."
@@ -97,41 +118,75 @@ def plot_tsne(
         for i, name in enumerate(names):
             p = points[labels == name]
             ax.scatter(p[:, 0], p[:, 1], s=16, color=colours[i], marker="os^Dv"[i % 5], linewidths=0)
-        ax.set(xticks=[], yticks=[]); ax.set_title(title + ("" if score is None else f"\nsilhouette {score:.2f}"), fontsize=10)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title + ("" if score is None else f"\nsilhouette {score:.2f}"), fontsize=10)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/9_companion/02_report.ipynb #3dbec832
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child{text-align:left}code{background:#f4f4f4;padding:0 .2rem}.agrees{color:#17692b}.contradicts{color:#a11}.open{color:#666}img{max-width:100%}"""
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}
+td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
+th:first-child,td:first-child{text-align:left}
+code{background:#f4f4f4;padding:0 .2rem}
+.agrees{color:#17692b}.contradicts{color:#a11}.open{color:#666}
+img{max-width:100%}"""
 
 def made_text(entries: list[dict]) -> str:
     "One line on the pages of an index: how many were made, which only in part, which not."
-    lost, partial = [e for e in entries if e.get("error")], [e for e in entries if e.get("failed") and not e.get("error")]
-    said = [f"in part, since something failed: {', '.join(e['name'] for e in partial)}"] * bool(partial) + [f"not made: {', '.join(e['name'] for e in lost)}"] * bool(lost)
+    lost = [e for e in entries if e.get("error")]
+    partial = [e for e in entries if e.get("failed") and not e.get("error")]
+    said = []
+    if partial: said.append(f"in part, since something failed: {', '.join(e['name'] for e in partial)}")
+    if lost: said.append(f"not made: {', '.join(e['name'] for e in lost)}")
     return f"{len(entries) - len(lost)} of {len(entries)} pages made, " + ("; ".join(said) or "all of them complete")
 
+# %% ../../nbs/9_companion/02_report.ipynb #8476d743
 def write_index(
     profile: str,
-    entries: list[dict],   # name, title, html (relative path or None), seconds, error (or None), failed (what the page does without)
+    entries: list[dict],   # name, title, html (relative path or None), seconds, error (or None), failed
 ) -> Path:
     "`reports/<profile>/index.html`: every notebook with its verdicts and tables, after a line on what is missing."
-    env, body = environment(), [f"<p class={'open' if made_text(entries).endswith('complete') else 'contradicts'}>{html.escape(made_text(entries))}</p>"]
-    for e in entries:
-        report = read_report(e["name"], profile)
-        body.append(f"<h2>{html.escape(e['title'])}</h2>")
-        if e.get("error"): body.append(f"<p class=contradicts>not made: {html.escape(e['error'])}</p>" + ("<p>What follows is from an earlier run of this page.</p>" if report else ""))
-        if e.get("failed"): body.append("<p class=contradicts>partial, without:</p><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in e["failed"]) + "</ul>")
-        if e.get("html"): body.append(f"<p><a href='{html.escape(e['html'])}'>the executed notebook</a> ({e['seconds']:.0f} s)</p>")
-        for line in (report or {}).get("verdicts", []):
-            word = "agrees" if ": agrees" in line else "contradicts" if ": contradicts" in line else "open"
-            body.append(f"<p class={word}>{html.escape(line)}</p>")
-        if e["name"] in KEYS: body.append(compare(e["name"], profile).to_html(na_rep="", border=0))
-        body += [f"<p><img src='{html.escape(f)}' alt='{html.escape(e['title'])}'></p>" for f in (report or {}).get("figures", [])]
-        if report and report["notes"]: body.append("<ul>" + "".join(f"<li>{html.escape(n)}</li>" for n in report["notes"]) + "</ul>")
-    head = f"<h1>cion_nb: the companion at profile <code>{profile}</code></h1><p>Values under <em>paper</em> are the CION paper's (<code>reports/paper/*.csv</code>). Values under <em>ours</em> come from runs on this machine: {html.escape(env['cpu'])}, {env['cores']} cores, {html.escape(env['device'])}; commit {env['commit']}. Different data: compare orders, not values.</p>"
+    said = made_text(entries)
+    body = [_paragraph(said, "open" if said.endswith("complete") else "contradicts")]
+    for entry in entries: body += _section(entry, read_report(entry["name"], profile), profile)
+    page = f"<title>cion_nb, {profile}</title><style>{STYLE}</style><body>{_head(profile)}{''.join(body)}</body></html>"
     out = report_folder(profile) / "index.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(out) as tmp: tmp.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>cion_nb, {profile}</title><style>{STYLE}</style><body>{head}{''.join(body)}</body></html>", encoding="utf-8")
+    with atomic(out) as tmp: tmp.write_text(f"<!doctype html><html lang=en><meta "
+                                            f"charset=utf-8>{page}", encoding="utf-8")
     return out
+
+def _head(profile: str) -> str:
+    machine = environment()
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}; commit {machine['commit']}"
+    return (f"<h1>cion_nb: the companion at profile <code>{profile}</code></h1><p>Values under <em>paper</em> are the "
+            f"CION paper's "
+            f"(<code>reports/paper/*.csv</code>). Values under <em>ours</em> come from runs on this machine: {html.escape(where)}. "
+            "Different data: compare orders, not values.</p>")
+
+# %% ../../nbs/9_companion/02_report.ipynb #b130d43f
+def _section(entry: dict, report: dict | None, profile: str) -> list[str]:
+    "What the index page says of one notebook."
+    body = [f"<h2>{html.escape(entry['title'])}</h2>"]
+    if entry.get("error"):
+        body.append(_paragraph(f"not made: {entry['error']}", "contradicts"))
+        if report: body.append("<p>What follows is from an earlier run of this page.</p>")
+    if entry.get("failed"): body.append("<p class=contradicts>partial, without:</p>" + _list(entry["failed"]))
+    if entry.get("html"):
+        link = f"<a href='{html.escape(entry['html'])}'>the executed notebook</a>"
+        body.append(f"<p>{link} ({entry['seconds']:.0f} s)</p>")
+    for line in (report or {}).get("verdicts", []): body.append(_paragraph(line, _colour(line)))
+    if entry["name"] in KEYS: body.append(compare(entry["name"], profile).to_html(na_rep="", border=0))
+    for figure in (report or {}).get("figures", []):
+        body.append(f"<p><img src='{html.escape(figure)}' alt='{html.escape(entry['title'])}'></p>")
+    if report and report["notes"]: body.append(_list(report["notes"]))
+    return body
+
+def _paragraph(text: str, kind: str) -> str: return f"<p class={kind}>{html.escape(text)}</p>"
+
+def _list(lines) -> str: return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+def _colour(verdict: str) -> str:
+    return "agrees" if ": agrees" in verdict else "contradicts" if ": contradicts" in verdict else "open"

@@ -9,33 +9,40 @@ __all__ = ['STAGES', 'WORTH_A_PROCESS', 'FAILURES', 'THRESHOLDS', 'TRIALS', 'TIT
            'run_notebook', 'reproduce']
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #80ac2253
-import argparse, json, os, queue, signal, subprocess, sys, threading, time
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+
 import pandas as pd
 import torch
 from fastcore.basics import patch
 from IPython.display import Markdown
-from ..models.backbones import load_backbone
-from ..training.cluster_contrast import uda, usl
-from ..retrieval.protocols import ranked
-from ..identities.denoise import denoise
-from ..retrieval.evaluate import evaluate, RetrievalScore
-from ..core.store import Features
-from ..data.datasets import read_data
-from ..models.features import extract
-from ..training.finetune import finetune
-from ..data.film import make_world, render
-from ..training.pretrain import pretrain
-from ..retrieval.protocols import sides
+
 from .claims import judge
 from .report import made_text, report_folder, write_index, write_report
-from ..core.files import atomic, progress, project_root, read_json, resolve, write_json
-from ..core.settings import PROFILES, TRAININGS, recipe
-from ..core.runs import BusyRun, dependencies, processors, Run
-from ..core.samples import write_samples
 from .score import load_model
+from ..core.files import atomic, progress, project_root, read_json, resolve, write_json
+from ..core.runs import dependencies, processors, Run
+from ..core.samples import write_samples
+from ..core.settings import PROFILES, recipe, TRAININGS
+from ..core.store import Features
+from ..data.datasets import read_data
+from ..data.film import make_world, render
+from ..identities.denoise import denoise
+from ..models.backbones import load_backbone
+from ..models.features import extract
+from ..retrieval.evaluate import evaluate, RetrievalScore
+from ..retrieval.protocols import ranked, sides
+from ..training.cluster_contrast import uda, usl
+from ..training.finetune import finetune
+from ..training.pretrain import pretrain
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #3b6671ed
 def world(recipe: dict) -> Run:
@@ -43,7 +50,9 @@ def world(recipe: dict) -> Run:
     run = Run(recipe)
     with run.computing() as todo:
         if todo:
-            found = render(make_world(recipe["size"], recipe["seed"], bank=recipe["bank"], **recipe["values"]), run.folder)
+            found = render(
+                make_world(recipe["size"], recipe["seed"], bank=recipe["bank"], **recipe["values"]), run.folder
+            )
             run.finish({name: len(table) for name, table in found.items()})
     return run
 
@@ -55,7 +64,15 @@ def extract_features(recipe: dict) -> Run:
         if recipe["model"] is None: raise ValueError("extract needs model: a run's recipe, or a file of save_backbone")
         model = _model(recipe["model"])
         samples, root = read_data(recipe, recipe["subset"])
-        found = extract(samples, root, model, run.folder, batch_size=recipe["batch_size"], precision=recipe["precision"], flip=recipe["flip"])
+        found = extract(
+            samples,
+            root,
+            model,
+            run.folder,
+            batch_size=recipe["batch_size"],
+            precision=recipe["precision"],
+            flip=recipe["flip"],
+        )
         run.finish(dict(images=len(found), unreadable=len(found.unreadable)))
     return run
 
@@ -66,7 +83,10 @@ def _model(named):
 
 def settings_of(recipe: dict) -> dict:
     "All that a recipe says to its stage's function: what is left without stage, profile and the runs it starts from."
-    return {k: v for k, v in recipe.items() if k not in ("stage", "profile") and not (isinstance(v, dict) and "stage" in v)}
+    return {
+        k: v for k, v in recipe.items() if k not in ("stage", "profile") and not (isinstance(v, dict) and "stage" in v)
+    }
+
 
 def denoise_features(recipe: dict) -> Run:
     "Eq. 4-7 on a run's features; labels, provenance and noise in the run's folder, with the table they belong to."
@@ -82,7 +102,16 @@ def denoise_features(recipe: dict) -> Run:
     return run
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #fb8e3619
-STAGES = dict(world=world, extract=extract_features, denoise=denoise_features, pretrain=pretrain, finetune=finetune, usl=usl, uda=uda)
+STAGES = dict(
+    world=world,
+    extract=extract_features,
+    denoise=denoise_features,
+    pretrain=pretrain,
+    finetune=finetune,
+    usl=usl,
+    uda=uda,
+)
+
 
 def make_run(
     recipe: dict,
@@ -97,10 +126,20 @@ def plan(
     recipes: list[dict],
 ) -> pd.DataFrame:   # one row a run, dependencies first: run, stage, state, images
     "What must be computed for these recipes, each run once, in an order that works."
-    rows = [dict(run=run.name, stage=run.recipe["stage"], method=run.recipe.get("method", ""), seed=run.recipe.get("seed"), state="done" if run.is_done else "to do", image_steps=_presentations(run.recipe))
-            for run in _in_order(recipes)]
+    rows = [
+        dict(
+            run=run.name,
+            stage=run.recipe["stage"],
+            method=run.recipe.get("method", ""),
+            seed=run.recipe.get("seed"),
+            state="done" if run.is_done else "to do",
+            image_steps=_presentations(run.recipe),
+        )
+        for run in _in_order(recipes)
+    ]
     return pd.DataFrame(rows, columns=["run", "stage", "method", "seed", "state", "image_steps"])
 
+# %% ../../nbs/9_companion/03_reproduce.ipynb #c29b2323
 def _in_order(recipes) -> list[Run]:
     "Runs of these recipes and of all they depend on, dependencies first, each once."
     found = {}
@@ -114,12 +153,14 @@ def _in_order(recipes) -> list[Run]:
 
 def _presentations(r): return r["epochs"] * r["images_per_epoch"] if r.get("images_per_epoch") else None
 
+# %% ../../nbs/9_companion/03_reproduce.ipynb #9eb48e9f
 def make_runs(
     recipes: list[dict],
     desc: str = "runs",
     jobs: int | None = None,   # trainings at once; None: as `at_once` says
-) -> list[Run]:       # done; at the `paper` profile only those that exist, and the commands of the others are printed
-    "Compute what is missing, trainings beside one another where that pays; big ones are left to the cluster. The first error ends it."
+) -> list[Run]:  # done; at the `paper` profile only those that exist, and the commands of the others are printed
+    """Compute what is missing, trainings beside one another where that pays; big ones are left to the cluster. The
+    first error ends it."""
     _make(recipes, desc, jobs, go_on=False)
     return [Run(r) for r in recipes]
 
@@ -132,7 +173,9 @@ def _make(recipes, desc, jobs, go_on) -> dict[str, str]:
     with progress(total=len(todo), desc=desc, unit="run") as bar: return _compute(todo, at_once(jobs), bar, go_on)
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #9c0faf53
-WORTH_A_PROCESS = 4000   # image presentations to the tiny network (all others are worth one); starting a process (imports, decoding the images) costs as much as some 1,000
+# image presentations to the tiny network (all others are worth one); starting a process (imports, decoding the images)
+# costs as much as some 1,000
+WORTH_A_PROCESS = 4000
 
 def at_once(
     jobs: int | None = None,   # None: $CION_NB_JOBS, else one a core (8 at most), or 1 where there is a GPU
@@ -140,12 +183,14 @@ def at_once(
     "How many trainings run at once."
     said = jobs if jobs is not None else os.environ.get("CION_NB_JOBS")
     if said is None: return 1 if torch.cuda.is_available() else min(processors(), 8)
-    if not str(said).isdigit() or int(said) < 1: raise ValueError(f"jobs (CION_NB_JOBS) is {said!r}: a whole number of at least 1 is needed")
+    if not str(said).isdigit() or int(said) < 1:
+        raise ValueError(f"jobs (CION_NB_JOBS) is {said!r}: a whole number of at least 1 is needed")
     return int(said)
 
 def _apart(r):
     if r["stage"] not in TRAININGS: return False
-    return r["backbone"] != "resnet10_tiny_ibn" or (_presentations(r) or float("inf")) >= WORTH_A_PROCESS      # None: as many as there are images
+    # None: as many as there are images
+    return r["backbone"] != "resnet10_tiny_ibn" or (_presentations(r) or float("inf")) >= WORTH_A_PROCESS
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #489fdc0d
 class _Worker:
@@ -153,15 +198,25 @@ class _Worker:
     def __init__(self, run: Run, threads: int):
         env = os.environ | dict(OMP_NUM_THREADS=str(threads), CION_NB_PROGRESS="0", CION_NB_RUNS=str(run.folder.parent))
         with open(run.request().folder / "process.log", "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "cion_nb", "reproduce", "--serve", str(run.folder.parent)],
-                                            env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cion_nb", "reproduce", "--serve", str(run.folder.parent)],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
         self.compute(run)
     def compute(self, run: Run):
         self.run = run.request()
         try: print(run.name, file=self.process.stdin, flush=True)
         except BrokenPipeError: pass                                    # it died, which `ended` will say
     def said(self):
-        total, seen = _presentations(self.run.recipe), max((row.get("seen", 0) for row in self.run.read_log()[-1:]), default=0)
+        total, seen = (
+            _presentations(self.run.recipe),
+            max((row.get("seen", 0) for row in self.run.read_log()[-1:]), default=0),
+        )
         return _kind(self.run) + (f" {seen / total:.0%}" if total else f" {seen:,} images")
     def ended(self) -> bool:
         "Whether its run is done. RuntimeError where it failed."
@@ -170,17 +225,24 @@ class _Worker:
         if not gone: return False
         log = self.run.folder / "process.log"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RuntimeError(f"run {self.run.name} failed (exit code {self.process.returncode}): {lines[-1] if lines else 'it said nothing'} (the whole of it: {log})")
+        raise RuntimeError(
+            f"run {self.run.name} failed (exit code {self.process.returncode}): "
+            f"{lines[-1] if lines else 'it said nothing'} (the whole of it: {log})"
+        )
+
     def stop(self):
         "Checkpoint and leave."
-        self.process.terminate(); self.process.wait()
+        self.process.terminate()
+        self.process.wait()
         try: self.process.stdin.close()
         except BrokenPipeError: pass
 
 def _kind(run): return f"{run.recipe['stage']} {run.recipe.get('method', '')}".strip()
 
+# %% ../../nbs/9_companion/03_reproduce.ipynb #87bafc5a
 def serve(folder: Path):
-    "Compute the runs whose names come in on standard input, one after another; when that closes, the parent is gone: checkpoint and leave."
+    """Compute the runs whose names come in on standard input, one after another; when that closes, the parent is
+    gone: checkpoint and leave."""
     asked = queue.SimpleQueue()
     def listen():
         for line in sys.stdin: asked.put(line.strip())
@@ -188,11 +250,39 @@ def serve(folder: Path):
     threading.Thread(target=listen, daemon=True).start()
     while True:
         run = folder / asked.get()
-        with open(run / "process.log", "a", encoding="utf-8") as log: os.dup2(log.fileno(), 1); os.dup2(log.fileno(), 2)
+        with open(run / "process.log", "a", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         make_run(read_json(run / "recipe.json"))
-        sys.stdout.flush(); sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #79df4aba
+class _Failures:
+    "What failed, and what needed it: name -> reason. A run that fails takes with it all that are to come and need it."
+    def __init__(self, todo: list[Run], go_on: bool):
+        self.todo, self.go_on, self.reasons = todo, go_on, {}
+        # once: naming a run reads much
+        self.needs = {run.name: [Run(r) for r in dependencies(run.recipe)] for run in todo}
+
+    @contextmanager
+    def trying(self, run: Run):
+        try: yield
+        except Exception as e:
+            if not self.go_on: raise
+            self.take_out(run, reason(e))
+
+    def take_out(self, run: Run, why: str) -> None:
+        lost = {run.name}
+        for later in self.todo:
+            if lost & {needed.name for needed in self.needs[later.name]}: lost.add(later.name)
+        self.reasons |= {run.name: why} | {name: f"it needs {run.name}, which failed: "
+                                                 f"{why}" for name in lost - {run.name}}
+        self.todo[:] = [later for later in self.todo if later.name not in lost]
+
+    def is_ready(self, run: Run) -> bool: return all(needed.is_done for needed in self.needs[run.name])
+
+# %% ../../nbs/9_companion/03_reproduce.ipynb #24989d8e
 def _compute(
     todo: list[Run],   # dependencies first; emptied
     jobs: int,
@@ -200,41 +290,47 @@ def _compute(
     go_on: bool,       # after a run that failed, with those that do not need it
 ) -> dict[str, str]:   # what failed, and what needs it: name -> reason
     "Trainings beside one another, the rest here; after an error or an interruption no process is left."
-    needs = {run.name: [Run(r) for r in dependencies(run.recipe)] for run in todo}      # once: naming a run reads what it depends on
-    jobs, workers, failed = min(jobs, sum(_apart(run.recipe) for run in todo)), [], {}
-    @contextmanager
-    def trying(run):
-        "What fails in here takes with it what needs it."
-        try: yield
-        except Exception as e:
-            if not go_on: raise
-            failed[run.name], lost = reason(e), {run.name}
-            for later in todo: lost |= {later.name} if lost & {n.name for n in needs[later.name]} else set()
-            failed.update({name: f"it needs {run.name}, which failed: {reason(e)}" for name in lost - {run.name}})
-            todo[:] = [later for later in todo if later.name not in lost]
-    def ready(apart): return [run for run in todo if (_apart(run.recipe) and jobs > 1) == apart and all(n.is_done for n in needs[run.name])]
+    failures, workers = _Failures(todo, go_on), []
+    jobs = min(jobs, sum(_apart(run.recipe) for run in todo))
+    def ready(apart):
+        return [run for run in todo if (_apart(run.recipe) and jobs > 1) == apart and failures.is_ready(run)]
     try:
-        while todo or any(w.run for w in workers):
-            for run in ready(True)[:jobs - sum(bool(w.run) for w in workers)]:
+        while todo or any(worker.run for worker in workers):
+            for run in ready(True)[:jobs - sum(bool(worker.run) for worker in workers)]:
                 todo.remove(run)
-                with trying(run):
-                    if free := next((w for w in workers if not w.run), None): free.compute(run)
-                    else: workers.append(_Worker(run, max(1, processors() // jobs)))
-            busy = [w for w in workers if w.run]
+                with failures.trying(run): _hand_out(run, workers, max(1, processors() // jobs))
+            busy = [worker for worker in workers if worker.run]
             if here := ready(False):
-                todo.remove(here[0]); bar.set_postfix_str(_kind(here[0]))
-                with trying(here[0]): make_run(here[0].recipe)
+                todo.remove(here[0])
+                bar.set_postfix_str(_kind(here[0]))
+                with failures.trying(here[0]): make_run(here[0].recipe)
                 bar.update(1)
-            elif busy: bar.set_postfix_str(", ".join(w.said() for w in busy)); time.sleep(.2)
+            elif busy:
+                bar.set_postfix_str(", ".join(worker.said() for worker in busy))
+                time.sleep(.2)
             for worker in busy:
-                with trying(worker.run):
-                    try:
-                        if worker.ended(): worker.run = None; bar.update(1)
-                    except RuntimeError: workers.remove(worker); raise
+                with failures.trying(worker.run): _collect(worker, workers, bar)
     finally:
         for worker in workers: worker.stop()
-    return failed
+    return failures.reasons
 
+def _hand_out(run: Run, workers: list, threads: int) -> None:
+    "To a worker that has nothing to do, or to a new one."
+    free = next((worker for worker in workers if not worker.run), None)
+    if free: free.compute(run)
+    else: workers.append(_Worker(run, threads))
+
+def _collect(worker, workers: list, bar) -> None:
+    "A worker whose run is done has nothing to do; one that died is no worker any more."
+    try: ended = worker.ended()
+    except RuntimeError:
+        workers.remove(worker)
+        raise
+    if not ended: return
+    worker.run = None
+    bar.update(1)
+
+# %% ../../nbs/9_companion/03_reproduce.ipynb #5fe48327
 def reason(error: BaseException) -> str:
     "An error in one line, as a footnote has room for it."
     said = " ".join(str(error).split())
@@ -244,14 +340,23 @@ def reason(error: BaseException) -> str:
 def _print_commands(recipes):
     "The commands of missing runs, dependencies first and each once; data whose folder was not named is asked for."
     runs = _in_order(recipes)
-    unnamed = {r["data"] for r in (run.recipe for run in runs) if isinstance(r.get("data"), str) and not r["data"].endswith(".parquet") and not r.get("data_root")}
+    unnamed = {
+        r["data"]
+        for r in (run.recipe for run in runs)
+        if isinstance(r.get("data"), str) and not r["data"].endswith(".parquet") and not r.get("data_root")
+    }
     ordered = [run for run in runs if not run.is_done]
-    if unnamed: print(f"the folder of {', '.join(sorted(unnamed))} was not named: pass it as a parameter (data_root, pretrain_root, annotation); the commands below lack it")
+    if unnamed:
+        print(
+            f"the folder of {', '.join(sorted(unnamed))} was not named: pass it as a parameter (data_root, "
+            f"pretrain_root, annotation); the commands below lack it"
+        )
     if ordered: print("to compute on a cluster, in this order:")
     for run in ordered: print(f"  {run.request().command}")
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #c6b39b11
-FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, OSError, RuntimeError, ValueError)   # of a method; others are faults of the page
+# What may happen to a method; everything else is a fault of the page.
+FAILURES = (ArithmeticError, AssertionError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 
 class Page:
     "One page of the companion: its runs, what failed and why, its report."
@@ -288,11 +393,13 @@ class Page:
 
     def lost(self, *within) -> dict[str, str]:
         "Why an arm failed, by its name; `within`: only what has these in its key."
-        return {str(part): why for key, why in self.failed.items() if set(within) <= set(key) for part in key if part not in within and isinstance(part, str)}
+        chosen = {key: why for key, why in self.failed.items() if set(within) <= set(key)}
+        return {part: why for key, why in chosen.items() for part in key if part not in within and isinstance(part, str)}
 
-    def judge(self, claim: str, rows: pd.DataFrame, column: str, better: str, worse: str, score: str = "mAP", within: tuple = ()) -> str:
-        "`report.judge`, which learns here what failed, in short; the footnotes have it whole."
-        return judge(claim, rows, column, better, worse, score, {arm: shorten(why, 100, placeholder=" …") for arm, why in self.lost(*within).items()})
+    def judge(self, claim: str, rows: pd.DataFrame, column: str, better: str, worse: str, score="mAP", within=()):
+        "`claims.judge`, which learns here what failed, in short; the footnotes have it whole."
+        failed = {arm: shorten(why, 100, placeholder=" …") for arm, why in self.lost(*within).items()}
+        return judge(claim, rows, column, better, worse, score, failed)
 
     def footnotes(self) -> list[str]:
         "What failed and what collapsed, a line each."
@@ -300,7 +407,8 @@ class Page:
 
     def need(self, rows) -> None:
         "RuntimeError where failures have left nothing that could be shown."
-        if not len(rows) and self.failed: raise RuntimeError(f"nothing is left to show on {self.name}: {'; '.join(self.footnotes())}")
+        if not len(rows) and self.failed:
+            raise RuntimeError(f"nothing is left to show on {self.name}: {'; '.join(self.footnotes())}")
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #b6e5438d
 @patch
@@ -311,36 +419,59 @@ def finish(self: Page,
     shown=None,            # lines for the reader of the page; None: the verdicts
     measured: bool = True, # False: `smoke` numbers, which mean nothing
     **more,                # for `write_report`
-):                         # Markdown with the failures in its metadata, where `run_notebook` finds them; None where there is nothing to say
+):                         # Markdown, failures in its metadata for `run_notebook`; None: nothing to say
     "Write the report; the verdict box, with what failed."
-    failed, rang = self.footnotes(), [f"{_label(key)} collapsed: alarm {', '.join(names)}" for key, names in self.alarms.items()]
+    failed, rang = (
+        self.footnotes(),
+        [f"{_label(key)} collapsed: alarm {', '.join(names)}" for key, names in self.alarms.items()],
+    )
     write_report(self.name, self.profile, rows, verdicts, [*notes, *rang], failed=failed, **more)
     text = "".join(f"* {line}\n" for line in (verdicts if shown is None else shown))
     if failed: text += "\n**Not on this page, since it failed:**\n\n" + "".join(f"* {line}\n" for line in failed)
     if rang: text += "\n**Alarms:**\n\n" + "".join(f"* {line}\n" for line in rang)
-    if self.profile == "smoke" and measured: text += "\n\nThis was the `smoke` profile: a thumbnail that proves the cells run. Its numbers mean nothing; set `profile = \"tiny\"` above."
+    if self.profile == "smoke" and measured:
+        text += '\n\nThis was the `smoke` profile: a thumbnail that proves the cells run. '
+        text += 'Its numbers mean nothing; set `profile = "tiny"` above.'
     return Markdown(text, metadata=dict(failed=failed)) if text else None
 
 def _label(key) -> str:
-    return ", ".join(f"seed {part}" if isinstance(part, int) else f"{part:g}" if isinstance(part, float) else str(part) for part in key)
+    return ", ".join(
+        f"seed {part}" if isinstance(part, int) else f"{part:g}" if isinstance(part, float) else str(part)
+        for part in key
+    )
+
 
 def _alarms(run) -> list[str]:
     "Alarms that rang in a pre-training or in one that a run started from."
-    found = [r.result.get("alarms") or [] for r in (run, *map(Run, dependencies(run.recipe))) if r.recipe["stage"] == "pretrain" and r.is_done]
+    found = [
+        r.result.get("alarms") or []
+        for r in (run, *map(Run, dependencies(run.recipe)))
+        if r.recipe["stage"] == "pretrain" and r.is_done
+    ]
     return sorted({name for names in found for name in names})
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #e23af8b5
 THRESHOLDS = dict(
-    smoke="chosen on world B's truth: the best pairwise F1 with a precision of at least 0.7, a floor set with some scores of world A, seed 0, in view",
-    tiny="chosen on world B's truth: the best pairwise F1 with a precision of at least 0.7, a floor set with some scores of world A, seed 0, in view",
+    smoke="chosen on world B's truth: the best pairwise F1 with a precision of at least 0.7, a floor set with some "
+          "scores of world A, seed 0, in view",
+    tiny="chosen on world B's truth: the best pairwise F1 with a precision of at least 0.7, a floor set with some "
+         "scores of world A, seed 0, in view",
     small="as `calibrate` proposes them from the features of world A, seed 0, without a label",
-    paper="the paper's, which belong to the paper's extractor")
-_TRIALS = ["The tiny settings were chosen in some thirty trials on these same test people (world A), nearly all with CION's loss on true identities; "
-           "DINO, tracklet and LUP got three to six trials. That favours CION: read a verdict at tiny as exploratory, not as a confirmation.",
-           "The small settings are tiny's with larger images: of some twenty short trials with other networks, learning rates and teacher temperatures "
-           "(one seed, true identities, one with DINO), judged on world A's training people and never on these, its features were by far the best "
-           "(frozen mAP 18 % after 200 steps; the other networks at most 4 % after 30 to 60)."]
-TRIALS = dict(smoke=_TRIALS[:1], tiny=_TRIALS[:1], small=_TRIALS, paper=[])     # how each profile's values of pre-training were found
+    paper="the paper's, which belong to the paper's extractor",
+)
+_TRIALS = [
+    "The tiny settings were chosen in some thirty trials on these same test people (world A), nearly all with CION's "
+    "loss on true identities; "
+    "DINO, tracklet and LUP got three to six trials. That favours CION: read a verdict at tiny as exploratory, not as "
+    "a confirmation.",
+    "The small settings are tiny's with larger images: of some twenty short trials with other networks, learning "
+    "rates and teacher temperatures "
+    "(one seed, true identities, one with DINO), judged on world A's training people and never on these, its features "
+    "were by far the best "
+    "(frozen mAP 18 % after 200 steps; the other networks at most 4 % after 30 to 60).",
+]
+# how each profile's values of pre-training were found
+TRIALS = dict(smoke=_TRIALS[:1], tiny=_TRIALS[:1], small=_TRIALS, paper=[])
 
 def denoising_note(
     settings: dict,   # a denoising recipe
@@ -348,7 +479,9 @@ def denoising_note(
     "The settings of denoising that a page used, and where they come from."
     own, usual = settings_of(settings), settings_of(recipe("denoise", settings["profile"]))
     unused = ("k1", "k2", "eps", "min_samples") if own["link"] == "threshold" else ()
-    said = ", ".join(f"{k} {'+'.join(v) if isinstance(v, list) else v}" for k, v in own.items() if v is not None and k not in unused)
+    said = ", ".join(
+        f"{k} {'+'.join(v) if isinstance(v, list) else v}" for k, v in own.items() if v is not None and k not in unused
+    )
     changed = [k for k in own if own[k] != usual[k]]
     origin = THRESHOLDS[settings["profile"]] + (f"; changed for this page: {', '.join(changed)}" if changed else "")
     return f"Denoising with {said}: {origin}."
@@ -356,14 +489,24 @@ def denoising_note(
 # %% ../../nbs/9_companion/03_reproduce.ipynb #d97314e8
 def frozen_features(
     run: Run,               # a finished pre-training
-    data: str = None,       # "market1501", "msmt17", a samples .parquet; None: the test people of the embedded world it was trained in
+    data: str = None,       # a data set, a samples .parquet; None: the test people of its embedded world
     data_root: str = None,  # folder of that data set
-) -> Features:              # of query and gallery
-    "Features of a test set under a pre-trained backbone, kept in the run's folder. ValueError where the run was trained on no embedded world and `data` is not named."
+) -> Features:  # of query and gallery
+    """Features of a test set under a pre-trained backbone, kept in the run's folder. ValueError where the run was
+    trained on no embedded world and `data` is not named."""
     where = dict(data=data, data_root=data_root) if data else dict(data=run.recipe["data"])
-    if data is None and not isinstance(where["data"], dict): raise ValueError(f"run {run.name} was trained on {where['data']!r}, which has no test people: name data= and data_root=")
+    if data is None and not isinstance(where["data"], dict):
+        raise ValueError(
+            f"run {run.name} was trained on {where['data']!r}, which has no test people: name data= and data_root="
+        )
     samples, root = read_data(where, "test")
-    return extract(samples, root, load_backbone(run.folder / "backbone.safetensors"), run.folder / ("frozen" if data is None else f"frozen_{Path(data).stem}"))
+    return extract(
+        samples,
+        root,
+        load_backbone(run.folder / "backbone.safetensors"),
+        run.folder / ("frozen" if data is None else f"frozen_{Path(data).stem}"),
+    )
+
 
 def score_features(
     features: Features,      # of query and gallery
@@ -378,36 +521,48 @@ def at_share(
     full: dict,             # a pre-training recipe on all the data
     share: float,           # of the images, by whole identities, nested by seed
     equal: str = "epochs",  # "epochs": presentations shrink with the share; "presentations": they do not
-) -> dict | None:           # the recipe on that share; None where an epoch is what there is, so that equal presentations are not defined
+) -> dict | None:           # on that share; None: an epoch is all there is, equal presentations are not defined
     "The same pre-training on a share of the data. ValueError for another `equal`."
     if equal not in ("epochs", "presentations"): raise ValueError(f"equal={equal!r}: choose epochs or presentations")
     if share == 1: return full                                           # both lines end here
     per_epoch = full["images_per_epoch"]
     if per_epoch is None: return recipe(**full | dict(data_share=share)) if equal == "epochs" else None
-    return recipe(**full | dict(data_share=share) | (dict(images_per_epoch=max(full["batch_size"], round(share * per_epoch))) if equal == "epochs" else {}))
+    return recipe(
+        **full
+        | dict(data_share=share)
+        | (dict(images_per_epoch=max(full["batch_size"], round(share * per_epoch))) if equal == "epochs" else {})
+    )
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #98cc5b9e
-TITLES = dict(road="The whole road once: from a video to identities", denoising="What denoising does: n_S beside the truth, and the cost of the sliding range",
-              figure4="Figure 4: t-SNE of instance-level, tracklet-level and identity-level features",
-              table4="Table 4: LUP-style, DINO-style and CION pre-training at equal budget",
-              order="Does it learn: five sources of identity at equal budget",
-              figure5="Figure 5: pre-training on the identities of each level of denoising",
-              figure6="Figure 6: pre-training on a tenth of the data, and on more",
-              figure7="Figure 7: time against data",
-              table5="Table 5: batch sizes, local views and hours of the 32 architectures",
-              table3="Table 3: 32 backbones, with CION's pre-training and without",
-              table6="Table 6: new cameras without labels, from different starts",
-              table2="Table 2: without labels, beside the state of the art",
-              table1="Table 1: the state of the art, and our rows")
+TITLES = dict(
+    road="The whole road once: from a video to identities",
+    denoising="What denoising does: n_S beside the truth, and the cost of the sliding range",
+    figure4="Figure 4: t-SNE of instance-level, tracklet-level and identity-level features",
+    table4="Table 4: LUP-style, DINO-style and CION pre-training at equal budget",
+    order="Does it learn: five sources of identity at equal budget",
+    figure5="Figure 5: pre-training on the identities of each level of denoising",
+    figure6="Figure 6: pre-training on a tenth of the data, and on more",
+    figure7="Figure 7: time against data",
+    table5="Table 5: batch sizes, local views and hours of the 32 architectures",
+    table3="Table 3: 32 backbones, with CION's pre-training and without",
+    table6="Table 6: new cameras without labels, from different starts",
+    table2="Table 2: without labels, beside the state of the art",
+    table1="Table 1: the state of the art, and our rows",
+)
 
-EMBEDDED = ("road", "denoising", "order")   # need the embedded world's truth: there is nothing to do for them at the `paper` profile
+# need the embedded world's truth: there is nothing to do for them at the `paper` profile
+EMBEDDED = ("road", "denoising", "order")
 
 def notebooks() -> dict[str, Path]:
     "Name -> notebook of `nbs/reproduce/`, in running order."
     folder = project_root() / "nbs" / "reproduce"
     found = {name: folder / f"{name}.ipynb" for name in TITLES}
     missing = [str(p) for p in found.values() if not p.exists()]
-    if missing: raise FileNotFoundError(f"{', '.join(missing)} not found: the notebooks come with a checkout of the project, not with the installed package")
+    if missing:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} not found: the notebooks come with a checkout of the project, not with the "
+            f"installed package"
+        )
     return found
 
 def check_names(
@@ -416,32 +571,54 @@ def check_names(
 ) -> None:
     "Refuse parameters that the notebook does not define (papermill itself only warns)."
     import difflib
+
     import papermill
     known = papermill.inspect_notebook(str(path))
     for name in parameters:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"{path.name} has no parameter {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + f" It has: {', '.join(known)}")
+            raise ValueError(
+                f"{path.name} has no parameter {name!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+                + f" It has: {', '.join(known)}"
+            )
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #3bfe0462
 def run_notebook(
     name: str,
     profile: str,
     **parameters,          # for papermill, beside `profile`
-) -> dict:                 # name, title, html, seconds, error, failed (what the page does without): an entry of the index page
-    "Run one notebook with papermill into `reports/<profile>/<name>.ipynb` and render it as HTML. Its failure is an entry, never an error here."
+) -> dict:  # name, title, html, seconds, error, failed (what the page does without): an entry of the index page
+    """Run one notebook with papermill into `reports/<profile>/<name>.ipynb` and render it as HTML. Its failure is
+    an entry, never an error here."""
     import papermill
     path, out = notebooks()[name], report_folder(profile) / f"{name}.ipynb"
     check_names(path, parameters)
-    out.parent.mkdir(parents=True, exist_ok=True); out.unlink(missing_ok=True)          # an earlier one is not this one's
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)          # an earlier one is not this one's
     began, error, failed, html = time.time(), None, [], None
-    try: papermill.execute_notebook(str(path), str(out), parameters=dict(profile=profile) | parameters, kernel_name="python3", cwd=str(project_root()),
-                                    progress_bar=sys.stderr.isatty(), log_output=False, extra_arguments=["--IPKernelApp.log_level=40"])
-    except papermill.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
-    except Exception as e: error = reason(e)                                            # the kernel died, the disk is full: the other pages go on
+    try:
+        papermill.execute_notebook(
+            str(path),
+            str(out),
+            parameters=dict(profile=profile) | parameters,
+            kernel_name="python3",
+            cwd=str(project_root()),
+            progress_bar=sys.stderr.isatty(),
+            log_output=False,
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )
+    except papermill.PapermillExecutionError as e:
+        error = f"{e.ename}: {e.evalue}"
+    # the kernel died, the disk is full: the other pages go on
+    except Exception as e:
+        error = reason(e)
     try: failed, html = _read_page(out) if out.exists() else ([], None)
     except Exception as e: error = error or f"the page cannot be rendered: {reason(e)}"
-    return dict(name=name, title=TITLES[name], html=html, seconds=round(time.time() - began, 1), error=error, failed=failed)
+    return dict(
+        name=name, title=TITLES[name], html=html, seconds=round(time.time() - began, 1), error=error, failed=failed
+    )
+
 
 def _read_page(out):
     "What an executed page says it does without, and the name of its HTML, which is written."
@@ -453,6 +630,7 @@ def _read_page(out):
     with atomic(out.with_suffix(".html")) as tmp: tmp.write_text(body, encoding="utf-8")
     return [line for m in said for line in m.get("text/markdown", {}).get("failed", [])], f"{out.stem}.html"
 
+# %% ../../nbs/9_companion/03_reproduce.ipynb #44ba0e24
 def reproduce(
     profile: str = "tiny",
     only: list[str] | None = None,   # names of `notebooks()`; None: all
@@ -462,15 +640,22 @@ def reproduce(
     if profile not in PROFILES: raise ValueError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
     names = list(only or [n for n in notebooks() if profile != "paper" or n not in EMBEDDED])
     for name in names:
-        if name not in notebooks(): raise ValueError(f"there is no notebook {name!r}: choose from {', '.join(notebooks())}")
+        if name not in notebooks():
+            raise ValueError(f"there is no notebook {name!r}: choose from {', '.join(notebooks())}")
         check_names(notebooks()[name], parameters)            # before anything is run
     entries, book = [], report_folder(profile) / "index.json"
     for i, name in enumerate(names):
         print(f"[{i + 1}/{len(names)}] {TITLES[name]}", flush=True)
         entries.append(run_notebook(name, profile, **parameters))
         entry = entries[-1]
-        print(f"      {entry['seconds']:.0f} s" + (f"   NOT MADE: {entry['error']}" if entry["error"] else ""), *(f"      without {line}" for line in entry["failed"]), sep="\n", flush=True)
-        known = {e["name"]: e for e in (read_json(book) if book.exists() else []) + entries}      # notebooks that are not run this time keep their place
+        print(
+            f"      {entry['seconds']:.0f} s" + (f"   NOT MADE: {entry['error']}" if entry["error"] else ""),
+            *(f"      without {line}" for line in entry["failed"]),
+            sep="\n",
+            flush=True,
+        )
+        # notebooks that are not run this time keep their place
+        known = {e["name"]: e for e in (read_json(book) if book.exists() else []) + entries}
         write_json(book, [known[n] for n in TITLES if n in known])
         index = write_index(profile, read_json(book))
     print(made_text(entries), f"report: {index}", sep="\n")

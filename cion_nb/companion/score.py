@@ -6,56 +6,71 @@
 __all__ = ['load_model', 'score']
 
 # %% ../../nbs/9_companion/00_score.ipynb #0e1f8188
-import os, warnings
+import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from ..models.backbones import load_backbone
-from ..training.cluster_contrast import load_clusternet
-from ..retrieval.evaluate import evaluate, evaluate_distances, PROTOCOLS
-from ..data.facts import facts_of
-from ..retrieval.protocols import ranked
+
+from ..core.files import fingerprint, resolve, runs_dir
 from ..data.datasets import read_data
-from ..models.features import extract, model_hash, OnnxModel
-from ..training.finetune import load_finetuned
+from ..data.facts import facts_of
 from ..identities.neighbours import rerank
-from ..retrieval.protocols import evaluate_single_shot, sides
-from ..core.files import fingerprint, resolve, runs_dir, write_json
-from ..core.runs import environment
+from ..models.backbones import load_backbone
+from ..models.features import extract, model_hash, OnnxModel
+from ..retrieval.evaluate import evaluate, evaluate_distances
+from ..retrieval.protocols import evaluate_single_shot, ranked, sides
+from ..training.cluster_contrast import load_clusternet
+from ..training.finetune import load_finetuned
 
 # %% ../../nbs/9_companion/00_score.ipynb #bd16a062
 def load_model(
-    path: str | Path,  # folder of a pre-training, fine-tuning, USL or UDA run, a saved backbone (.safetensors), or an .onnx file
+    path: str | Path,  # a training's folder, a saved backbone (.safetensors), or an .onnx file
 ):                     # in eval mode: images -> (n, D)
     "A model of any kind that this project writes. FileNotFoundError or ValueError that says what was looked for."
     path = resolve(path)
     if path.suffix == ".onnx": return OnnxModel(path)
     if path.is_dir():
-        if (path / "clusternet.safetensors").is_file(): return load_clusternet(path)
-        if any((path / n).is_file() for n in ("neck.safetensors", "model.json")): return load_finetuned(path)
-        if (path / "backbone.safetensors").is_file(): return load_backbone(path / "backbone.safetensors")
-        raise FileNotFoundError(f"{path} holds no model: none of clusternet.safetensors, neck.safetensors, model.json and backbone.safetensors")
-    if not path.is_file(): raise FileNotFoundError(f"no model at {path}: name a run's folder, a .safetensors file of save_backbone, or an .onnx file")
-    if path.suffix != ".safetensors": raise ValueError(f"{path}: a run's folder, a .safetensors file of save_backbone, or an .onnx file; for another checkpoint: create_backbone(name, weights={str(path)!r}), then save_backbone")
+        if (path / "clusternet.safetensors").is_file():
+            return load_clusternet(path)
+        if any((path / n).is_file() for n in ("neck.safetensors", "model.json")):
+            return load_finetuned(path)
+        if (path / "backbone.safetensors").is_file():
+            return load_backbone(path / "backbone.safetensors")
+        raise FileNotFoundError(
+            f"{path} holds no model: none of clusternet.safetensors, neck.safetensors, model.json and "
+            f"backbone.safetensors"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no model at {path}: name a run's folder, a .safetensors file of save_backbone, or an .onnx file"
+        )
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path}: a run's folder, a .safetensors file of save_backbone, or an .onnx file; for another checkpoint: "
+            f"create_backbone(name, weights={str(path)!r}), then save_backbone"
+        )
     return load_backbone(path)
 
+# %% ../../nbs/9_companion/00_score.ipynb #c4474bb4
 def score(
     model,                          # from `load_model`, or anything that `extract` takes
-    data,                           # "market1501", "msmt17", another name of `READERS`, a samples .parquet, or an embedded world's recipe
+    data,                           # a name of `READERS`, a samples .parquet, or an embedded world's recipe
     data_root: str | None = None,   # folder of that data set
     protocol: str = "market",       # one of `PROTOCOLS`
     flip: bool = False,             # average with mirrored images
     reranked: bool = False,         # k-reciprocal re-ranking (Zhong et al. 2017)
     draws: int = 0,                 # of one gallery image a person; 0: all images
-    out: str | Path | None = None,  # folder of the features; None: one in the runs' folder, named by model, data and its images' sizes and times
+    out: str | Path | None = None,  # folder of the features; None: one in the runs' folder, named by what it holds
     tracklets: bool | None = None,  # mean features of whole tracklets; None: for data that are tracklets (mars)
-    distractors=None,               # pids that are nobody in particular, for draws; None: those of the data set; () for none
+    distractors=None,               # pids that are nobody, for draws; None: those of the data set; () for none
 ):                                  # a `RetrievalScore`, or a `SingleShotScore` with draws
     "Features of query and gallery, then the score. ValueError for settings that exclude each other."
     if reranked and draws: raise ValueError("reranked and draws: re-ranking needs the whole gallery")
     samples, root = read_data(dict(data=data, data_root=data_root), "test")
     sides(samples, data)
-    out = resolve(out) if out else runs_dir() / f"score-{fingerprint(dict(model=_name(model), data=data, root=str(root), rows=_files(samples, root), flip=flip), 10)}"
-    if getattr(model, "columns", ()) and (seen := getattr(model, "card", {}).get("recipe", {}).get("data", data)) != data: warnings.warn(f"{_name(model)} knows the cameras of {seen}; those of {data} have the same numbers and are others")
+    named = dict(model=_name(model), data=data, root=str(root), rows=_files(samples, root), flip=flip)
+    out = resolve(out) if out else runs_dir() / f"score-{fingerprint(named, 10)}"
+    _warn_of_cameras(model, data)
     found = extract(samples, root, model, out, batch_size=128, flip=flip)
     x, table = ranked(found.x, found.samples, data, tracklets)
     q, g = sides(table, data)
@@ -63,9 +78,11 @@ def score(
     if draws:
         if distractors is None and (known := facts_of(data, table).distractor) is not None: distractors = known
         return evaluate_single_shot(x, y, query, gallery, repeats=draws, protocol=protocol, distractors=distractors)
-    scored = evaluate_distances(rerank(x, y), query, gallery, protocol=protocol) if reranked else evaluate(x, y, query, gallery, protocol=protocol)
+    if reranked: scored = evaluate_distances(rerank(x, y), query, gallery, protocol=protocol)
+    else: scored = evaluate(x, y, query, gallery, protocol=protocol)
     return replace(scored, unreadable=found.unreadable.path.tolist())
 
+# %% ../../nbs/9_companion/00_score.ipynb #c3aa0bd2
 def _files(samples, root):
     "A fingerprint of the images by size and time: features of files that were changed since are not used again."
     def look(path):
@@ -76,3 +93,10 @@ def _files(samples, root):
 
 def _name(model):
     return f"{getattr(model, 'name', type(model).__name__)} {model_hash(model)}"
+
+def _warn_of_cameras(model, data) -> None:
+    "A model that was told camera numbers knows those of the data it was trained on."
+    seen = getattr(model, "card", {}).get("recipe", {}).get("data", data)
+    if getattr(model, "columns", ()) and seen != data:
+        warnings.warn(f"{_name(model)} knows the cameras of {seen}; those of {data} have the same numbers and are "
+                      f"others")
