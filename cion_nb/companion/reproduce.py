@@ -394,7 +394,8 @@ class Page:
     def lost(self, *within) -> dict[str, str]:
         "Why an arm failed, by its name; `within`: only what has these in its key."
         chosen = {key: why for key, why in self.failed.items() if set(within) <= set(key)}
-        return {part: why for key, why in chosen.items() for part in key if part not in within and isinstance(part, str)}
+        arms = [(part, why) for key, why in chosen.items() for part in key if isinstance(part, str)]
+        return {arm: why for arm, why in arms if arm not in within}
 
     def judge(self, claim: str, rows: pd.DataFrame, column: str, better: str, worse: str, score="mAP", within=()):
         "`claims.judge`, which learns here what failed, in short; the footnotes have it whole."
