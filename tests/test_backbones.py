@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from cion_nb.models import backbones
+from cion_nb.core.weights import read_checkpoint
+from cion_nb.models import architectures, checkpoints, leaving
 from cion_nb.models.architectures import ARCHITECTURES, count_gflops, FAMILIES, IBN, InputSpec, list_backbones
 from cion_nb.models.checkpoints import load_backbone_weights
 from cion_nb.models.backbones import create_backbone, load_backbone, save_backbone
@@ -139,7 +140,7 @@ def test_table_5_is_told(monkeypatch):
     assert set(want.index) == set(PAPER)
     assert np.array_equal(told.loc[want.index].to_numpy(float), want.to_numpy(float), equal_nan=True) and told.notna().any(axis=None)
     def missing(): raise FileNotFoundError
-    monkeypatch.setattr(backbones, "table5", missing)                     # an installed package without a checkout
+    monkeypatch.setattr(architectures, "table5", missing)                     # an installed package without a checkout
     assert list_backbones()[["batch_per_gpu", "local_crops", "train_hours"]].isna().all(axis=None)
 
 
@@ -247,7 +248,7 @@ def test_numpy_numbers_load_and_remedies_work(tmp_path, zipped):
     rest = dict(a=np.float64(.8), b=np.float32(.5), c=np.int64(3), d=np.bool_(True), e=np.arange(3.), f=np.str_("x"), g=Path("logs"))
     torch.save(dict(state_dict=wrap(source, "module."), **rest), path, _use_new_zipfile_serialization=zipped)
     assert load_backbone_weights(model, path).share == 1
-    back = backbones.read_checkpoint(path)
+    back = read_checkpoint(path)
     assert all(np.array_equal(back[k], rest[k]) for k in "abcdef") and str(back["g"]) == "logs"
     torch.save(dict(state_dict=wrap(source, "module."), cfg=Config(lr=1)), path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="best.pth.tar holds Python objects") as e: load_backbone_weights(model, path)
@@ -461,7 +462,7 @@ def test_every_remedy_that_is_named_works(tmp_path, monkeypatch, theirs, objects
     with pytest.raises(ValueError, match="best.pth holds Python objects") as e: load_backbone_weights(model, path)
     if allow := re.search(r"allow=(\[.*?\])", str(e.value)):
         allow = eval(allow[1])
-        assert load_backbone_weights(model, path, allow=allow).share == 1 and len(backbones.read_checkpoint(path, allow=allow)) == 2
+        assert load_backbone_weights(model, path, allow=allow).share == 1 and len(read_checkpoint(path, allow=allow)) == 2
         saved = save_backbone(model, tmp_path / "saved.safetensors")
     else:
         assert objects in ("[Config(a=1), Names([1])]", "whole")
@@ -517,7 +518,7 @@ def test_imagenet(monkeypatch, arch):
     def fetched(name, pretrained=False, **kw):
         if pretrained: asked["name"] = name
         return real(name, **kw)
-    monkeypatch.setattr(backbones.timm, "create_model", fetched)
+    monkeypatch.setattr(checkpoints.timm, "create_model", fetched)
     model = create_backbone(arch, weights="imagenet")
     assert asked["name"].startswith(ARCHITECTURES[arch].timm + ".") and model.weights == asked["name"]
     config = real(asked["name"]).pretrained_cfg
@@ -526,7 +527,7 @@ def test_imagenet(monkeypatch, arch):
     def no_network(name, pretrained=False, **kw):
         if pretrained: raise OSError("Network is unreachable")
         return real(name, **kw)
-    monkeypatch.setattr(backbones.timm, "create_model", no_network)
+    monkeypatch.setattr(checkpoints.timm, "create_model", no_network)
     with pytest.raises(ConnectionError, match="could not fetch.*Network is unreachable.*HF_HOME.*weights=path"): create_backbone(arch, weights="imagenet")
 
 
@@ -785,7 +786,7 @@ def test_export(zoo, arch, tmp_path):
     assert model.training == mode and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())), "exporting changes nothing"
     assert json.loads((tmp_path / "m.onnx.json").read_text())["input"]["std"] == [1, 1, 1] and script.input == model.input
     convolutions = lambda m: sum(isinstance(x, nn.Conv2d) for x in m.modules())
-    fused = backbones._Deployed(model, True)
+    fused = leaving._Deployed(model, True)
     if arch.startswith(("repvit", "fastvit")): assert convolutions(fused) < convolutions(model)
 
 

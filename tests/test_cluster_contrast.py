@@ -184,7 +184,7 @@ def at_kill(command, env, folder, where):
 
 def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, tmp_path):
     r = quick(people, checkpoint_minutes=0., epochs=12, keep_checkpoints=50); file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    env = os.environ | dict(OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb.training.cluster_contrast", "usl", "--recipe", str(file)]
+    env = os.environ | dict(OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb", "usl", "--recipe", str(file)]
     whole = tmp_path / "whole" / Run(r).name
     assert subprocess.run(command, env=env | dict(CION_NB_RUNS=str(tmp_path / "whole")), capture_output=True, timeout=240).returncode == 0
     for name, seen in (("between", 64), ("inside", 80)):                     # two steps an epoch: 64 ends one, 80 is half of the next
@@ -206,7 +206,7 @@ def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path)
     r = quick(people, ghost_bn=8, images_per_epoch=16, optimizer="sgd", lr=1e-4, test_every=2); one = usl(r); first = [row for row in one.read_log() if "clusters" in row]; mAP = one.result["mAP"]
     import shutil; shutil.rmtree(one.folder)
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.training.cluster_contrast", "usl", "--recipe", str(file)],
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb", "usl", "--recipe", str(file)],
                        env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-3000:]
     assert "BatchNorm over 8 images, batches of 16, 2 processes" in p.stderr

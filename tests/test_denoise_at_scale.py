@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from cion_nb.identities import denoise as module
+from cion_nb.companion.commands import main
 from cion_nb.identities import parts
 from cion_nb.identities.denoise import denoise, denoise_shard, Denoised
 from cion_nb.data.feature_worlds import feature_world
@@ -36,7 +37,7 @@ def world(tmp_path_factory):
     return folder, x, samples, denoise(x, samples, measure=False)
 
 
-def command(folder, out, *more): return [sys.executable, "-m", "cion_nb.identities.denoise", str(folder / "features.npy"), str(folder / "samples.parquet"), "--out", str(out), "--set", "measure=false", *more]
+def command(folder, out, *more): return [sys.executable, "-m", "cion_nb", "denoise", str(folder / "features.npy"), str(folder / "samples.parquet"), "--out", str(out), "--set", "measure=false", *more]
 
 
 JOB = """
@@ -139,9 +140,9 @@ def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
     for features, samples, more, message in ((folder / "features.npy", tmp_path / "empty.parquet", [], "empty.parquet is not a parquet"), (tmp_path / "text.npy", folder / "samples.parquet", [], "text.npy is not one whole"),
                                              (tmp_path / "two.npz", folder / "samples.parquet", [], "two.npz is not one whole"), (folder / "features.npy", folder / "samples.parquet", ["--shard", "0/2"], "go together"),
                                              (folder / "features.npy", folder / "samples.parquet", ["--device", "cudaa"], "unknown device"), (folder / "features.npy", folder / "samples.parquet", ["--set", "sigma_drm=abc"], "sigma_drm must be")):
-        with pytest.raises(SystemExit) as stopped: module.main([str(features), str(samples), "--out", str(tmp_path / "x"), *more])
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
-    p = subprocess.run([sys.executable, "-m", "cion_nb.identities.denoise", str(folder / "nothing.npy"), str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True, text=True)
+        assert main(["denoise", str(features), str(samples), "--out", str(tmp_path / "x"), *more]) == 2
+        assert message in capsys.readouterr().err
+    p = subprocess.run([sys.executable, "-m", "cion_nb", "denoise", str(folder / "nothing.npy"), str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True, text=True)
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
 

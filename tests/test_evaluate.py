@@ -97,10 +97,10 @@ def test_every_branch_at_size(monkeypatch):
     centres = rng.normal(size=(1000, 24))
     q, g = (centres[t.pid] + s * rng.normal(size=(len(t), 24)) for t, s in ((query, .3), (gallery, .5)))
     seen = dict(blocks=0)
-    blocks = E._blocks
+    blocks = E.product_blocks
     def spy_blocks(*args):
         for b in blocks(*args): seen["blocks"] += 1; seen["sizes"] = seen.get("sizes", set()) | {len(b[1])}; yield b
-    monkeypatch.setattr(E, "_blocks", spy_blocks)
+    monkeypatch.setattr(E, "product_blocks", spy_blocks)
     for dtype in (np.float32, np.float16):
         compare(q.astype(dtype), g.astype(dtype), query, gallery, memory=400_000)   # float16: 355 kB do not fit in 3/4 of it, so 14 tiles
     distances = 1 - (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (g / np.linalg.norm(g, axis=1, keepdims=True)).T

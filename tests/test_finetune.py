@@ -110,12 +110,12 @@ def test_the_card_says_what_a_model_is_and_where_it_comes_from(people, runs):
 
 def test_seeds_on_a_command_line(people, runs):
     settings = [f"{k}={json.dumps(v)}" for k, v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
-    done = subprocess.run([sys.executable, "-m", "cion_nb.training.finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *folders, said = done.stdout.strip().splitlines()
     results = [json.loads(Path(f, "result.json").read_text()) for f in folders]; scores = [r["mAP"] for r in results]
     assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1") and f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
-    assert subprocess.run([sys.executable, "-m", "cion_nb.training.finetune", "--seeds", "0"], capture_output=True, text=True).returncode == 2
+    assert subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "0"], capture_output=True, text=True).returncode == 2
 
 
 def test_a_backbone_with_overlapping_patches_comes_back(tmp_path):
@@ -321,7 +321,7 @@ def test_best_so_far_keeps_the_best():
 def test_killed_fine_tuning_with_held_out_people_resumes_to_the_same_bits(people, runs, tmp_path):
     r = quick(people, held_out=.25, epochs=10, checkpoint_minutes=0.)
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    env = os.environ | dict(CION_NB_RUNS=str(tmp_path / "other"), OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb.training.finetune", "--recipe", str(file)]
+    env = os.environ | dict(CION_NB_RUNS=str(tmp_path / "other"), OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb", "finetune", "--recipe", str(file)]
     p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     folder, deadline = tmp_path / "other" / Run(r).name, time.time() + 120
     def seen(): return max((int(f.name[5:]) for f in (folder / "checkpoints").glob("seen-*")), default=0)
@@ -358,7 +358,7 @@ def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
 
 def test_two_processes_fine_tune(people, runs, tmp_path):
     r = quick(people, gather_triplets=True); file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.training.finetune", "--recipe", str(file)],
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb", "finetune", "--recipe", str(file)],
                        env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-3000:]
     assert Run(r).result["processes"] == 2 and 0 < Run(r).result["mAP"] <= 1

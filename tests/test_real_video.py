@@ -8,6 +8,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "video").is_dir(), reason="the folde
 for module in ("cv2", "trackers", "trackeval", "onnxruntime"): pytest.importorskip(module, reason="needs the extras [track] and [onnx]")
 
 from cion_nb.data import tracking as T
+from cion_nb.data.tracking_scores import match_truth, tracking_scores
 from cion_nb.models.architectures import InputSpec
 from cion_nb.identities.denoise import denoise
 from cion_nb.retrieval.evaluate import evaluate
@@ -31,17 +32,17 @@ def pets(tmp_path_factory):
 
 def test_pets_with_yolox_against_its_truth(pets):
     out, samples = pets
-    scores = T.tracking_scores(samples, PETS / "gt/gt.txt")
+    scores = tracking_scores(samples, PETS / "gt/gt.txt")
     print({k: round(v, 3) for k, v in scores.items()})
     assert scores["truth_boxes"] == 4476 and scores["people"] == 19          # 174 of the 4,650 rows are flagged "do not score"
     assert scores["MOTA"] > 0.75 and scores["IDF1"] > 0.6 and scores["HOTA"] > 0.45
-    person = T.match_truth(samples, PETS / "gt/gt.txt")
+    person = match_truth(samples, PETS / "gt/gt.txt")
     assert (person > 0).mean() > 0.93 and len(np.unique(person[person > 0])) == 19
 
 
 def test_pets_with_public_detections(tmp_path):
     samples = T.track(PETS / "vtest.avi", tmp_path, str(PETS / "det/det.txt"), **SETTINGS)
-    scores = T.tracking_scores(samples, PETS / "gt/gt.txt")
+    scores = tracking_scores(samples, PETS / "gt/gt.txt")
     print({k: round(v, 3) for k, v in scores.items()})
     assert scores["MOTA"] > 0.5 and scores["IDF1"] > 0.4 and scores["HOTA"] > 0.3
 
@@ -51,7 +52,7 @@ def test_pets_to_identities(pets, extractor, tmp_path):
     out, samples = pets
     some = samples[samples.groupby("tracklet").cumcount() % 10 == 0].reset_index(drop=True)
     features = extract(some, out, extractor, tmp_path / "features")
-    truth = T.match_truth(some, PETS / "gt/gt.txt")
+    truth = match_truth(some, PETS / "gt/gt.txt")
     result = denoise(features.x, some)
     scores = {level: identity_scores(result.labels_after(level), truth) for level in ("before", "tracklet", "video", "cross")}
     for level, s in scores.items(): print(level, s)

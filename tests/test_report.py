@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from cion_nb.companion import report
+from cion_nb.companion import claims
 from cion_nb.companion.claims import exceptions, judge, mean_interval, other_sources, paper
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,11 +77,11 @@ def test_stored_arms_of_other_programs_are_flagged(monkeypatch):
     "Equal sources of the stage: no word; other ones: named; a change elsewhere does not matter."
     rows = pd.DataFrame([dict(start=a, seed=s, mAP=.1 * s + .2 * (a == "cion"), run="finetune-bnneck-tiny-x", commit=c) for a, c in (("cion", "aaa"), ("without", "bbb")) for s in range(3)])
     changed = []
-    monkeypatch.setattr(report, "other_sources", lambda a, b, stage: () if a == b else tuple(r for r in changed if r in report.rooms_of(stage)))
+    monkeypatch.setattr(claims, "other_sources", lambda a, b, stage: () if a == b else tuple(r for r in changed if r in claims.rooms_of(stage)))
     said = lambda: judge("a claim", rows, "start", "cion", "without")
     assert said() == "a claim: agrees (+20.0 ± 0.0 points, 3 seeds)"
-    changed.append("denoise"); assert "caution" not in said()
-    changed.append("engine"); assert said().endswith("caution, the arms were made by different programs: engine between aaa and bbb")
+    changed.append("identities/denoise"); assert "caution" not in said()
+    changed.append("training/engine"); assert said().endswith("caution, the arms were made by different programs: training/engine between aaa and bbb")
 
 
 def test_sources_that_git_cannot_compare_count_as_other():

@@ -12,7 +12,8 @@ from cion_nb.companion import reproduce as room
 from cion_nb.identities import denoise as denoise_room
 from cion_nb.core.store import Features
 from cion_nb.data.film import make_world
-from cion_nb.companion.reproduce import main, Page, settings_of, STAGES
+from cion_nb.companion.commands import main
+from cion_nb.companion.reproduce import Page, settings_of, STAGES
 from cion_nb.core.settings import recipe
 from cion_nb.core.runs import dependencies, Run
 
@@ -116,12 +117,12 @@ def test_reproduce_goes_on_and_its_index_and_exit_code_say_what_is_missing(repor
         output = new_output("execute_result", {"text/markdown": "*"}, metadata={"text/markdown": dict(failed=failed)}, execution_count=1)
         nbformat.write(new_notebook(cells=[new_code_cell("page", outputs=[output])]), out)
     monkeypatch.setattr(papermill, "execute_notebook", run)
-    assert main(["--profile", "smoke", "--only", "figure4", "table4", "table2", "order"]) == 1
+    assert main(["reproduce", "--profile", "smoke", "--only", "figure4", "table4", "table2", "order"]) == 1
     said, index = capsys.readouterr().out, (reports / "smoke" / "index.html").read_text()
     assert "2 of 4 pages made, in part, since something failed: table4; not made: figure4, table2" in said
     for word in ("Kernel died", "unequal budget", "partial, without:", "the loss is nan"): assert word in index
     assert (reports / "smoke" / "order.html").exists() and not (reports / "smoke" / "figure4.html").exists()
-    assert main(["--profile", "smoke", "--only", "table4"]) == 0, "a page in part is a page"
+    assert main(["reproduce", "--profile", "smoke", "--only", "table4"]) == 0, "a page in part is a page"
 
 
 # The recipe is run whole
@@ -155,15 +156,15 @@ def test_denoising_page_honours_every_setting(made_up, monkeypatch):
 
 @pytest.mark.parametrize("name", ["profile", "only"])
 def test_a_parameter_that_has_its_own_flag_is_refused(name, capsys):
-    with pytest.raises(SystemExit) as stopped: main(["-p", name, "road"])
-    assert stopped.value.code == 2 and f"-p {name}: that is --{name}" in capsys.readouterr().err
+    assert main(["reproduce", "--set", f"{name}=road"]) == 2
+    assert f"--set {name}: that is --{name}" in capsys.readouterr().err
 
 
 def test_a_run_that_ends_in_nan_is_one_line(tmp_path, monkeypatch, capsys):
     def broken(recipe): raise FloatingPointError("the loss is nan")
     monkeypatch.setattr("cion_nb.companion.reproduce.make_run", broken)
     (tmp_path / "recipe.json").write_text("{}")
-    assert main(["--recipe", str(tmp_path / "recipe.json")]) == 1 and capsys.readouterr().err == "error: the loss is nan\n"
+    assert main(["reproduce", "--recipe", str(tmp_path / "recipe.json")]) == 1 and capsys.readouterr().err == "cion_nb reproduce: error: the loss is nan\n"
 
 
 def test_no_page_picks_settings_of_denoising_by_hand():

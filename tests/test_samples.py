@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from cion_nb.core import images
 from cion_nb.core import samples as S
-from cion_nb.core.images import open_image, UnreadableImage
+from cion_nb.data import datasets
+from cion_nb.core.images import open_image, to_rgb, UnreadableImage
 from cion_nb.core.samples import (
     as_samples, COLUMNS, make_samples, read_csv, read_folder, read_samples, read_tracklets, write_samples)
 from cion_nb.data.datasets import read_cion_al, read_market1501, read_msmt17
@@ -100,7 +102,7 @@ def test_exif_orientation_is_undone(tmp_path, turn):
     (picture if there is None else picture.transpose(there)).save(tmp_path / "x.png", exif=exif)
     seen = open_image(tmp_path / "x.png")
     assert seen.size == (64, 128) and (np.asarray(seen) == np.asarray(picture)).all()
-    assert S.to_rgb(seen).size == seen.size                                              # turned once
+    assert to_rgb(seen).size == seen.size                                              # turned once
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tif"])
@@ -160,7 +162,7 @@ def msmt17(root, folders, lists=None):
     return root
 
 
-@pytest.mark.parametrize("version, folders", S._MSMT17_FOLDERS.items())
+@pytest.mark.parametrize("version, folders", datasets._MSMT17_FOLDERS.items())
 @pytest.mark.parametrize("where", [".", "MSMT17"])
 def test_msmt17_versions_are_told_apart(tmp_path, capsys, version, folders, where):
     msmt17(tmp_path / where, folders)
@@ -349,7 +351,7 @@ def test_images_of_every_ending_are_read_or_counted(tmp_path):
 def test_links_are_followed_once_and_real_folders_win(tmp_path):
     paint(tmp_path / "z/t/1.jpg"); (tmp_path / "a").symlink_to(tmp_path / "z"); (tmp_path / "out").mkdir()
     paint(tmp_path.parent / f"{tmp_path.name}-other" / "2.jpg"); (tmp_path / "out/there").symlink_to(tmp_path.parent / f"{tmp_path.name}-other")
-    assert S._images(tmp_path) == ["out/there/2.jpg", "z/t/1.jpg"]
+    assert images.list_images(tmp_path) == ["out/there/2.jpg", "z/t/1.jpg"]
 
 
 def test_names_that_are_no_utf8_are_shown(tmp_path):
@@ -493,11 +495,11 @@ def test_deep_and_clear_images(tmp_path):
         assert abs(np.asarray(open_image(tmp_path / f"{bits}.png"))[..., 0] - want).max() <= 1
     Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "32.tif")
     with pytest.raises(UnreadableImage, match="no known range"): open_image(tmp_path / "32.tif")
-    for alpha, seen in ((0, S._CLEAR), (255, (255, 0, 255))):
+    for alpha, seen in ((0, images._CLEAR), (255, (255, 0, 255))):
         Image.new("RGBA", (4, 4), (255, 0, 255, alpha)).save(tmp_path / "c.png")
         assert open_image(tmp_path / "c.png").getpixel((0, 0)) == seen
     Image.new("P", (4, 4), 0).save(tmp_path / "p.png", transparency=0)
-    assert open_image(tmp_path / "p.png").getpixel((0, 0)) == S._CLEAR
+    assert open_image(tmp_path / "p.png").getpixel((0, 0)) == images._CLEAR
 
 
 def test_check_says_how_images_are_stored_and_what_lies_beside(tmp_path):

@@ -8,7 +8,10 @@ from hypothesis import given, settings as hsettings, strategies as st
 
 cv2 = pytest.importorskip("cv2", reason="needs the extra [track]")
 pytest.importorskip("trackers", reason="needs the extra [track]")
-from cion_nb.data import tracking as T
+from cion_nb.data import tracking as T, tracking_scores as scores_room, videos
+from cion_nb.data.detectors import MOT_COLUMNS, MotDetections, OnnxDetector, TorchvisionDetector, create_detector
+from cion_nb.data.tracking_scores import box_iou, match_truth, read_mot, tracking_scores, tracklets_to_mot
+
 from cion_nb.core.samples import as_samples, read_samples
 
 COLOURS = [(40, 40, 220), (40, 200, 40), (220, 60, 30), (30, 200, 220)]   # BGR
@@ -36,7 +39,7 @@ def write_street(path, n=N, people=4, fourcc="MJPG", seed=0):
             rows.append((f, p + 1, x, y, w, h, 1, -1, -1))
         video.write(frame)
     video.release()
-    return pd.DataFrame(rows, columns=list(T.MOT_COLUMNS))
+    return pd.DataFrame(rows, columns=list(MOT_COLUMNS))
 
 
 class ColourDetector:
@@ -74,9 +77,9 @@ def content(out):
 @pytest.mark.parametrize("tracker", list(T.TRACKERS))
 def test_every_tracker_follows_the_rectangles(street, tmp_path, tracker):
     samples = T.track(street[0], tmp_path, ColourDetector(), tracker, min_height=20)
-    scores = T.tracking_scores(samples, street[1])
+    scores = tracking_scores(samples, street[1])
     assert scores["IDF1"] > 0.9 and scores["MOTA"] > 0.85 and scores["people"] == 4
-    person = T.match_truth(samples, street[1])
+    person = match_truth(samples, street[1])
     assert (person > 0).mean() > 0.98
     assert pd.Series(person).groupby(samples["tracklet"].to_numpy()).nunique().max() <= 2
 
@@ -98,7 +101,7 @@ def test_table_is_valid_and_matches_its_crops(street, tmp_path):
 
 def test_crops_show_what_the_box_says(street, tmp_path):
     samples = T.track(street[0], tmp_path, **OPTIONS)
-    person = T.match_truth(samples, street[1])
+    person = match_truth(samples, street[1])
     for p in range(1, 5):
         row = samples[person == p].iloc[len(samples[person == p]) // 2]
         middle = np.asarray(T.open_image(tmp_path / row["path"]))[10:-10, 6:-6].mean((0, 1))[::-1]
@@ -109,7 +112,7 @@ def test_crops_show_what_the_box_says(street, tmp_path):
 def test_stride_keeps_the_file_s_frame_numbers(street, tmp_path, stride):
     samples = T.track(street[0], tmp_path, stride=stride, **OPTIONS)
     assert (samples["frame"] % stride == 0).all() and samples["frame"].max() > N - 3 * stride - 1
-    scores = T.tracking_scores(samples, street[1], frames=range(0, N, stride))
+    scores = tracking_scores(samples, street[1], frames=range(0, N, stride))
     assert scores["IDF1"] > (0.9 if stride < 7 else 0.4) and scores["precision"] > 0.95
     report = json.loads((tmp_path / "tracking.json").read_text())
     assert report["counts"]["frames"] == -(-N // stride) and report["video"]["read"] == N
@@ -181,7 +184,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r}); sys.path.insert(0, {root!r})
 import test_tracking as t
-from cion_nb import tracking as T
+from cion_nb.data import tracking as T
 detect = t.ColourDetector(pause={detect_pause})
 if {crop_pause}:
     write = T._write_crop
@@ -238,8 +241,8 @@ def test_nobody_gives_an_empty_valid_table(tmp_path):
         assert samples["tracklet"].dtype == "int64" and samples["score"].dtype == "float32"
     again = T.track(tmp_path / "empty.avi", tmp_path / "sort", ColourDetector(), "sort")
     assert len(again) == 0
-    assert T.contact_sheet(samples, tmp_path).size[0] > 0 and len(T.match_truth(samples, write_street(tmp_path / "t.avi", n=3))) == 0
-    with pytest.warns(UserWarning, match="result holds no box"): assert T.tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
+    assert T.contact_sheet(samples, tmp_path).size[0] > 0 and len(match_truth(samples, write_street(tmp_path / "t.avi", n=3))) == 0
+    with pytest.warns(UserWarning, match="result holds no box"): assert tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
 
 
 @pytest.mark.parametrize("name,data,reason", [
@@ -417,13 +420,13 @@ def test_what_is_left_out_is_counted(street, tmp_path):
 
 def test_classes_of_a_detections_file_are_asked_for(tmp_path):
     file = det_file(tmp_path / "det.txt", three_people(lambda i: i))
-    with pytest.raises(ValueError, match=r"classes 1 .30 boxes.*MotDetections"): T.create_detector(str(file))
-    detector = T.MotDetections(file, classes=1)
+    with pytest.raises(ValueError, match=r"classes 1 .30 boxes.*MotDetections"): create_detector(str(file))
+    detector = MotDetections(file, classes=1)
     assert detector.counts["other_classes"] == 60 and len(detector.detect([0])[0][0]) == 1
-    with pytest.raises(ValueError, match="no box is of classes 8"): T.MotDetections(file, classes=8)
-    assert T.MotDetections(written(tmp_path / "zero.txt", three_people(), first=0), first_frame=0).detect([29])[0][0].shape == (3, 4)
+    with pytest.raises(ValueError, match="no box is of classes 8"): MotDetections(file, classes=8)
+    assert MotDetections(written(tmp_path / "zero.txt", three_people(), first=0), first_frame=0).detect([29])[0][0].shape == (3, 4)
     (tmp_path / "empty.txt").write_text("")
-    with pytest.warns(UserWarning, match="holds no box"): T.MotDetections(tmp_path / "empty.txt")
+    with pytest.warns(UserWarning, match="holds no box"): MotDetections(tmp_path / "empty.txt")
 
 
 def test_a_missing_codec_says_so(street, tmp_path):
@@ -496,7 +499,7 @@ def yolox_file(path, batch, size=64, hit=None):
 
 @pytest.mark.parametrize("batch", [1, 4, "n"])
 def test_onnx_detector_decodes_and_suppresses(tmp_path, batch):
-    detector = T.create_detector(str(yolox_file(tmp_path / "y.onnx", batch, hit=8 * 2 + 3)))
+    detector = create_detector(str(yolox_file(tmp_path / "y.onnx", batch, hit=8 * 2 + 3)))
     detector.person = 1
     out = detector.detect([np.zeros((128, 64, 3), np.uint8)] * 5)            # scale 1/2
     centre, size = np.array([3.5, 2.25]) * 8 * 2, np.exp([1, 2]) * 8 * 2
@@ -508,32 +511,32 @@ def test_onnx_detector_decodes_and_suppresses(tmp_path, batch):
 def test_onnx_detector_refuses_other_files(tmp_path):
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto as P, helper as h
-    with pytest.raises(FileNotFoundError, match="no such detector"): T.create_detector(str(tmp_path / "none.onnx"))
+    with pytest.raises(FileNotFoundError, match="no such detector"): create_detector(str(tmp_path / "none.onnx"))
     graph = h.make_graph([h.make_node("Relu", ["x"], ["y"])], "g", [h.make_tensor_value_info("x", P.FLOAT, [1, 256, 128, 3])], [h.make_tensor_value_info("y", P.FLOAT, [1, 256, 128, 3])])
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)]); model.ir_version = 9
     onnx.save(model, str(tmp_path / "other.onnx"))
-    with pytest.raises(ValueError, match="YOLOX-style"): T.OnnxDetector(tmp_path / "other.onnx")
-    with pytest.raises(ValueError, match="not YOLOX"): T.OnnxDetector(yolox_file(tmp_path / "y.onnx", 1), person=7).detect([np.zeros((64, 64, 3), np.uint8)])
+    with pytest.raises(ValueError, match="YOLOX-style"): OnnxDetector(tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="not YOLOX"): OnnxDetector(yolox_file(tmp_path / "y.onnx", 1), person=7).detect([np.zeros((64, 64, 3), np.uint8)])
 
 
 def test_torchvision_detector(tmp_path, monkeypatch):
     import torch, torchvision
     torch.manual_seed(0)
-    detector = T.TorchvisionDetector(weights=None, min_score=0.0)
+    detector = TorchvisionDetector(weights=None, min_score=0.0)
     torch.save(detector._model.state_dict(), tmp_path / "w.pth")
     frames = [np.random.default_rng(0).integers(0, 255, (120, 160, 3), np.uint8)] * 2
-    loaded = T.TorchvisionDetector(weights=tmp_path / "w.pth", min_score=0.0)
+    loaded = TorchvisionDetector(weights=tmp_path / "w.pth", min_score=0.0)
     for (b, s), (b2, s2) in zip(detector.detect(frames), loaded.detect(frames)):
         assert b.shape == (len(s), 4)
         np.testing.assert_allclose(b, b2)
     assert detector.settings != loaded.settings
     def offline(*args, **kw): raise urllib.error.URLError("Name or service not known")
     monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(RuntimeError, match="could not be fetched.*weights=PATH"): T.create_detector("torchvision")
+    with pytest.raises(RuntimeError, match="could not be fetched.*weights=PATH"): create_detector("torchvision")
 
 
 def test_hog_runs_on_any_size(tmp_path):
-    hog = T.create_detector("hog")
+    hog = create_detector("hog")
     for shape in ((240, 320, 3), (60, 40, 3)):
         (boxes, scores), = hog.detect([np.full(shape, 128, np.uint8)])
         assert boxes.shape == (len(scores), 4)
@@ -543,25 +546,25 @@ def test_mot_detections(street, tmp_path):
     truth, file = street[1], tmp_path / "det.txt"
     truth.assign(frame=truth["frame"] + 1, id=-1, score=0.9).to_csv(file, header=False, index=False)
     samples = T.track(street[0], tmp_path / "out", str(file), min_height=20)
-    assert T.tracking_scores(samples, truth)["IDF1"] > 0.9
-    assert T.MotDetections(file).detect([10 ** 6])[0][0].shape == (0, 4)
+    assert tracking_scores(samples, truth)["IDF1"] > 0.9
+    assert MotDetections(file).detect([10 ** 6])[0][0].shape == (0, 4)
     truth.assign(frame=truth["frame"] + 1, score=np.linspace(-2, 60, len(truth))).to_csv(file, header=False, index=False)
-    with pytest.warns(UserWarning, match="stretched"): detector = T.MotDetections(file)
+    with pytest.warns(UserWarning, match="stretched"): detector = MotDetections(file)
     assert 0 <= min(s.min() for _, s in detector._of.values()) and max(s.max() for _, s in detector._of.values()) <= 1
     truth.assign(frame=truth["frame"] + 1, score=-1).to_csv(file, header=False, index=False)
-    assert all((s == 1).all() for _, s in T.MotDetections(file)._of.values())
-    with pytest.raises(FileNotFoundError): T.MotDetections(tmp_path / "none.txt")
+    assert all((s == 1).all() for _, s in MotDetections(file)._of.values())
+    with pytest.raises(FileNotFoundError): MotDetections(tmp_path / "none.txt")
 
 
 def test_read_mot_names_the_bad_line(tmp_path):
     (tmp_path / "a.txt").write_text("1,1,0,0,5,5,1\n\n1,2,zero,0,5,5,1\n")
-    with pytest.raises(ValueError, match="line 3"): T.read_mot(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="line 3"): read_mot(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_text("0,1,0,0,5,5,1\n")
-    with pytest.raises(ValueError, match="line 1.*frames from 1"): T.read_mot(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="line 1.*frames from 1"): read_mot(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_text("")
-    assert len(T.read_mot(tmp_path / "a.txt")) == 0
+    assert len(read_mot(tmp_path / "a.txt")) == 0
     (tmp_path / "a.txt").write_text("3 7 1 2 5 6\r\n")
-    row = T.read_mot(tmp_path / "a.txt").iloc[0]
+    row = read_mot(tmp_path / "a.txt").iloc[0]
     assert (row["frame"], row["id"], row["score"], row["class"]) == (2, 7, 1, -1)
 
 
@@ -581,15 +584,15 @@ def test_a_detector_that_answers_nonsense_is_named(street, tmp_path):
 
 def test_missing_parts_say_what_to_install(monkeypatch):
     def missing(name): raise ModuleNotFoundError(f"No module named {name!r}")
-    monkeypatch.setattr(T.importlib, "import_module", missing)
+    monkeypatch.setattr(videos.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"cion_nb\[track\]"): T.Video(__file__)
     def no_gl(name): raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")
-    monkeypatch.setattr(T.importlib, "import_module", no_gl)
+    monkeypatch.setattr(videos.importlib, "import_module", no_gl)
     with pytest.raises(ImportError, match="apt-get install -y libgl1"): T.Video(__file__)
 
 
 def test_import_is_light():
-    code = "import sys, cion_nb.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', 'onnxruntime', 'torchvision', 'torch') if m in sys.modules])"
+    code = "import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', 'onnxruntime', 'torchvision', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
 
 
@@ -604,7 +607,7 @@ def test_iou_counts_pixels(a, b):
     def mask(box): m = np.zeros((60, 60), bool); x, y, w, h = box; m[y:y + h, x:x + w] = True; return m
     def ltrb(boxes): return np.array([(x, y, x + w, y + h) for x, y, w, h in boxes], float).reshape(-1, 4)
     want = np.array([[(mask(p) & mask(q)).sum() / (mask(p) | mask(q)).sum() for q in b] for p in a]).reshape(len(a), len(b))
-    np.testing.assert_allclose(T.box_iou(ltrb(a), ltrb(b)), want)
+    np.testing.assert_allclose(box_iou(ltrb(a), ltrb(b)), want)
 
 
 def random_mot(seed, classes):
@@ -620,7 +623,7 @@ def random_mot(seed, classes):
                 mine.append((f, person + (100 if f > 15 and person % 3 == 0 else 0), x + rng.normal(0, 6), y + rng.normal(0, 6), 40, 100, 0.9))
             if rng.random() < 0.1: mine.append((f, 1000 + person, *rng.uniform(0, 400, 2), 40, 100, 0.5))
     mine = pd.DataFrame(mine, columns=["frame", "tracklet", "x", "y", "w", "h", "score"]).drop_duplicates(["frame", "tracklet"])
-    return pd.DataFrame(gt, columns=list(T.MOT_COLUMNS)).round(2), mine.round(2).assign(video="v").sort_values(["tracklet", "frame"], ignore_index=True)
+    return pd.DataFrame(gt, columns=list(MOT_COLUMNS)).round(2), mine.round(2).assign(video="v").sort_values(["tracklet", "frame"], ignore_index=True)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -631,14 +634,14 @@ def test_scores_equal_the_reference_run_from_files(tmp_path, seed, benchmark):
     folder = tmp_path / "gt" / "SEQ"
     (folder / "gt").mkdir(parents=True); (tmp_path / "res/ours/data").mkdir(parents=True)
     gt.assign(frame=gt["frame"] + 1).to_csv(folder / "gt/gt.txt", header=False, index=False)
-    T.tracklets_to_mot(mine, tmp_path / "res/ours/data/SEQ.txt")
+    tracklets_to_mot(mine, tmp_path / "res/ours/data/SEQ.txt")
     (folder / "seqinfo.ini").write_text(f"[Sequence]\nname=SEQ\nseqLength=30\n")
     quiet = dict(PRINT_CONFIG=False)
     data = trackeval.datasets.MotChallenge2DBox(dict(GT_FOLDER=str(tmp_path / "gt"), TRACKERS_FOLDER=str(tmp_path / "res"), BENCHMARK=benchmark, SEQ_INFO={"SEQ": None}, SKIP_SPLIT_FOL=True, **quiet))
     evaluator = trackeval.Evaluator(dict(PRINT_RESULTS=False, OUTPUT_SUMMARY=False, OUTPUT_DETAILED=False, PLOT_CURVES=False, TIME_PROGRESS=False, LOG_ON_ERROR=None, BREAK_ON_ERROR=True, **quiet))
     result, _ = evaluator.evaluate([data], [trackeval.metrics.CLEAR(quiet), trackeval.metrics.Identity(quiet), trackeval.metrics.HOTA()])
     want = result["MotChallenge2DBox"]["ours"]["SEQ"]["pedestrian"]
-    got = T.tracking_scores(mine, folder / "gt/gt.txt", frames=range(30), benchmark=benchmark)
+    got = tracking_scores(mine, folder / "gt/gt.txt", frames=range(30), benchmark=benchmark)
     assert got["MOTA"] == pytest.approx(want["CLEAR"]["MOTA"], abs=1e-9) and got["switches"] == want["CLEAR"]["IDSW"]
     assert got["IDF1"] == pytest.approx(want["Identity"]["IDF1"], abs=1e-9) and got["HOTA"] == pytest.approx(np.mean(want["HOTA"]["HOTA"]), abs=1e-6)
 
@@ -647,13 +650,13 @@ def test_perfect_and_empty_scores():
     gt, _ = random_mot(0, False)
     gt = gt.assign(score=1.0)
     perfect = gt.rename(columns=dict(id="tracklet")).assign(video="v")
-    scores = T.tracking_scores(perfect, gt)
+    scores = tracking_scores(perfect, gt)
     assert scores["MOTA"] == scores["IDF1"] == 1 and scores["HOTA"] == pytest.approx(1)
-    assert (T.match_truth(perfect, gt) == gt["id"]).all()
-    with pytest.warns(UserWarning, match="truth holds no box"): nobody = T.tracking_scores(perfect, gt[:0])
+    assert (match_truth(perfect, gt) == gt["id"]).all()
+    with pytest.warns(UserWarning, match="truth holds no box"): nobody = tracking_scores(perfect, gt[:0])
     assert nobody["recall"] == 0 and nobody["truth_boxes"] == 0
     two = pd.concat([perfect, perfect.assign(video="w")])
-    for score in (T.tracking_scores, T.match_truth):
+    for score in (tracking_scores, match_truth):
         with pytest.raises(ValueError, match="one video"): score(two, gt)
 
 
@@ -661,7 +664,7 @@ def test_perfect_and_empty_scores():
 
 def three_people(cls=lambda i: 1, flag=lambda i: 1, ids=lambda i: i, n=30, speed=1):
     "Three people who walk side by side, as rows of a truth file (frames from 0 here)."
-    return pd.DataFrame([(f, ids(i), 100 * i + speed * f, 50, 40, 100, flag(i), cls(i), 1) for f in range(n) for i in (1, 2, 3)], columns=list(T.MOT_COLUMNS))
+    return pd.DataFrame([(f, ids(i), 100 * i + speed * f, 50, 40, 100, flag(i), cls(i), 1) for f in range(n) for i in (1, 2, 3)], columns=list(MOT_COLUMNS))
 
 
 def written(path, table, first=1, sep=",", encoding="utf-8"):
@@ -677,75 +680,75 @@ def test_one_id_twice_in_a_frame_is_refused_on_every_path(tmp_path):
     shared, doubled = three_people(ids=lambda i: 1 if i == 3 else i), pd.concat([good, good])
     for bad in (shared, doubled):
         file = written(tmp_path / "bad.txt", bad)
-        for gt in (bad, file, str(file), T.read_mot(file)):
-            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): T.tracking_scores(as_result(good), gt)
-            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): T.match_truth(as_result(good), gt)
-        for result in (as_result(bad), bad, file, T.read_mot(file)):
-            with pytest.raises(ValueError, match="result: id 1 .* in frame 1"): T.tracking_scores(result, good)
-        with pytest.raises(ValueError, match="id 1 .* in frame 1"): T.tracklets_to_mot(as_result(bad), tmp_path / "r.txt")
+        for gt in (bad, file, str(file), read_mot(file)):
+            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): tracking_scores(as_result(good), gt)
+            with pytest.raises(ValueError, match="truth: id 1 .* in frame 1"): match_truth(as_result(good), gt)
+        for result in (as_result(bad), bad, file, read_mot(file)):
+            with pytest.raises(ValueError, match="result: id 1 .* in frame 1"): tracking_scores(result, good)
+        with pytest.raises(ValueError, match="id 1 .* in frame 1"): tracklets_to_mot(as_result(bad), tmp_path / "r.txt")
     late = pd.concat([good, good[good["frame"] == 17].assign(x=500)])
-    with pytest.raises(ValueError, match="id 1 .* in frame 18 .*; 17 from 0"): T.tracking_scores(as_result(late), good)
-    with pytest.raises(ValueError, match="id -1 .* detections"): T.tracking_scores(good.assign(id=-1), good)
-    with pytest.raises(ValueError, match="id -1 .* detections"): T.tracking_scores(good, written(tmp_path / "det.txt", good.assign(id=-1)))
+    with pytest.raises(ValueError, match="id 1 .* in frame 18 .*; 17 from 0"): tracking_scores(as_result(late), good)
+    with pytest.raises(ValueError, match="id -1 .* detections"): tracking_scores(good.assign(id=-1), good)
+    with pytest.raises(ValueError, match="id -1 .* detections"): tracking_scores(good, written(tmp_path / "det.txt", good.assign(id=-1)))
 
 
 def test_the_reference_s_own_guard_stands_behind_ours(monkeypatch):
     import trackeval
-    monkeypatch.setattr(T, "_check_ids", lambda *a: None)
+    monkeypatch.setattr(scores_room, "_check_ids", lambda *a: None)
     good = three_people()
-    with pytest.raises(trackeval.utils.TrackEvalException, match="same ID more than once"): T.tracking_scores(pd.concat([good, good]), good)
+    with pytest.raises(trackeval.utils.TrackEvalException, match="same ID more than once"): tracking_scores(pd.concat([good, good]), good)
 
 
 @pytest.mark.parametrize("cls,classes,boxes", [
     (lambda i: 2, 2, 90), (lambda i: 4, (4,), 90), (lambda i: 0, [0], 90), (lambda i: 1 if i == 1 else 2, (1, 2), 90), (lambda i: 1 if i == 1 else 6, (6,), 60)])
 def test_class_numbers_of_another_tool_are_refused_until_named(tmp_path, cls, classes, boxes):
     gt, result = written(tmp_path / "gt.txt", three_people(cls)), as_result(three_people())
-    for score in (T.tracking_scores, T.match_truth):
+    for score in (tracking_scores, match_truth):
         with pytest.raises(ValueError, match=r"gt.txt: truth: classes .*boxes.*benchmark=.*classes=") as e: score(result, gt)
-    got = T.tracking_scores(result, gt, classes=classes)
+    got = tracking_scores(result, gt, classes=classes)
     assert got["truth_boxes"] == boxes and got["truth_left_out"] == 90 - boxes == sum(got.left_out["truth_of_class"].values())
-    assert got["recall"] == 1 and (T.match_truth(result, gt, classes=classes) > 0).sum() == boxes
-    every = T.tracking_scores(result, gt, benchmark="MOT15")
+    assert got["recall"] == 1 and (match_truth(result, gt, classes=classes) > 0).sum() == boxes
+    every = tracking_scores(result, gt, benchmark="MOT15")
     assert every["MOTA"] == 1 and every["truth_left_out"] == 0
 
 
 def test_benchmarks_differ_as_the_reference_says(tmp_path):
     gt, result = three_people(lambda i: 1 if i == 1 else 6, flag=lambda i: int(i == 1)), as_result(three_people())
-    with pytest.raises(ValueError, match="6 .60 boxes"): T.tracking_scores(result, gt)                 # MOT17 and MOT20 differ there
-    assert T.tracking_scores(result, gt, benchmark="MOT17")["MOTA"] == -1
-    twenty = T.tracking_scores(result, gt, benchmark="mot-20")
+    with pytest.raises(ValueError, match="6 .60 boxes"): tracking_scores(result, gt)                 # MOT17 and MOT20 differ there
+    assert tracking_scores(result, gt, benchmark="MOT17")["MOTA"] == -1
+    twenty = tracking_scores(result, gt, benchmark="mot-20")
     assert twenty["MOTA"] == 1 and twenty["boxes_left_out"] == twenty.left_out["boxes_on_distractors"] == 60
     (tmp_path / "MOT20-01/gt").mkdir(parents=True)
-    with pytest.warns(UserWarning, match="taken for MOT20"): named = T.tracking_scores(result, written(tmp_path / "MOT20-01/gt/gt.txt", gt))
+    with pytest.warns(UserWarning, match="taken for MOT20"): named = tracking_scores(result, written(tmp_path / "MOT20-01/gt/gt.txt", gt))
     assert named.benchmark == "MOT20" and named["MOTA"] == 1
-    with pytest.warns(UserWarning, match="taken for MOT17"): guessed = T.tracking_scores(result, gt.assign(**{"class": gt["class"].replace(6, 7)}))
+    with pytest.warns(UserWarning, match="taken for MOT17"): guessed = tracking_scores(result, gt.assign(**{"class": gt["class"].replace(6, 7)}))
     assert guessed.benchmark == "MOT17" and guessed["MOTA"] == 1 and "MOT17" in guessed.notes[0]
-    with pytest.raises(ValueError, match="known: MOT15"): T.tracking_scores(result, gt, benchmark="MOT99")
-    with pytest.raises(ValueError, match="classes 1 to 13"): T.tracking_scores(result, three_people(lambda i: i - 1), benchmark="MOT17")
-    with pytest.raises(ValueError, match="classes 1 to 13"): T.tracking_scores(result, three_people(lambda i: -1), benchmark="MOT17")
-    with pytest.raises(ValueError, match="not both"): T.tracking_scores(result, gt, benchmark="MOT17", classes=1)
+    with pytest.raises(ValueError, match="known: MOT15"): tracking_scores(result, gt, benchmark="MOT99")
+    with pytest.raises(ValueError, match="classes 1 to 13"): tracking_scores(result, three_people(lambda i: i - 1), benchmark="MOT17")
+    with pytest.raises(ValueError, match="classes 1 to 13"): tracking_scores(result, three_people(lambda i: -1), benchmark="MOT17")
+    with pytest.raises(ValueError, match="not both"): tracking_scores(result, gt, benchmark="MOT17", classes=1)
 
 
 def test_world_coordinates_are_no_classes(tmp_path):
     gt = three_people().astype({"class": float}).assign(**{"class": lambda t: t["x"] / 7 - 9.3})
-    assert T.tracking_scores(as_result(three_people()), gt)["MOTA"] == 1 and T.tracking_scores(gt, gt).benchmark == "MOT15"
+    assert tracking_scores(as_result(three_people()), gt)["MOTA"] == 1 and tracking_scores(gt, gt).benchmark == "MOT15"
     ten = three_people(lambda i: 1 if i == 1 else 4, flag=lambda i: int(i == 1)).assign(occlusion=0)    # VisDrone's columns, or MOT15's
-    with pytest.raises(ValueError, match="VisDrone"): T.tracking_scores(as_result(three_people()), written(tmp_path / "gt.txt", ten))
+    with pytest.raises(ValueError, match="VisDrone"): tracking_scores(as_result(three_people()), written(tmp_path / "gt.txt", ten))
 
 
 def test_nothing_left_to_score_is_an_error():
     result = as_result(three_people())
-    with pytest.raises(ValueError, match="none of its 90 .*'truth_with_flag_0': 90"): T.tracking_scores(result, three_people(flag=lambda i: 0))
-    assert (T.match_truth(result, three_people(flag=lambda i: 0)) > 0).all()                            # ignored rows name people
-    with pytest.raises(ValueError, match="none of its 90"): T.tracking_scores(result, three_people(), classes=7)
-    with pytest.raises(ValueError, match="no class numbers"): T.tracking_scores(result, three_people(lambda i: -1), classes=7)
-    with pytest.raises(ValueError, match="no box lies in the frames"): T.tracking_scores(result, three_people(), frames=range(40, 50))
-    with pytest.raises(ValueError, match="share no frame"): T.tracking_scores(result.assign(frame=result["frame"] + 100), three_people())
-    with pytest.raises(ValueError, match="a flag"): T.tracking_scores(result, three_people(flag=lambda i: .9))
-    with pytest.raises(ValueError, match="is no box"): T.tracking_scores(result.assign(w=-3), three_people())
-    with pytest.raises(ValueError, match="no column x"): T.tracking_scores(result.drop(columns="x"), three_people())
-    with pytest.raises(ValueError, match="classes 1 .30.*2 .30"): T.tracking_scores(three_people(lambda i: i), three_people())
-    part = T.tracking_scores(three_people(lambda i: i), three_people(), classes=1)
+    with pytest.raises(ValueError, match="none of its 90 .*'truth_with_flag_0': 90"): tracking_scores(result, three_people(flag=lambda i: 0))
+    assert (match_truth(result, three_people(flag=lambda i: 0)) > 0).all()                            # ignored rows name people
+    with pytest.raises(ValueError, match="none of its 90"): tracking_scores(result, three_people(), classes=7)
+    with pytest.raises(ValueError, match="no class numbers"): tracking_scores(result, three_people(lambda i: -1), classes=7)
+    with pytest.raises(ValueError, match="no box lies in the frames"): tracking_scores(result, three_people(), frames=range(40, 50))
+    with pytest.raises(ValueError, match="share no frame"): tracking_scores(result.assign(frame=result["frame"] + 100), three_people())
+    with pytest.raises(ValueError, match="a flag"): tracking_scores(result, three_people(flag=lambda i: .9))
+    with pytest.raises(ValueError, match="is no box"): tracking_scores(result.assign(w=-3), three_people())
+    with pytest.raises(ValueError, match="no column x"): tracking_scores(result.drop(columns="x"), three_people())
+    with pytest.raises(ValueError, match="classes 1 .30.*2 .30"): tracking_scores(three_people(lambda i: i), three_people())
+    part = tracking_scores(three_people(lambda i: i), three_people(), classes=1)
     assert part.left_out["boxes_of_other_classes"] == part["boxes_left_out"] == 60 and part["recall"] == pytest.approx(1 / 3)
 
 
@@ -755,11 +758,11 @@ def test_nothing_left_to_score_is_an_error():
     (lambda r: r.assign(x=r["x"] * 7), "no box overlaps")])
 def test_results_that_do_not_fit_their_truth_are_said(change, says):
     truth = three_people(speed=6)
-    with pytest.warns(UserWarning, match=says) as caught: scores = T.tracking_scores(as_result(change(truth)), truth)
+    with pytest.warns(UserWarning, match=says) as caught: scores = tracking_scores(as_result(change(truth)), truth)
     assert len(caught) == len(scores.notes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert T.tracking_scores(as_result(truth), truth).notes == []
+        assert tracking_scores(as_result(truth), truth).notes == []
 
 
 def test_read_mot_takes_what_programs_write(tmp_path):
@@ -767,30 +770,30 @@ def test_read_mot_takes_what_programs_write(tmp_path):
     for sep, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-8"), (" ", "utf-8"), (", ", "utf-8")):
         text = want.assign(frame=want["frame"] + 1).astype(str).agg(sep.join, axis=1)
         file.write_bytes("\r\n".join([*text, ""]).encode(encoding))
-        pd.testing.assert_frame_equal(T.read_mot(file), want.astype(T.read_mot(file).dtypes))
+        pd.testing.assert_frame_equal(read_mot(file), want.astype(read_mot(file).dtypes))
     file.write_text("1.000e+00,2e0,1.5E+02,5e1,4e1,1e2,9.9e-01,-1,-1,-1\n")
-    assert T.read_mot(file)[["frame", "id", "x", "score"]].iloc[0].tolist() == [0, 2, 150, .99]
-    assert T.read_mot(written(file, want, first=0), first_frame=0)["frame"].max() == 3
+    assert read_mot(file)[["frame", "id", "x", "score"]].iloc[0].tolist() == [0, 2, 150, .99]
+    assert read_mot(written(file, want, first=0), first_frame=0)["frame"].max() == 3
     for line, says in (("1;1;399,5;182,0;121;229;1", "decimal point"), ("1 1 399,5 182,0 121 229 1", "decimal point"), ("1,1,399,5,182,0,121,2,229,1,1,-1", "12 fields.*not commas"),
                        ("frame,id,x,y,w,h", "delete a header"), ("0 1 Pedestrian 0 0 -1.57 12 50 60 120 1.8 .6 .5 1 2 3 0", "KITTI"), ("1,1.5,0,0,5,5,1", "whole number"),
                        ("1,1,,0,5,5,1", "no row of numbers"), ("1,1,nan,0,5,5,1", "not finite"), ("0,1,0,0,5,5,1", "first_frame=0"), ("1,1,0,0,5,5,1\n2,1,0,0,5,5", "line 2.*6 fields, the first line 7")):
         file.write_text(line + "\n")
-        with pytest.raises(ValueError, match=says) as e: T.read_mot(file)
+        with pytest.raises(ValueError, match=says) as e: read_mot(file)
         assert str(file) in str(e.value) and "line " in str(e.value)
     for encoding in ("utf-16", "gbk"):
         file.write_bytes("1,1,0,0,5,5,1 # 行人\n".encode(encoding))
-        with pytest.raises(ValueError, match="a.txt.*UTF-8"): T.read_mot(file)
+        with pytest.raises(ValueError, match="a.txt.*UTF-8"): read_mot(file)
 
 
 def test_matching_is_one_to_one():
-    gt = pd.DataFrame([(0, 1, 0, 0, 10, 20, 1, -1, -1), (0, 2, 3, 0, 10, 20, 1, -1, -1)], columns=list(T.MOT_COLUMNS))
+    gt = pd.DataFrame([(0, 1, 0, 0, 10, 20, 1, -1, -1), (0, 2, 3, 0, 10, 20, 1, -1, -1)], columns=list(MOT_COLUMNS))
     mine = pd.DataFrame(dict(frame=[0, 0, 0], x=[1, 2, 100], y=0, w=10, h=20))
-    assert T.match_truth(mine, gt).tolist() == [1, 2, -1]
+    assert match_truth(mine, gt).tolist() == [1, 2, -1]
 
 
 def test_mot_round_trip(street, tmp_path):
     samples = T.track(street[0], tmp_path, **OPTIONS)
-    back = T.read_mot(T.tracklets_to_mot(samples, tmp_path / "r.txt"))
+    back = read_mot(tracklets_to_mot(samples, tmp_path / "r.txt"))
     want = samples.sort_values(["frame", "tracklet"], ignore_index=True)
     assert (back["frame"] == want["frame"]).all() and (back["id"] == want["tracklet"]).all()
     np.testing.assert_allclose(back[list(T.BOX_COLUMNS)], want[list(T.BOX_COLUMNS)], atol=1e-4)

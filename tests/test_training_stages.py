@@ -343,21 +343,21 @@ def test_killed_pretraining_resumes_to_the_same_bits(people, runs, tmp_path):
     other = tmp_path / "other"
     env = os.environ | dict(CION_NB_RUNS=str(other), OMP_NUM_THREADS="1")
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    p = subprocess.Popen([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen([sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     folder, deadline = other / through.name, time.time() + 120
     while not list((folder / "checkpoints").glob("seen-*")) and p.poll() is None and time.time() < deadline: time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.wait()
     assert list((folder / "checkpoints").glob("seen-*")) and not (folder / "result.json").exists()
-    done = subprocess.run([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    own = subprocess.run([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=env | dict(CION_NB_RUNS=str(tmp_path / "third")), capture_output=True, text=True, timeout=240)
+    own = subprocess.run([sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)], env=env | dict(CION_NB_RUNS=str(tmp_path / "third")), capture_output=True, text=True, timeout=240)
     assert own.returncode == 0, own.stderr[-2000:]
     assert (folder / "backbone.safetensors").read_bytes() == (tmp_path / "third" / through.name / "backbone.safetensors").read_bytes()
 
 
 def command(tmp_path, r, **env):
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
-    return subprocess.run([sys.executable, "-m", "cion_nb.training.pretrain", "--recipe", str(file)], env=os.environ | env, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)], env=os.environ | env, capture_output=True, text=True, timeout=240)
 
 
 def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path):
@@ -375,7 +375,7 @@ def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path):
 def test_two_processes(people, runs, tmp_path):
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(asked(people)))
     env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb.training.pretrain", "--recipe", str(file)],
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb", "pretrain", "--recipe", str(file)],
                        env=env, capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-3000:]
     assert Run(asked(people)).result["processes"] == 2
@@ -459,12 +459,12 @@ def test_paper_profile_prints_commands_instead_of_running(runs, capsys):
     r = recipe("pretrain", "paper", data_root="/nowhere", annotation="/nowhere.json")
     done = make_runs([r])
     said = capsys.readouterr().out
-    assert not done[0].is_done and "accelerate launch -m cion_nb.pretrain --recipe" in said and "was not named" not in said
+    assert not done[0].is_done and "accelerate launch -m cion_nb pretrain --recipe" in said and "was not named" not in said
     assert json.loads(Path(said.split("--recipe ")[1].strip()).read_text()) == r
     with pytest.raises(MissingRun): Run(r).require()
     make_runs([recipe("finetune", "paper", weights=recipe("pretrain", "paper"))])
     said = capsys.readouterr().out
-    assert "was not named" in said and said.index("cion_nb.pretrain") < said.index("cion_nb.finetune"), "what is needed first is printed first"
+    assert "was not named" in said and said.index("cion_nb pretrain") < said.index("cion_nb finetune"), "what is needed first is printed first"
 
 
 def test_an_identity_without_a_readable_image_sits_out(people, runs, tmp_path):
@@ -489,9 +489,9 @@ def test_settings_that_cannot_work_are_refused(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): finetune(recipe("finetune", "tiny", data=str(people), **changes))
 
 
-@pytest.mark.parametrize("args,word", [(["-p", "sedes", "3"], "did you mean 'seeds'"), (["--only", "table9"], "table4"), (["--profile", "huge"], "invalid choice")])
+@pytest.mark.parametrize("args,word", [(["--set", "sedes=3"], "did you mean 'seeds'"), (["--only", "table9"], "table4"), (["--profile", "huge"], "invalid choice")])
 def test_reproduce_refuses_before_running(args, word, tmp_path):
-    p = subprocess.run([sys.executable, "-m", "cion_nb.companion.reproduce", "--only", "table4", *args] if "--only" not in args else [sys.executable, "-m", "cion_nb.companion.reproduce", *args],
+    p = subprocess.run([sys.executable, "-m", "cion_nb", "reproduce", "--only", "table4", *args] if "--only" not in args else [sys.executable, "-m", "cion_nb", "reproduce", *args],
                        cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert p.returncode == 2 and word in p.stderr
 
