@@ -2,21 +2,24 @@
 
 What only CUDA has (fp16, GradScaler, NCCL, the fused kernels) is marked `gpu` and skipped here.
 """
-import json, os
+import json
+import os
 from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from cion_nb.models.backbones import create_backbone
-from cion_nb.training.distill import IdentityGuidedLoss
-from cion_nb.training.engine import adamw, fit, to_channels_last
-from cion_nb.models.features import embed
+
+from cion_nb.core.runs import Run
+from cion_nb.core.settings import recipe
 from cion_nb.identities.neighbours import knn
 from cion_nb.identities.noise import noise
-from cion_nb.core.settings import recipe
-from cion_nb.core.runs import Run
-from test_precision import cut, ended, same, trained
-from test_training_stages import people, runs      # noqa: F401  (fixtures)
+from cion_nb.models.backbones import create_backbone
+from cion_nb.models.features import embed
+from cion_nb.training.distill import IdentityGuidedLoss
+from cion_nb.training.engine import adamw, fit, to_channels_last
+
+from trainings import cut, ended, same, trained
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -1,7 +1,14 @@
 """The two configuration files agree, modules import lightly, every parameter notebook has its one tagged cell, nothing of the workplace leaks."""
-import ast, configparser, json, re, subprocess, sys, tomllib
+import ast
+import configparser
+import json
+import re
+import subprocess
+import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,14 +2,24 @@
 
 Needs root. Where SLURM is not installed, CION_NB_TEST_SLURM=1 (or CI=true) allows `apt-get install` of it.
 """
-import json, os, shutil, socket, subprocess, sys, tempfile, time
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
-import pytest
-from cion_nb.core.settings import recipe
-from cion_nb.core.runs import Run
 
-ROOT = Path(__file__).resolve().parents[1]
+import pytest
+
+from cion_nb.core.runs import Run
+from cion_nb.core.settings import recipe
+
+from places import ROOT
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
@@ -123,6 +133,7 @@ def cluster():
 
 
 CHANGES = dict(method="tracklet", epochs=5, images_per_epoch=96, batch_size=24, n_local=1, n_id=[2, 4], n_id_epochs=[0, 3], checkpoint_minutes=0.0, precision="fp32", out_dim=32)
+
 
 def test_a_job_of_two_nodes_is_stopped_requeued_and_ends_as_if_it_was_not(cluster, tmp_path):
     r, out, runs = recipe("pretrain", "smoke", **CHANGES), cluster.folder / "job.out", tmp_path / "runs"

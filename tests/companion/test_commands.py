@@ -1,0 +1,65 @@
+"""The one command: seeds, recipes, what it refuses before running, and errors of one line."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+from cion_nb.companion.commands import main
+from cion_nb.core.runs import Run
+from cion_nb.core.settings import recipe
+
+from trainings import QUICK, asked
+
+matplotlib.use("Agg")
+
+
+@pytest.mark.parametrize("name", ["profile", "only"])
+def test_a_parameter_that_has_its_own_flag_is_refused(name, capsys):
+    assert main(["reproduce", "--set", f"{name}=road"]) == 2
+    assert f"--set {name}: that is --{name}" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_in_nan_is_one_line(tmp_path, monkeypatch, capsys):
+    def broken(recipe): raise FloatingPointError("the loss is nan")
+    monkeypatch.setattr("cion_nb.companion.reproduce.make_run", broken)
+    (tmp_path / "recipe.json").write_text("{}")
+    assert main(["reproduce", "--recipe", str(tmp_path / "recipe.json")]) == 1 and capsys.readouterr().err == "cion_nb reproduce: error: the loss is nan\n"
+
+
+def command(tmp_path, r, **env):
+    file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
+    return subprocess.run([sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)], env=os.environ | env, capture_output=True, text=True, timeout=240)
+
+
+def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path):
+    "A busy run, a folder that cannot be written to, and a mistyped network before missing data."
+    def last_line(p): assert p.returncode == 2 and "Traceback" not in p.stderr, p.stderr; return p.stderr.strip().splitlines()[-1]
+    r = asked(people, seed=17)
+    with Run(r).computing(): assert "is being computed by another process" in last_line(command(tmp_path, r))
+    (tmp_path / "file").write_text("not a folder")
+    assert "CION_NB_RUNS=" in last_line(command(tmp_path, r, CION_NB_RUNS=str(tmp_path / "file")))
+    (tmp_path / "other").mkdir(); (tmp_path / "other" / Run(r).name).write_text("a file")
+    assert f"{Run(r).name} is a file where the folder of this run belongs" in last_line(command(tmp_path, r, CION_NB_RUNS=str(tmp_path / "other")))
+    assert "resnet50_ibn" in last_line(command(tmp_path, recipe("pretrain", "tiny", backbone="resnet50_ibm")))
+
+
+@pytest.mark.parametrize("args,word", [(["--set", "sedes=3"], "did you mean 'seeds'"), (["--only", "table9"], "table4"), (["--profile", "huge"], "invalid choice")])
+def test_reproduce_refuses_before_running(args, word, tmp_path):
+    p = subprocess.run([sys.executable, "-m", "cion_nb", "reproduce", "--only", "table4", *args] if "--only" not in args else [sys.executable, "-m", "cion_nb", "reproduce", *args],
+                       cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert p.returncode == 2 and word in p.stderr
+
+
+def test_seeds_on_a_command_line(people, runs):
+    settings = [f"{k}={json.dumps(v)}" for k, v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
+    done = subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *folders, said = done.stdout.strip().splitlines()
+    results = [json.loads(Path(f, "result.json").read_text()) for f in folders]; scores = [r["mAP"] for r in results]
+    assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1") and f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
+    assert subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "0"], capture_output=True, text=True).returncode == 2
