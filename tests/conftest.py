@@ -1,6 +1,9 @@
 """Fixtures of more than one folder."""
+import json
+import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +62,18 @@ def people(tmp_path_factory):
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs")); monkeypatch.setenv("CION_NB_PROGRESS", "0")
     return tmp_path / "runs"
+
+
+# Seconds of every test and why it is marked slow, into the file that .ci/test.py names.
+
+TIMES = {}
+
+
+def pytest_runtest_makereport(item, call):
+    mark = item.get_closest_marker("slow")
+    seconds, _ = TIMES.get(item.nodeid, (0, None))
+    TIMES[item.nodeid] = (seconds + call.duration, None if mark is None else str(*mark.args) or "slow")
+
+
+def pytest_sessionfinish():
+    if file := os.environ.get("CION_NB_TEST_TIMES"): Path(file).write_text(json.dumps(TIMES), encoding="utf-8")

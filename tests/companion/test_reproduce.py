@@ -145,7 +145,7 @@ def test_denoising_page_honours_every_setting(made_up, monkeypatch):
     "At `small` it once took four of eleven settings, and two in its last part."
     real, plain, asked = denoise_room.denoise, recipe, []
     monkeypatch.setattr(denoise_room, "denoise", lambda x, samples, **settings: asked.append(settings) or real(x, samples, **settings))
-    monkeypatch.setattr("cion_nb.core.runs.recipe", lambda stage, *a, **k: plain(stage, *a, **k) | (CHANGES if stage == "denoise" else {}))
+    monkeypatch.setattr("cion_nb.core.settings.recipe", lambda stage, *a, **k: plain(stage, *a, **k) | (CHANGES if stage == "denoise" else {}))
     def open_features(folder):
         r = json.loads((Path(folder) / "recipe.json").read_text())["data"]
         samples = make_world(r["size"], r["seed"], bank=r["bank"], **r["values"]).tracklets.reset_index(drop=True)
