@@ -91,8 +91,8 @@ def nbdev_changes_nothing() -> Result:
     code, out = call(["-c", "from nbdev.doclinks import nbdev_export; nbdev_export()\n"
                             "from nbdev.clean import nbdev_clean; nbdev_clean()"], 120)
     changed = sorted(name for name, content in generated().items() if before.get(name) != content)
-    for name in changed:
-        out += f"\n{name} changes under nbdev_export/nbdev_clean: edit the notebook, run `make notebooks`, commit both"
+    remedy = "edit the notebook, run `make notebooks`, commit both"
+    for name in changed: out += f"\n{name} changes under nbdev_export/nbdev_clean: {remedy}"
     return one(code or bool(changed), out)
 
 
@@ -132,7 +132,7 @@ def pytest(files: list[Path], number: int) -> Result:
 # ---- the plan
 
 def plan(seconds: dict) -> tuple[list, list]:
-    "Jobs as (name, expected seconds, function, arguments), longest first; and what FAST leaves out, as (name, seconds)."
+    "Jobs (name, expected seconds, function, arguments), longest first; what FAST leaves out (name, seconds)."
     jobs, left = [], []
     for path in found("nbs/**/*.ipynb", "notebook"):
         name, is_page = name_of(path), path.parent.name == "reproduce"
@@ -168,22 +168,24 @@ def tell_slow(tests: dict) -> None:
     for seconds, why in tests.values():
         if why: reasons.setdefault(why, []).append(seconds)
     if reasons: print("marked slow, by reason:")
-    for why, all_ in sorted(reasons.items(), key=lambda x: -sum(x[1])): print(f"  {sum(all_):6.0f} s  {why}: {len(all_)} tests")
+    for why, times in sorted(reasons.items(), key=lambda x: -sum(x[1])):
+        print(f"  {sum(times):6.0f} s  {why}: {len(times)} tests")
 
 
 def tell_left_out(seconds: dict, left: list) -> None:
-    slow = {name: s[1] for name, s in seconds.items() if isinstance(s, list) and s[1]}
-    print(f"left out by FAST=1: tests marked slow, {sum(slow.values()):.0f} s in {len(slow)} files, the longest in "
-          + ", ".join(f"{n.removeprefix('tests/')} ({slow[n]:.0f} s)" for n in sorted(slow, key=slow.get, reverse=True)[:6]))
-    print(f"left out by FAST=1: {len(left)} notebooks, {sum(s for _, s in left):.0f} s: "
-          + ", ".join(f"{n.removeprefix('nbs/').removesuffix('.ipynb')} ({s:.0f} s)" for n, s in left))
+    "What FAST=1 did not run, and how long it takes."
+    def listed(rows): return ", ".join(f"{Path(name).stem} ({s:.0f} s)" for name, s in sorted(rows, key=lambda x: -x[1]))
+    slow = [(name, s[1]) for name, s in seconds.items() if isinstance(s, list) and s[1]]
+    for what, rows in (("tests marked slow, by file", slow), ("notebooks", left)):
+        print(f"left out by FAST=1: {what}, {sum(s for _, s in rows):.0f} s: {listed(rows)}")
 
 
 def write_seconds(tests: dict, notebooks: dict) -> None:
     "The measure of this run, in the form of .ci/seconds.json."
-    by_file = {}
-    for name, (seconds, why) in tests.items(): by_file.setdefault(name.split("::")[0], [0.0, 0.0])[bool(why)] += seconds
-    rows = {name: [round(s, 1) for s in both] for name, both in by_file.items()} | {n: round(s, 1) for n, s in notebooks.items()}
+    rows = {name: round(s, 1) for name, s in notebooks.items()}
+    for name, (seconds, why) in tests.items():
+        row = rows.setdefault(name.split("::")[0], [0.0, 0.0])
+        row[bool(why)] = round(row[bool(why)] + seconds, 2)
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
     (OUT / "seconds.json").write_text("{\n" + lines + "\n}\n", encoding="utf-8")
 
@@ -195,7 +197,7 @@ def main() -> int:
     tell("nbdev_export + nbdev_clean change nothing", *results[0])
     with ThreadPoolExecutor(2) as pool:
         running = [(name, function, pool.submit(timed, function, arguments)) for name, _, function, arguments in jobs]
-        for name, function, job in sorted(running, key=lambda job: job[1] is pytest):      # notebooks are told as they end
+        for name, function, job in sorted(running, key=lambda job: job[1] is pytest):      # the short ones first
             results.append(job.result())
             tell(name, *results[-1])
             if function is not pytest: notebooks[name] = results[-1][1]
@@ -205,7 +207,7 @@ def main() -> int:
     if FAST: tell_left_out(seconds, left)
     else: write_seconds(tests, notebooks)
     print(f"{time.time() - began:.0f} s in all")
-    passed, failed, skipped = (sum(getattr(result, word) for result, _ in results) for word in ("passed", "failed", "skipped"))
+    passed, failed, skipped = (sum(getattr(r, word) for r, _ in results) for word in ("passed", "failed", "skipped"))
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
     return 1 if failed else 0
 

@@ -48,11 +48,14 @@ def people(tmp_path_factory):
         top, bottom = rng.integers(0, 255, (2, 3))
         for cam in (1, 2):
             for k in range(4):
-                x = np.empty((64, 32, 3)); x[:32], x[32:] = top, bottom
+                x = np.empty((64, 32, 3))
+                x[:32], x[32:] = top, bottom
                 x = np.clip(x * (1 if cam == 1 else .7) + rng.normal(0, 12, x.shape), 0, 255).astype(np.uint8)
-                path = f"{pid}_{cam}_{k}.png"; Image.fromarray(x).save(root / path)
+                path = f"{pid}_{cam}_{k}.png"
+                Image.fromarray(x).save(root / path)
                 split = "train" if pid <= 8 else "query" if k == 0 else "gallery"
-                rows.append(dict(path=path, pid=pid, camid=cam, tracklet=10 * pid + cam, frame=k, split=split, video=f"v{cam}"))
+                rows.append(dict(path=path, pid=pid, camid=cam, tracklet=10 * pid + cam, frame=k, split=split,
+                                 video=f"v{cam}"))
     samples = make_samples(**{k: [r[k] for r in rows] for k in rows[0]}).assign(true_pid=[r["pid"] for r in rows])
     write_samples(samples, root / "samples.parquet")
     return root / "samples.parquet"
@@ -60,7 +63,8 @@ def people(tmp_path_factory):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs")); monkeypatch.setenv("CION_NB_PROGRESS", "0")
+    "An empty folder of runs, which recipes of this test go to."
+    monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"
 
 
@@ -72,7 +76,7 @@ TIMES = {}
 def pytest_runtest_makereport(item, call):
     mark = item.get_closest_marker("slow")
     seconds, _ = TIMES.get(item.nodeid, (0, None))
-    TIMES[item.nodeid] = (seconds + call.duration, None if mark is None else str(*mark.args) or "slow")
+    TIMES[item.nodeid] = (seconds + call.duration, None if mark is None else " ".join(mark.args) or "slow")
 
 
 def pytest_sessionfinish():

@@ -26,18 +26,19 @@ def called(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix
 def complaints(cell):
     "What is wrong with a cell's stored outputs, in words."
     for output in cell.get("outputs", []):
-        said = "".join(output.get("text", "")) or json.dumps({k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")})
+        shown = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+        said = "".join(output.get("text", "")) or json.dumps(shown)
         if output["output_type"] == "error": yield f"an error: {output.get('ename')}"
         if output.get("name") == "stderr": yield f"standard error: {said[:200]}"
-        if found := re.search(WARNING, said): yield f"a warning: {said[max(0, found.start() - 60):found.end() + 100]}"
-        if found := re.search(MACHINE, said): yield f"a machine's path: {said[max(0, found.start() - 60):found.end() + 60]}"
+        for what, pattern in (("a warning", WARNING), ("a machine's path", MACHINE)):
+            if found := re.search(pattern, said): yield f"{what}: {said[max(0, found.start() - 60):found.end() + 80]}"
     size = len(json.dumps(cell.get("outputs", [])))
     if size > LARGEST: yield f"{size:,} characters, {LARGEST:,} are allowed: a smaller picture, or a JPEG"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=called)
 def test_notebook_outputs_are_small_and_clean(path):
-    found = [f"cell {n} ({cell['id']}) stores {what}" for n, cell in enumerate(cells(path)) for what in complaints(cell)]
+    found = [f"cell {cell['id']} stores {what}" for cell in cells(path) for what in complaints(cell)]
     assert not found, "\n".join([called(path), *found])
     text = "".join(map(source, cells(path)))
     assert not re.search(r"/work/|/root/|\.\./shared|files\.pythonhosted|pypi\.org", text), "names a machine's paths"
@@ -49,7 +50,7 @@ def test_notebook_outputs_are_small_and_clean(path):
     (dict(output_type="stream", name="stdout", text=["x.py:3: UserWarning: no boxes\n"]), "a warning"),
     (dict(output_type="execute_result", data={"text/plain": ["PosixPath('/tmp/x/features')"]}), "a machine's path"),
     (dict(output_type="display_data", data={"image/png": "x" * LARGEST}), "characters"),
-    (dict(output_type="execute_result", data={"text/html": ["<b>1.2</b> https://a.org/tmp/x"], "image/png": "a/tmp/b"}), None)])
+    (dict(output_type="execute_result", data={"text/html": ["https://a.org/tmp/x"], "image/png": "a/tmp/b"}), None)])
 def test_bad_outputs_are_found(output, word):
     found = list(complaints(dict(outputs=[output])))
     assert len(found) == (word is not None) and all(word in what for what in found)
@@ -61,7 +62,8 @@ def test_parameter_notebooks(path):
     assert len(tagged) == 1, "exactly one cell is tagged `parameters`"
     after = next(c for c in cells(path)[tagged[0] + 1:] if c["cell_type"] == "code")
     assert "check_parameters(globals())" in source(after)
-    for c in cells(path): assert not re.search(r"#\|\s*(eval:\s*false|slow|default_exp)", source(c)), "papermill runs every cell"
+    left_out = r"#\|\s*(eval:\s*false|slow|default_exp)"
+    assert not any(re.search(left_out, source(c)) for c in cells(path)), "papermill runs every cell"
 
 
 def test_readme_map_names_every_room():

@@ -135,6 +135,7 @@ def cluster():
 CHANGES = dict(method="tracklet", epochs=5, images_per_epoch=96, batch_size=24, n_local=1, n_id=[2, 4], n_id_epochs=[0, 3], checkpoint_minutes=0.0, precision="fp32", out_dim=32)
 
 
+@pytest.mark.slow("starts processes")
 def test_a_job_of_two_nodes_is_stopped_requeued_and_ends_as_if_it_was_not(cluster, tmp_path):
     r, out, runs = recipe("pretrain", "smoke", **CHANGES), cluster.folder / "job.out", tmp_path / "runs"
     env = dict(CION_NB_RUNS=str(runs), PYTHON=sys.executable, PYTHONPATH=str(ROOT), DEVICE="cpu", SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
@@ -162,6 +163,7 @@ def test_a_job_of_two_nodes_is_stopped_requeued_and_ends_as_if_it_was_not(cluste
     assert (run.folder / "backbone.safetensors").read_bytes() == (through / run.name / "backbone.safetensors").read_bytes()
 
 
+@pytest.mark.slow("starts processes")
 def test_slurm_accepts_what_the_script_asks_for(cluster):
     for more in ((), ("--nodes=2",)):
         p = subprocess.run(["sbatch", "--test-only", *more, "slurm/pretrain.sh", "data_root=/data"], env=cluster.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -182,6 +184,7 @@ def test_wrong_settings_never_reach_the_queue(args, env, word):
     assert p.returncode == 2 and word in p.stderr and "submitted" not in p.stdout
 
 
+@pytest.mark.slow("starts processes")
 def test_the_settings_file_reaches_sbatch(tmp_path):
     file = tmp_path / "settings.sh"
     file.write_text('export SBATCH_PARTITION=special\n: "${DATA_ROOT:=/data/CION}"\n: "${DEVICE:=cpu}"\n')

@@ -27,6 +27,7 @@ from places import ROOT
 from trainings import asked
 
 
+@pytest.mark.slow("trains networks")
 def test_make_run_computes_dependencies_first(runs, monkeypatch):
     order = []
     def fake(stage):
@@ -45,6 +46,7 @@ def test_make_run_computes_dependencies_first(runs, monkeypatch):
     make_runs(asked, jobs=1); assert len(order) == len(listed), "nothing is computed twice"
 
 
+@pytest.mark.slow("trains networks")
 def test_paper_profile_prints_commands_instead_of_running(runs, capsys):
     r = recipe("pretrain", "paper", data_root="/nowhere", annotation="/nowhere.json")
     done = make_runs([r])
@@ -57,6 +59,7 @@ def test_paper_profile_prints_commands_instead_of_running(runs, capsys):
     assert "was not named" in said and said.index("cion_nb pretrain") < said.index("cion_nb finetune"), "what is needed first is printed first"
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("name,value,word", [("profil", "tiny", "did you mean 'profile'"), ("seeds", "five", "of type int"), ("seeds", "0", "at least one"), ("profile", "huge", "smoke, tiny, small, paper")])
 def test_a_mistyped_parameter_fails_the_notebook(name, value, word, tmp_path):
     out = tmp_path / "out.ipynb"
@@ -71,6 +74,7 @@ def test_a_mistyped_parameter_fails_the_notebook(name, value, word, tmp_path):
 def beside(people, **changes): return [asked(people, "tracklet", seed=s, **changes) for s in range(3)]
 
 
+@pytest.mark.slow("trains networks")
 def test_trainings_beside_one_another_end_as_alone(people, runs, monkeypatch):
     monkeypatch.setattr(reproduce_room, "WORTH_A_PROCESS", 1)
     before = torch.get_num_threads()
@@ -88,6 +92,7 @@ def test_trainings_beside_one_another_end_as_alone(people, runs, monkeypatch):
         assert (a.folder / "backbone.safetensors").read_bytes() == (b.folder / "backbone.safetensors").read_bytes()
 
 
+@pytest.mark.slow("starts processes")
 def test_a_training_that_fails_beside_others_is_named(people, runs, monkeypatch):
     monkeypatch.setattr(reproduce_room, "WORTH_A_PROCESS", 1)
     wrong = asked(people, batch_size=20, n_id=[3], n_id_epochs=[0], seed=5)
@@ -96,6 +101,7 @@ def test_a_training_that_fails_beside_others_is_named(people, runs, monkeypatch)
     time.sleep(.5); assert not subprocess.run(["pgrep", "-f", str(runs)], capture_output=True, text=True).stdout, "a child was left behind"
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_sweep_goes_on_without_what_failed(people, runs, monkeypatch, jobs):
     monkeypatch.setattr(reproduce_room, "WORTH_A_PROCESS", 1)
@@ -107,6 +113,7 @@ def test_a_sweep_goes_on_without_what_failed(people, runs, monkeypatch, jobs):
     assert page.failed["needs it", 0].startswith(f"it needs {Run(wrong).name}, which failed: ") and len(page.failed) == 1
 
 
+@pytest.mark.slow("starts processes")
 def test_children_leave_with_their_parent(people, runs, tmp_path):
     "The parent is killed, the children checkpoint and go, and the next call goes on from there."
     long = beside(people, images_per_epoch=4800)[:2]
@@ -135,6 +142,7 @@ def test_how_many_at_once_is_checked(said, monkeypatch):
 ROAD = table5().arch.tolist() if os.environ.get("CION_NB_ROAD_ALL") else ["ghostnet_0_5", "edgenext_x_small"]
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("arch", ROAD)
 def test_a_backbone_goes_the_whole_road(people, runs, arch, tmp_path):
     "Pre-train a step, load, fine-tune a step, export to ONNX and read it back. CION_NB_ROAD_ALL=1: all 32, at 256x128 (slow)."

@@ -13,6 +13,7 @@ from cion_nb.training.finetune import finetune, load_finetuned
 from trainings import changed, quick
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("changes", [dict(method="mgn"), dict(method="transreid"), dict(method="transreid", sie=False), dict(feature="after_neck")], ids=["MGN", "TransReID", "no SIE", "BNNeck"])
 def test_every_method_leaves_as_one_file_that_scores_the_same(people, runs, tmp_path, changes):
     run = finetune(quick(people, **changes))
@@ -27,6 +28,7 @@ def test_every_method_leaves_as_one_file_that_scores_the_same(people, runs, tmp_
         export_torchscript(model, tmp_path / "m.pt")
 
 
+@pytest.mark.slow("trains networks")
 def test_direct_transfer_names_another_test_set(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "target"); t = read_samples(people); write_samples(t[t.pid.isin([9, 10]) | (t.split == "train")], root / "samples.parquet")
@@ -35,6 +37,7 @@ def test_direct_transfer_names_another_test_set(people, runs, tmp_path):
     assert set(f.samples.pid) == {9, 10} and run.result["train_ids"] == 8 and (run.result["flip_test"], run.result["protocol"]) == (True, "no_camera")
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_score_is_the_saved_models(people, runs, precision):
     "Trained in bf16, tested as anybody who loads it will."
@@ -42,12 +45,14 @@ def test_the_score_is_the_saved_models(people, runs, precision):
     np.testing.assert_allclose(embed(load_finetuned(run.folder), [people.parent / p for p in stored.samples.path]), stored.x, atol=3e-4)      # stored in half precision
 
 
+@pytest.mark.slow("trains networks")
 def test_a_test_image_that_cannot_be_read_is_counted(people, runs, tmp_path):
     def change(t, root): (root / "9_1_0.png").write_bytes(b"no image"); return t
     run = finetune(quick(changed(people, tmp_path, change))); assert run.result["test_unreadable"] == 1
     found = score(load_model(run.folder), str(tmp_path / "changed/samples.parquet")); assert found.unreadable == ["9_1_0.png"] and "1 images could not be read" in str(found)
 
 
+@pytest.mark.slow("trains networks")
 def test_scoring_changed_images_extracts_them_again(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "copy"); save_backbone(create_backbone("resnet10_tiny_ibn", (64, 32)), tmp_path / "b.safetensors"); model = load_model(tmp_path / "b.safetensors")
@@ -58,6 +63,7 @@ def test_scoring_changed_images_extracts_them_again(people, runs, tmp_path):
     assert score(model, str(root / "samples.parquet")).mAP < before.mAP and len(list(runs.glob("score-*"))) == 2
 
 
+@pytest.mark.slow("trains networks")
 def test_whole_tracklets_are_scored(people, runs, tmp_path):
     t = read_samples(people); save_backbone(create_backbone("resnet10_tiny_ibn", (64, 32)), tmp_path / "b.safetensors")
     import shutil

@@ -92,6 +92,7 @@ def test_cion_al(tmp_path):
     file.write_text("[]"); assert len(read_cion_al(file)) == 0
 
 
+@pytest.mark.slow("real images and clips")
 @pytest.mark.skipif(not (DATA / "viper").is_dir(), reason="needs ../shared/data/viper")
 def test_viper_is_read_whole():
     table = read_folder(DATA / "viper", r"cam_(?P<camid>[ab])/(?P<pid>\d+)_(?P<angle>\d+)\.bmp")
@@ -198,6 +199,7 @@ def test_msmt17_lists_against_the_disk(tmp_path):
     with pytest.raises(ValueError, match="list_query.txt lists no image"): read_msmt17(home)
 
 
+@pytest.mark.slow("real images and clips")
 @pytest.mark.skipif(not (DATA / "viper").is_dir(), reason="needs ../shared/data/viper")
 def test_viper_is_whole_and_says_nothing():
     table, said = warned(read_viper, DATA); assert said == [] and check(table).ok and 0 in set(table.pid)

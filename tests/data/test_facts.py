@@ -65,6 +65,7 @@ def test_nobody_is_a_fact_of_the_data_set(tmp_path):
     with pytest.raises(ValueError, match=r"2 queries are distractors \(pid 5\).*say distractors="): evaluate_single_shot(q, x, query.assign(pid=5), gallery, distractors=5)
 
 
+@pytest.mark.slow("real images and clips")
 def test_facts_stand_once():
     "Every reader's data set has its facts, a licence and a home; what the field prints follows from them."
     for facts in DATASETS.values(): assert facts.title and facts.licence and facts.home and facts.protocol == "market"

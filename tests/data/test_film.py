@@ -157,6 +157,7 @@ def test_crops_are_what_the_tables_say(root, world):
     assert not [p for p in files(root) if p.startswith(".") or "/." in p]
 
 
+@pytest.mark.slow("starts processes")
 def test_goes_on_after_a_kill(world, root, tmp_path):
     code = f"from cion_nb.data.film import make_world, render; render(make_world('tiny', 3, **{SMALL!r}), {str(tmp_path)!r}, workers=1)"
     p = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ, CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))

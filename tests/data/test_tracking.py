@@ -27,6 +27,7 @@ def content(out):
 
 # ---------------------------------------------------------------- the chain
 
+@pytest.mark.slow("tracks whole videos")
 @pytest.mark.parametrize("tracker", list(T.TRACKERS))
 def test_every_tracker_follows_the_rectangles(street, tmp_path, tracker):
     samples = T.track(street[0], tmp_path, ColourDetector(), tracker, min_height=20)
@@ -61,6 +62,7 @@ def test_crops_show_what_the_box_says(street, tmp_path):
         assert np.abs(middle - COLOURS[p - 1]).max() < 25
 
 
+@pytest.mark.slow("tracks whole videos")
 @pytest.mark.parametrize("stride", [1, 2, 7])
 def test_stride_keeps_the_file_s_frame_numbers(street, tmp_path, stride):
     samples = T.track(street[0], tmp_path, stride=stride, **OPTIONS)
@@ -156,6 +158,7 @@ def run_and_kill(video, out, when, detect_pause=0.0, crop_pause=0.0):
     child.send_signal(signal.SIGKILL); child.wait()
 
 
+@pytest.mark.slow("starts processes")
 def test_survives_sigkill_while_detecting_and_while_cutting(tmp_path):
     video, out, whole = tmp_path / "long.avi", tmp_path / "out", tmp_path / "whole"
     write_street(video, n=150)

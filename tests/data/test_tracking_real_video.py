@@ -30,6 +30,7 @@ def pets(tmp_path_factory):
     return out, T.track(PETS / "vtest.avi", out, str(DATA / "weights/yolox_nano_416.onnx"), **SETTINGS)
 
 
+@pytest.mark.slow("real images and clips")
 def test_pets_with_yolox_against_its_truth(pets):
     out, samples = pets
     scores = tracking_scores(samples, PETS / "gt/gt.txt")
@@ -40,6 +41,7 @@ def test_pets_with_yolox_against_its_truth(pets):
     assert (person > 0).mean() > 0.93 and len(np.unique(person[person > 0])) == 19
 
 
+@pytest.mark.slow("real images and clips")
 def test_pets_with_public_detections(tmp_path):
     samples = T.track(PETS / "vtest.avi", tmp_path, str(PETS / "det/det.txt"), **SETTINGS)
     scores = tracking_scores(samples, PETS / "gt/gt.txt")
@@ -47,6 +49,7 @@ def test_pets_with_public_detections(tmp_path):
     assert scores["MOTA"] > 0.5 and scores["IDF1"] > 0.4 and scores["HOTA"] > 0.3
 
 
+@pytest.mark.slow("real images and clips")
 def test_pets_to_identities(pets, extractor, tmp_path):
     "Every tenth crop of each tracklet, so that this stays a test; the bench notebook takes all."
     out, samples = pets
@@ -62,6 +65,7 @@ def test_pets_to_identities(pets, extractor, tmp_path):
     assert scores["video"].coverage >= cleaned.coverage and scores["video"].n_identities <= before.n_identities
 
 
+@pytest.mark.slow("real images and clips")
 def test_a_truncated_real_clip(tmp_path):
     data = (DATA / "video/TUD-Stadtmitte/TUD-Stadtmitte.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[:len(data) // 2])                # its index is at the end
@@ -72,6 +76,7 @@ def test_a_truncated_real_clip(tmp_path):
     assert 0 < len(samples) and samples["frame"].max() < 120
 
 
+@pytest.mark.slow("real images and clips")
 def test_viper_rank_1(extractor, tmp_path):
     table = read_folder(DATA / "viper", r"cam_(?P<camid>[ab])/(?P<pid>\d{3})_.*\.bmp")
     x, a = extract(table, DATA / "viper", extractor, tmp_path / "features").x, (table["camid_name"] == "a").to_numpy()

@@ -48,6 +48,7 @@ def random_mot(seed, classes):
     return pd.DataFrame(gt, columns=list(MOT_COLUMNS)).round(2), mine.round(2).assign(video="v").sort_values(["tracklet", "frame"], ignore_index=True)
 
 
+@pytest.mark.slow("runs the reference's own scorer")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("benchmark", ["MOT15", "MOT17"])
 def test_scores_equal_the_reference_run_from_files(tmp_path, seed, benchmark):

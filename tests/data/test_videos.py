@@ -221,6 +221,7 @@ def test_missing_parts_say_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match="apt-get install -y libgl1"): T.Video(__file__)
 
 
+@pytest.mark.slow("starts processes")
 def test_import_is_light():
     code = "import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', 'onnxruntime', 'torchvision', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"

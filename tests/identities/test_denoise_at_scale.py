@@ -34,6 +34,7 @@ print("end", flush=True)
 """
 
 
+@pytest.mark.slow("starts processes")
 def test_killed_at_six_moments(world, tmp_path):
     "SIGKILL at random moments of the work itself, which goes on each time; then it is let to its end."
     folder, _, _, want = world
@@ -57,6 +58,7 @@ def test_killed_at_six_moments(world, tmp_path):
     assert not [f for f in out.rglob("*") if f.name.startswith(".")]
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 @pytest.mark.parametrize("stop_at", (0, 1, 9, 17, 18, 20))
 def test_stopped_after_each_piece(world, tmp_path, monkeypatch, stop_at):
     "The moments between pieces, exactly: the n-th piece is written, then the process is gone."
@@ -73,6 +75,7 @@ def test_stopped_after_each_piece(world, tmp_path, monkeypatch, stop_at):
     assert len(written) == len(set(written)), "a finished piece was computed again"
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 def test_another_request_does_not_take_over_the_work(world, tmp_path, monkeypatch):
     _, x, samples, want = world
     monkeypatch.setattr(module, "merge_parts", lambda *a: 1 / 0)
@@ -82,6 +85,7 @@ def test_another_request_does_not_take_over_the_work(world, tmp_path, monkeypatc
     assert np.array_equal(denoise(x, samples, out=tmp_path, measure=False).labels, want.labels)
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("half_width", [None])      # the long way; shards of a band are asserted on the page of `denoise`
 def test_slurm_array_gives_the_labels_of_one_process(world, tmp_path, half_width):
     "slurm/denoise.sh with a scheduler that runs the jobs here, one after the other."
@@ -107,6 +111,7 @@ echo 17
     pd.testing.assert_frame_equal(got.links, want.links, check_exact=True)
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 def test_shards_refuse_what_is_not_ready(world, tmp_path):
     _, x, samples, _ = world
     denoise_shard(x, samples, tmp_path, "videos", 0, 3, measure=False)
@@ -115,6 +120,7 @@ def test_shards_refuse_what_is_not_ready(world, tmp_path):
     with pytest.raises(ValueError, match="unknown step"): denoise_shard(x, samples, tmp_path, "merge", 0, 3)
 
 
+@pytest.mark.slow("starts processes")
 def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
     folder = world[0]
     for more, message in ((["sigma=1"], "sigma"),):
@@ -130,6 +136,7 @@ def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 @pytest.mark.parametrize("kw", [dict(), dict(half_width=None), dict(link="reciprocal"), dict(cannot_link="frames"), dict(link="reciprocal", cannot_link="frames", half_width=50), dict(centre="video"), dict(link="reciprocal", centre="video")])
 def test_in_memory_and_in_a_folder_agree(world, tmp_path, monkeypatch, kw):
     _, x, samples, _ = world
@@ -138,6 +145,7 @@ def test_in_memory_and_in_a_folder_agree(world, tmp_path, monkeypatch, kw):
     assert a.parameters["rules"] == b.parameters["rules"]
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 def test_a_damaged_result_is_named(tmp_path):
     x, samples = feature_world(20, dim=8)
     denoise(x, samples, out=tmp_path / "out")

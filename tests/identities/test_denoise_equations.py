@@ -27,6 +27,7 @@ OTHERS = [("video",), ("cross",), ("tracklet", "cross"), ("video", "cross")]
 worlds = dict(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 60), dim=st.integers(2, 6), half_width=st.sampled_from([0, 1, 2, 5, 1000, None]), levels=st.sampled_from(PREFIXES + OTHERS))
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=400, deadline=None)
 @given(**worlds, sigma_cst=st.floats(.02, 1.5), sigma_drm=st.floats(.02, 1.5), dtype=st.sampled_from([np.float16, np.float32, np.float64]))
 def test_clusters(seed, n, dim, half_width, levels, sigma_cst, sigma_drm, dtype):
@@ -34,6 +35,7 @@ def test_clusters(seed, n, dim, half_width, levels, sigma_cst, sigma_drm, dtype)
     check(x, samples, sigma_cst=sigma_cst, sigma_drm=sigma_drm, half_width=half_width, levels=levels)
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=300, deadline=None)
 @given(**worlds, kind=st.sampled_from(["lattice", "copies"]), sigma_cst=st.sampled_from([.0731, .2113, .3719]), sigma_drm=st.sampled_from([.0311, .1879, .4013]))
 def test_ties(seed, n, dim, half_width, levels, kind, sigma_cst, sigma_drm):
@@ -41,6 +43,7 @@ def test_ties(seed, n, dim, half_width, levels, kind, sigma_cst, sigma_drm):
     check(x, samples, sigma_cst=sigma_cst, sigma_drm=sigma_drm, half_width=half_width, levels=levels)
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), levels=st.sampled_from([("tracklet",), ("tracklet", "video")]), sigma_cst=st.sampled_from([1.0, 2.0]))
 def test_exact_thresholds_and_means_without_direction(seed, n, levels, sigma_cst):
@@ -48,6 +51,7 @@ def test_exact_thresholds_and_means_without_direction(seed, n, levels, sigma_cst
     check(x, samples, sigma_cst=sigma_cst, sigma_drm=.123, levels=levels)
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 @pytest.mark.parametrize("half_width", [1, 40, 1000])
 def test_thousands_of_tracklets(half_width):
     "Enough rows for several blocks, a video larger than a block, and more identities than a tile."
@@ -185,6 +189,7 @@ def test_tables_tell_the_same_story():
     assert np.array_equal(closure(n, cross.a.to_numpy(np.int64), cross.b.to_numpy(np.int64))[t.video_identity], t.identity)
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 @pytest.mark.parametrize("n_tracklets", [2_000, 20_000, 40_000])
 def test_large_worlds_equal_the_oracle(n_tracklets):
     x, samples = feature_world(n_tracklets, dim=48, images=5, seed=n_tracklets, dtype=np.float32)

@@ -38,6 +38,7 @@ def pieces(nodes, links):
     return found
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=300, deadline=None)
 @given(n=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), density=st.floats(0, 1))
 def test_bridges_and_joints(n, seed, density):
@@ -121,6 +122,7 @@ def test_crops_of_a_sheet_account_for_every_image(world):
     assert (result.labels[away.row] != away.identity).all() and (result.provenance.state[away.row] == "reallocated").all()
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=200, deadline=None)
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), places=st.integers(0, 60), odd=st.floats(0, 1), seed=st.integers(0, 999))
 def test_selection(sizes, places, odd, seed):
@@ -245,6 +247,7 @@ def test_farthest_two(n, dim, seed, tile):
     assert low <= d.max() + 1e-5 and high >= d.max() - 1e-5 and abs(d[i, j] - low) < 1e-5
 
 
+@pytest.mark.slow("a hundred thousand images")
 def test_suspects_at_a_size():
     "30,000 tracklets, one pass: seconds."
     x, samples = feature_world(30_000, dim=32, images=6, seed=0)
@@ -291,6 +294,7 @@ def test_the_view_shows_what_went_wrong(world):
     assert view.error is None and "ValueError" not in view.words.value
 
 
+@pytest.mark.slow("a hundred thousand images")
 def test_a_move_is_answered_within_a_second():
     "A thousand tracklets; counted in processor time, so that a busy machine does not matter."
     pytest.importorskip("ipywidgets")

@@ -115,6 +115,7 @@ def test_export_refuses(world, tmp_path):
     assert os.listdir(tmp_path) == ["there"]
 
 
+@pytest.mark.slow("a hundred thousand images")
 def test_ten_thousand_rows_and_ten_times_that(tmp_path):
     n = 100_000
     samples = make_samples([f"v{i // 1000}/{i}.jpg" for i in range(n)], video=[f"v{i // 1000}" for i in range(n)], tracklet=np.arange(n) // 10, frame=np.arange(n) % 10)
@@ -138,6 +139,7 @@ e.export(np.arange(n) // 10, make_samples([f"{i}.jpg" for i in range(n)], trackl
 """
 
 
+@pytest.mark.slow("starts processes")
 def test_killed_while_exporting(tmp_path, monkeypatch):
     "Never half a tree; the same call goes on, another call clears the remains."
     n = 200

@@ -109,6 +109,7 @@ def problems(draw):
     return n, a, b, rng.integers(0, 6, m) / 5, c[c != d], d[c != d], rng          # few distances: many ties
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_constrained_closure_is_its_definition(problem):

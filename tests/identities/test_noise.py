@@ -41,6 +41,7 @@ def plain_noise(features, labels, sigma_cst, sigma_drm):
 
 # ---------------------------------------------------------------- n_S
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 60), dim=st.integers(2, 9), groups=st.integers(1, 12), spread=st.sampled_from([0.1, 0.5, 2.0]),
        sigma_cst=st.floats(0.01, 1.9), sigma_drm=st.floats(0.01, 1.9), dtype=st.sampled_from([np.float16, np.float32, np.float64]), copies=st.booleans())
@@ -58,6 +59,7 @@ def test_noise_is_the_formula(seed, n, dim, groups, spread, sigma_cst, sigma_drm
     assert got.identities.too_close.sum() == got.discrimination and got.identities.label.is_monotonic_increasing
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 30), sigma=st.sampled_from([0.0, 1.0, 2.0]))
 def test_exact_thresholds_on_axes(seed, n, sigma):

@@ -65,6 +65,7 @@ def pair_set(*args, **kw): return {(i, j) for a, b, _ in close_pairs(*args, devi
 def plain_pairs(u, sigma, last): return {(i, j) for i in range(len(u)) for j in range(i + 1, int(last[i]) + 1) if min(2, max(0, 1 - float(u[i] @ u[j]))) < sigma}
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=120, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(0, 120), dim=st.integers(1, 40), sigma=st.floats(0, 2), screen=st.sampled_from(SCREENS), spread=st.sampled_from([.02, .3, 3.]),
        tile=st.sampled_from([None, 3, 16]), panel=st.sampled_from([1, 700, 2**27]), band=st.sampled_from([0, 1, 9, None]), dtype=st.sampled_from([np.float32, np.float64]))

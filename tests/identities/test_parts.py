@@ -31,6 +31,7 @@ def test_parts_and_blocks_change_nothing(part_rows, floats, monkeypatch):
 
 # ---------------------------------------------------------------- Eq. 4 by batched products
 
+@pytest.mark.slow("hundreds of random worlds")
 @pytest.mark.parametrize("kind", ["clusters", "lattice", "copies", "axes"])
 @pytest.mark.parametrize("floats", [40, 2**26])
 def test_batched_products_decide_alike(kind, floats):
@@ -43,6 +44,7 @@ def test_batched_products_decide_alike(kind, floats):
             np.testing.assert_allclose(a[1], b[1], atol=1e-8); np.testing.assert_allclose(a[2], b[2], atol=1e-9)
 
 
+@pytest.mark.slow("eleven thousand tracklets")
 def test_batched_products_through_the_door(world, monkeypatch):
     _, x, samples, want = world
     monkeypatch.setattr(parts, "clean_and_sum", lambda x, offsets, sigma: clean_on_device(x, offsets, sigma, device="cpu"))

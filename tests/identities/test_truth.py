@@ -12,6 +12,7 @@ from cion_nb.identities.truth import IdentityScores, identity_scores
 
 # ---------------------------------------------------------------- identity scores
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(-1, 5), st.integers(-1, 4)), max_size=40))
 def test_identity_scores_are_counts_of_pairs(rows):

@@ -22,6 +22,7 @@ def noise_image(height, width):
     return torch.from_numpy(np.random.default_rng(height * 1000 + width).standard_normal((2, 3, height, width)).astype(np.float32)[:1])
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch", PAPER)
 def test_released_definition(zoo, arch):
     "Loads every released entry, nothing missing or unexpected, and computes the released features at both view sizes."
@@ -52,6 +53,7 @@ def features(model, size, threads=1):
 def distance(a, b): return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch", list(ARCHITECTURES))
 def test_table_is_true(arch):
     with torch.device("meta"): model = create_backbone(arch)
@@ -63,6 +65,7 @@ def test_table_is_true(arch):
     assert max(rates, default=0) == pytest.approx(0.1 if row.family == "swin" else 0), "drop path of the released definition"
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch", list(ARCHITECTURES))
 def test_trains_at_both_view_sizes(arch):
     "All of them in train mode, in shapes alone (`meta`). In values: `test_released_definition` evaluates all, the next test but two trains one a family."
@@ -81,6 +84,7 @@ class Drawn(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow("builds large networks")
 def test_cost_is_counted():
     "Our counts against the released definitions' (fvcore) and the paper's tables, at the size each was stated for."
     table = list_backbones().set_index("name")
@@ -106,6 +110,7 @@ def test_table_5_is_told(monkeypatch):
     assert list_backbones()[["batch_per_gpu", "local_crops", "train_hours"]].isna().all(axis=None)
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch", SMALLEST)
 def test_both_view_sizes_train_and_copy(arch):
     "Forward and backward at full and half size; a deep copy (the EMA teacher) is its own model."

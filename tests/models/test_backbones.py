@@ -9,6 +9,7 @@ from cion_nb.models.backbones import create_backbone, load_backbone, save_backbo
 from cion_nb.models.checkpoints import load_backbone_weights
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch", ["resnet18", "swin_tiny", "volo_d1", "convnext_tiny", "fastvit_s12", "edgenext_x_small", "ghostnet_1_0", "standard_vit_tiny"])
 def test_imagenet(monkeypatch, arch):
     "timm's pre-trained models fit ours (weights themselves are not fetched here), and without network the error says what to do."

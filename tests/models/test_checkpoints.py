@@ -91,6 +91,7 @@ def test_extra_trunk_entries_are_always_named_and_heads_never(data):
     assert not inside or f"trunk has {len(inside)} entries" in str(said[0].message)
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("deep, shallow, blocks", [("resnet101", "resnet50", "layer3.6, layer3.7"), ("resnet101_ibn", "resnet50_ibn", "layer3.6"), ("swin_small", "swin_tiny", "layers.2.blocks.6"),
                                                    ("convnext_small", "convnext_tiny", "stages.2.blocks.9")])
 def test_deeper_networks_are_refused_and_named(deep, shallow, blocks):
@@ -203,6 +204,7 @@ def test_incomplete_checkpoint():
     with pytest.raises(ValueError, match="NaN or infinity.*layer1.0.conv1.weight"): load_backbone_weights(model, old)
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch, smaller", [("vit_tiny", (128, 64)), ("volo_d1", (128, 64))])
 def test_positions_are_resized_as_the_model_itself_does(arch, smaller):
     "A 256x128 model fed small views, and a small model loaded from it, are the same function."

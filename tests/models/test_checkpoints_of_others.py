@@ -30,6 +30,7 @@ def same(a, b, size=(64, 32), tolerance=1e-5):
     return float((a - b).norm(dim=1).max() / torch.pdist(a).mean()) < tolerance
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("project", ["lup", "lup-nl"])
 def test_lup(project):
     "MoCo as LUP (torchvision's ResNet with a two-layer fc) and LUP-NL (its own encoder with classifier and fc1, fc2) save it under DDP."
@@ -47,6 +48,7 @@ def test_lup(project):
     assert same(model, good)
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch", ["vit_tiny", "standard_vit_tiny"])
 @pytest.mark.parametrize("stage", ["pretrained", "converted", "fine-tuned"])
 def test_transreid_ssl(arch, stage):
@@ -80,6 +82,7 @@ def pass_file(prefix="backbone.", parts=3):
     return net, file
 
 
+@pytest.mark.slow("builds large networks")
 def test_pass(tmp_path):
     "Against its definition written out: class token, three part tokens and patches, each with its position, through the blocks."
     net, state = pass_file()
@@ -120,6 +123,7 @@ def solider_file(net, semantic=True):
     return state
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("wrapper", [lambda s: {"teacher": {"backbone." + k: v for k, v in s.items()} | {"head.mlp.0.weight": torch.zeros(4, 4)}},
                                      lambda s: {"base." + k: v for k, v in s.items()} | {"classifier.weight": torch.zeros(9, 768)}], ids=["pretrained", "fine-tuned"])
 def test_solider(wrapper, tmp_path):
@@ -152,6 +156,7 @@ def test_solider_without_semantics_is_swin():
     assert report.added == [] and report.share == 1 and same(model, net)
 
 
+@pytest.mark.slow("builds large networks")
 def test_fast_reid():
     "Its baseline, and the MGN that LUP fine-tunes, whose global branch is the rest of the network."
     good, model = randomised(create_backbone("resnet50_ibn", (64, 32))), create_backbone("resnet50_ibn", (64, 32))
@@ -173,6 +178,7 @@ def test_fast_reid():
     assert all(n.startswith(("b2.", "b3.", "b1_head.", "pixel_")) for n in report.unexpected)
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("ours, theirs, exact", [("resnet18", "resnet18", False), ("resnet50", "resnet50", False), ("convnext_tiny", "convnext_tiny", True),
                                                  ("swin_tiny", "swin_t", False), ("standard_vit_base", "vit_b_16", True)])
 def test_torchvision(ours, theirs, exact):
@@ -190,6 +196,7 @@ def test_torchvision(ours, theirs, exact):
         assert same(model, donor, (224, 224), 1e-4)
 
 
+@pytest.mark.slow("builds large networks")
 def test_dinov3():
     "Its consolidated teacher holds a ConvNeXt with its last norm twice; its training files put both networks into one table. Its ViT is another network."
     good, model, rules = randomised(create_backbone("convnext_tiny", (64, 32))), create_backbone("convnext_tiny", (64, 32)), []

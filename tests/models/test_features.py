@@ -100,6 +100,7 @@ print("done", len(f))
 """
 
 
+@pytest.mark.slow("starts processes")
 def test_killed_at_random_moments_and_resumed(pictures, tmp_path):
     "SIGKILL in a real process, three times, until one run gets through: the same bytes as without."
     def start(out):
@@ -298,6 +299,7 @@ def test_onnx_extra_is_named(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "cion_nb\[onnx\]"'): OnnxModel("x.onnx", SPEC)
 
 
+@pytest.mark.slow("exports networks")
 def test_onnx_file_equals_its_torch_model(pictures, tmp_path):
     pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
     model = create_backbone("resnet10_tiny_ibn", (64, 32)).eval()
@@ -310,6 +312,7 @@ def test_onnx_file_equals_its_torch_model(pictures, tmp_path):
     assert np.abs(a.x - b.x).max() < 1e-3 * spread
 
 
+@pytest.mark.slow("real images and clips")
 def test_viper_with_a_real_extractor(tmp_path):
     "Rank-1 near 29.0 from cam_a to cam_b over all 632 ids: layout, colours and scale are right on real pixels."
     file, root = DATA / "weights" / "person-reidentification-retail-0287.onnx", DATA / "viper"

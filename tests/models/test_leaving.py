@@ -20,6 +20,7 @@ from checkpoint_files import PAPER, SMALLEST, TINY, released_file, rounding
 EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else [a for a in SMALLEST[:10] if a not in ("resnet18", "convnext_tiny", "volo_d1")]
 
 
+@pytest.mark.slow("exports networks")
 @pytest.mark.parametrize("arch", EXPORTED)
 def test_export(zoo, arch, tmp_path):
     "ONNX through onnxruntime and TorchScript reloaded, under weights that make features depend on the image. CION_NB_EXPORT_ALL=1: all 32 at 256x128 (slow)."
@@ -48,6 +49,7 @@ class Small(nn.Module):
     def forward(self, x): return self.conv(x).relu().mean((2, 3)) * (self.factor if torch.jit.is_tracing() or torch.compiler.is_compiling() else 1)
 
 
+@pytest.mark.slow("exports networks")
 def test_exported_file_is_fed_as_the_card_says(tmp_path):
     "Pixels into the ONNX file with normalisation inside, and through `OnnxModel` by either contract, give the model's own features."
     pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
@@ -68,6 +70,7 @@ def test_exported_file_is_fed_as_the_card_says(tmp_path):
         assert session.get_inputs()[0].shape[1:] == [3, 64, 32] and isinstance(session.get_inputs()[0].shape[0], str)
 
 
+@pytest.mark.slow("exports networks")
 def test_a_file_that_differs_is_not_kept(tmp_path):
     pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
     for export, name in ((export_onnx, "m.onnx"), (export_torchscript, "m.pt")):
@@ -76,6 +79,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow("exports networks")
 def test_onnx_extra_is_named(monkeypatch, tmp_path):
     import builtins
     real = builtins.__import__

@@ -117,6 +117,7 @@ def test_a_limit_of_the_instruction_set_is_one(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"); assert not cpu()["amx_bf16"]
 
 
+@pytest.mark.slow("trains networks")
 def test_without_bf16_there_is_no_probe(tmp_path, runs, monkeypatch):
     monkeypatch.setattr(room, "has_fast_bf16", lambda cpu: False); monkeypatch.setattr(engine, "probe", lambda *a: pytest.fail("probed"))
     assert (report := trained(tmp_path)[2])["precision"] == "no" and report["probe"] is None and report["notes"] == []
@@ -124,6 +125,7 @@ def test_without_bf16_there_is_no_probe(tmp_path, runs, monkeypatch):
 
 # What a run does with the answer
 
+@pytest.mark.slow("trains networks")
 def test_auto_takes_bf16_where_it_is_sound_and_a_probe_changes_no_bit(tmp_path, runs, bf16_here, monkeypatch):
     class Asked(Exception): pass
     def ask(*args): raise Asked
@@ -135,6 +137,7 @@ def test_auto_takes_bf16_where_it_is_sound_and_a_probe_changes_no_bit(tmp_path, 
     with pytest.raises(Asked): trained(tmp_path / "c", batch_size=32)      # another size is another question
 
 
+@pytest.mark.slow("trains networks")
 def test_auto_says_why_it_computes_in_float32(tmp_path, runs, bf16_here, capsys):
     plain, _, _ = trained(tmp_path / "plain", precision="fp32")
     with Sick(): task, _, report = trained(tmp_path / "a")
@@ -144,6 +147,7 @@ def test_auto_says_why_it_computes_in_float32(tmp_path, runs, bf16_here, capsys)
     with Sick(), pytest.raises(ValueError, match=r"precision='bf16', but .*model\.\d \(linear .*use precision='fp32', or 'auto'"): trained(tmp_path / "b", precision="bf16")
 
 
+@pytest.mark.slow("trains networks")
 def test_a_run_keeps_its_precision_or_is_refused(tmp_path, runs, bf16_here, monkeypatch):
     whole, _, _ = trained(tmp_path / "whole")
     cut(tmp_path / "bf16")
@@ -159,6 +163,7 @@ def test_a_run_keeps_its_precision_or_is_refused(tmp_path, runs, bf16_here, monk
     assert report["precision"] == "no" and same(ended(task), ended(plain)), "begun in float32: stays, although auto would now take bf16"
 
 
+@pytest.mark.slow("trains networks")
 def test_anyway_goes_on_in_float32_and_says_so(tmp_path, runs, bf16_here, monkeypatch):
     cut(tmp_path); monkeypatch.setenv("CION_NB_RESUME", "anyway")
     for file in (runs / ".precision").iterdir(): file.unlink()
@@ -166,6 +171,7 @@ def test_anyway_goes_on_in_float32_and_says_so(tmp_path, runs, bf16_here, monkey
     assert report["precision"] == "no" and len(report["notes"]) == 2 and "precision bf16 (now no)" in report["notes"][0]
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("minutes,start", [(0., "seen-000000000064"), (60., "the start")])
 def test_auto_that_meets_nan_goes_back_once(tmp_path, runs, bf16_here, minutes, start):
     task = Net(checkpoint_minutes=minutes); task.broken = (80,); run = Run(dict(stage="net", profile="test"), tmp_path)
@@ -176,6 +182,7 @@ def test_auto_that_meets_nan_goes_back_once(tmp_path, runs, bf16_here, minutes, 
     assert all(p.isfinite().all() for p in task.modules["model"].parameters())
 
 
+@pytest.mark.slow("trains networks")
 def test_a_run_that_went_back_stays_in_float32_and_nan_there_is_the_error(tmp_path, runs, bf16_here):
     task = Net(); task.broken, task.always = (80,), True; run = Run(dict(stage="net", profile="test"), tmp_path)
     for again in (False, True):
@@ -186,6 +193,7 @@ def test_a_run_that_went_back_stays_in_float32_and_nan_there_is_the_error(tmp_pa
     with pytest.raises(FloatingPointError): fit(explicit, Run(dict(stage="net", profile="test"), tmp_path / "b"))
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("env,ends", [(dict(JOB_SICK_RANK="1"), "computed in fp32"), (dict(JOB_NAN_RANK="1", JOB_NAN_SHORT="1"), "on from there in fp32")], ids=["probe", "nan"])
 def test_two_processes_decide_together(tmp_path, env, ends):
     "One rank's CPU has the fault, or one rank's loss is NaN: both compute in float32, and end with the same weights."
@@ -201,6 +209,7 @@ def test_two_processes_decide_together(tmp_path, env, ends):
 
 # The answer on disk
 
+@pytest.mark.slow("trains networks")
 def test_the_answer_is_kept_per_machine_and_an_unwritable_folder_is_no_error(runs, monkeypatch):
     verdict = room.Verdict(True, None, 3, .002, .1)
     remember("key", verdict); assert known("key") == verdict and known("other") is None
@@ -214,6 +223,7 @@ def test_the_answer_is_kept_per_machine_and_an_unwritable_folder_is_no_error(run
 
 # Elsewhere
 
+@pytest.mark.slow("trains networks")
 def test_extraction_in_bf16_is_probed(runs, monkeypatch):
     class Flat(nn.Module):
         input, embed_dim = InputSpec(8, 4), 5
@@ -243,6 +253,7 @@ def bits(folder, stage, kind, poison):
     return json.loads(p.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow("starts processes")
 @needs_poison
 def test_every_stage_gives_the_same_bits_on_a_clean_and_on_a_poisoned_heap(people):
     "All stages and an extraction in one process a heap; then, where this CPU shows the fault, bf16 that nobody probed does not."

@@ -55,6 +55,7 @@ def compare(q, g, query, gallery, **kw):
             else: agree(evaluate(q, g, query, gallery, protocol, **kw), expected)
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 60), st.integers(3, 9), st.sampled_from([1, 4096, 1 << 30]))
 @settings(max_examples=120, deadline=None)
 def test_ties_of_signs(seed, n_query, n_gallery, dim, memory):

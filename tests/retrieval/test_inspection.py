@@ -42,6 +42,7 @@ def test_worst_first():
 SMALLEST = {a.family: name for name, a in sorted(ARCHITECTURES.items(), key=lambda item: -item[1].parameters) if a.in_paper}
 
 
+@pytest.mark.slow("builds large networks")
 @pytest.mark.parametrize("arch", sorted(SMALLEST.values()))
 def test_maps_of_every_family(arch):
     "A map of the input's size, from a network that is left as it was, and that follows a lone bright patch of the image."

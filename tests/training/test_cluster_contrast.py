@@ -60,6 +60,7 @@ def follow_plainly(c, x, y, momentum, update):
     return c
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("update", [u for u in UPDATES if u != "random"])
 @pytest.mark.parametrize("momentum", [0., .2, .9])
 def test_memory_follows_as_a_loop_does(update, momentum):
@@ -122,6 +123,7 @@ def test_ghosts_in_timms_own_batchnorm():
 
 # Batches
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("seed", range(5))
 def test_batches_hold_k_of_each_cluster_from_other_cameras(seed):
     rng = np.random.default_rng(seed); labels, cams = rng.integers(-1, 30, 400), rng.integers(-1, 4, 400)
@@ -141,6 +143,7 @@ def test_batches_hold_k_of_each_cluster_from_other_cameras(seed):
 
 # Runs
 
+@pytest.mark.slow("trains networks")
 def test_usl_clusters_learns_tests_and_comes_back(people, runs):
     run = usl(quick(people, test_every=1)); result, log = run.result, pd.DataFrame(run.read_log())
     epochs = log.dropna(subset=["clusters"])
@@ -154,6 +157,7 @@ def test_usl_clusters_learns_tests_and_comes_back(people, runs):
     assert usl(quick(people, test_every=1)).result == result
 
 
+@pytest.mark.slow("starts processes")
 def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
     "The first epoch's clusters, from a network that has not learned: the same by hand."
     from cion_nb.training.engine import make_accelerator
@@ -163,11 +167,13 @@ def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
     assert (task.labels(features, near) == cluster(features, 6, 2, .7, 2)).all()
 
 
+@pytest.mark.slow("trains networks")
 def test_approximate_search_that_looks_everywhere_is_the_exact_one(people, runs):
     exact, everywhere, little = (usl(quick(people, probes=p)) for p in (None, 1000, 1))
     assert (exact.folder / "backbone.safetensors").read_bytes() == (everywhere.folder / "backbone.safetensors").read_bytes() and np.isfinite(little.result["loss"])
 
 
+@pytest.mark.slow("trains networks")
 def test_truth_decides_nothing(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "other"); t = read_samples(people); rng = np.random.default_rng(0)
@@ -176,6 +182,7 @@ def test_truth_decides_nothing(people, runs, tmp_path):
     assert (a.folder / "backbone.safetensors").read_bytes() == (b.folder / "backbone.safetensors").read_bytes() and a.result["last_clusters"]["f1"] != b.result["last_clusters"]["f1"]
 
 
+@pytest.mark.slow("trains networks")
 def test_uda_starts_from_a_fine_tuned_network(people, runs):
     import shutil; source = shutil.copytree(people.parent, runs / "source") / people.name
     tuned = recipe("finetune", "tiny", data=str(source), epochs=2, images_per_epoch=32, batch_size=16, warmup_epochs=1, precision="fp32", channels_last=False); finetune(tuned)
@@ -186,6 +193,7 @@ def test_uda_starts_from_a_fine_tuned_network(people, runs):
     with pytest.raises(ValueError, match="a recipe of usl"): usl(quick(people, "uda"))
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("update", UPDATES)
 def test_every_update_and_a_vit(people, runs, update):
     assert np.isfinite(usl(quick(people, memory_update=update, backbone="vit_tiny" if update == "mean" else "resnet10_tiny_ibn", epochs=1)).result["loss"])
@@ -200,6 +208,7 @@ def at_kill(command, env, folder, where):
     p.send_signal(signal.SIGKILL); p.wait()
 
 
+@pytest.mark.slow("starts processes")
 def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, tmp_path):
     r = quick(people, checkpoint_minutes=0., epochs=12, keep_checkpoints=50); file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
     env = os.environ | dict(OMP_NUM_THREADS="1"); command = [sys.executable, "-m", "cion_nb", "usl", "--recipe", str(file)]
@@ -218,6 +227,7 @@ def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, 
         assert logs[0] == logs[1], f"{name}: the log tells every epoch once"
 
 
+@pytest.mark.slow("starts processes")
 def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path):
     """Groups of BatchNorm are the recipe's, whatever the number of processes: the first group's statistics, kept by the first process, describe all
     images. Sums over two processes are rounded otherwise, so values agree to that."""
@@ -264,6 +274,7 @@ print("agreed")
 """
 
 
+@pytest.mark.slow("starts processes")
 def test_three_processes_find_the_neighbours_and_the_score_of_one(people, tmp_path):
     (tmp_path / "search.py").write_text(SEARCH)
     p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port", str(random.randint(20000, 40000)), str(tmp_path / "search.py"), str(people), str(tmp_path)],
@@ -271,11 +282,13 @@ def test_three_processes_find_the_neighbours_and_the_score_of_one(people, tmp_pa
     assert p.returncode == 0 and p.stdout.count("agreed") == 3, p.stderr[-3000:]
 
 
+@pytest.mark.slow("trains networks")
 def test_hdbscan_by_name(people, runs):
     run = usl(quick(people, clusterer="hdbscan", eps=.01)); rows = [row for row in run.read_log() if "clusters" in row]      # at this eps DBSCAN finds nothing
     assert all(row["clusters"] >= 4 for row in rows) and 0 < run.result["mAP"] <= 1
 
 
+@pytest.mark.slow("trains networks")
 def test_workers_change_nothing(people, runs):
     "Batches are not drawn ahead of the labels that they need."
     a = usl(quick(people)); files = (a.folder / "backbone.safetensors").read_bytes(); import shutil; shutil.rmtree(a.folder)
@@ -284,6 +297,7 @@ def test_workers_change_nothing(people, runs):
 
 # Recipes and bad input
 
+@pytest.mark.slow("trains networks")
 def test_erasing_is_the_released_scripts(people, runs):
     "2 to 40 % of the image, aspect uniform, ImageNet's means after normalisation by .5; views and clustered images by bicubic interpolation."
     r = recipe("usl", "paper", data=str(people), batch_size=16, images_per_epoch=32, k=4); task = ClusterContrast(r)
@@ -301,6 +315,7 @@ def test_recipes_are_the_released_scripts():
     assert recipe("uda", "tiny")["weights"]["data"]["bank"] == "B" != recipe("uda", "tiny")["data"]["bank"]
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("changes,word", [(dict(k1=65), "the data set has 64 images"), (dict(eps=0.), "must be positive"), (dict(memory_update="hardest"), "choose one of"), (dict(pooling="gem", backbone="vit_tiny"), "ResNet"),
                                           (dict(images_per_epoch=40), "multiple of batch_size"), (dict(ghost_bn=6), "cannot be cut"), (dict(ghost_bn=1), "at least 2"), (dict(batch_size=64, images_per_epoch=64), "a batch needs 16 clusters"),
                                           (dict(eps=.01, min_samples=5), "gave 0 clusters"), (dict(clusterer="infomap"), "none of dbscan, hdbscan"), (dict(optimizer="sdg"), "has sgd and adam"), (dict(k=3, batch_size=16), "multiple of k=3"), (dict(epochs=2.5), "whole number"), (dict(erasing_fill=[0., 0.]), "three numbers"), (dict(eps=1.), "between 0 and 1"),
@@ -309,6 +324,7 @@ def test_what_cannot_work_is_named(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): usl(quick(people, **changes))
 
 
+@pytest.mark.slow("starts processes")
 def test_later_epochs_keep_their_clusters_where_new_ones_fail(people, runs, monkeypatch):
     from cion_nb.training import cluster_contrast as room
     calls = []
@@ -318,11 +334,13 @@ def test_later_epochs_keep_their_clusters_where_new_ones_fail(people, runs, monk
     assert len(calls) == 3 and [row["clusters"] for row in rows][1:] == [0, 0] and [row.get("kept_the_clusters_before") for row in rows] == [None, True, True] and np.isfinite(run.result["loss"])
 
 
+@pytest.mark.slow("trains networks")
 def test_nan_features_stop_the_run(people, runs, monkeypatch):
     monkeypatch.setattr(ClusterNet, "forward", lambda self, x: torch.full((len(x), self.embed_dim), float("nan"), requires_grad=True))
     with pytest.raises(FloatingPointError, match="64 images are not finite"): usl(quick(people))
 
 
+@pytest.mark.slow("trains networks")
 def test_unreadable_images_sit_out(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "torn"); file = root / "1_1_0.png"; file.write_bytes(file.read_bytes()[:50])
@@ -330,6 +348,7 @@ def test_unreadable_images_sit_out(people, runs, tmp_path):
     assert run.result["unreadable"] == 1
 
 
+@pytest.mark.slow("trains networks")
 def test_hardly_any_readable_image_is_named(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "torn")

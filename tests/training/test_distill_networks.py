@@ -127,6 +127,7 @@ def test_queue_wraps_and_loss_uses_what_was_there_before():
     assert ContrastHead(6, 4)(torch.randn(2, 6)).shape == (2, 4)
 
 
+@pytest.mark.slow("starts processes")
 def test_two_processes_share_centre_and_queue(tmp_path):
     "Two ranks of torchrun against one process that sees both halves."
     script = tmp_path / "ranks.py"

@@ -64,6 +64,7 @@ def through_folder(tmp_path_factory):
 def through(through_folder): return ends(through_folder)
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("kill_at", [16, 176, 480, 944])
 def test_sigkill_and_resume_is_bit_identical(tmp_path, through, kill_at):
     p = job(tmp_path, kill_at, check=False)
@@ -74,6 +75,7 @@ def test_sigkill_and_resume_is_bit_identical(tmp_path, through, kill_at):
     assert seen == sorted(set(seen)) and seen[-1] == 960
 
 
+@pytest.mark.slow("starts processes")
 def test_killed_twice(tmp_path, through):
     "The second time on another CPU, as the checkpoint says: allowed, and told."
     for at in (200, 700): assert job(tmp_path, at, check=False).returncode == -signal.SIGKILL
@@ -84,6 +86,7 @@ def test_killed_twice(tmp_path, through):
     assert note.startswith("may not be bit-identical: checkpoint at image ") and "limit SSE41 (now " in note
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("name,group", [("SIGTERM", "1"), ("SIGUSR1", "")], ids=["SIGTERM to every process", "SIGUSR1 to one"])
 def test_signal_means_checkpoint_and_try_again(tmp_path, through, name, group):
     "Loader workers change nothing but the speed, and do not die of what a cluster sends to all processes."
@@ -95,6 +98,7 @@ def test_signal_means_checkpoint_and_try_again(tmp_path, through, name, group):
     assert (report["resumed"], report["notes"], report["processes"], report["threads"]) == (1, [], 1, 1)
 
 
+@pytest.mark.slow("starts processes")
 def test_two_processes_resume_bit_identical_and_refuse_one_unless_told(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     report = said(job(a, processes=2, JOB_RECIPE='{"sync_bn": true}'))
@@ -111,6 +115,7 @@ def test_two_processes_resume_bit_identical_and_refuse_one_unless_told(tmp_path)
     assert note.startswith("not bit-identical: checkpoint at image 4") and note in told.stderr and said(told)["processes"] == 1
 
 
+@pytest.mark.slow("starts processes")
 def test_threads_are_set_back_on_resume_unless_told(tmp_path):
     assert job(tmp_path, 480, check=False, OMP_NUM_THREADS="2").returncode == -signal.SIGKILL
     other = shutil.copytree(tmp_path, tmp_path.with_name("told"))
@@ -158,6 +163,7 @@ def test_the_log_is_cut_in_one_step(tmp_path, monkeypatch):
     engine._trim_log(run, Position()); assert not run.read_log()
 
 
+@pytest.mark.slow("starts processes")
 def test_nan_on_one_rank_stops_all(tmp_path):
     p = job(tmp_path, "-", 320, processes=2, check=False, JOB_NAN_RANK="1")
     assert p.returncode == 1 and p.stderr.count("FloatingPointError: job-test") == 2, "both ranks say so, and none waits for the other"
@@ -166,6 +172,7 @@ def test_nan_on_one_rank_stops_all(tmp_path):
     assert last_checkpoint(RUN(tmp_path)).name == "seen-000000000320"
 
 
+@pytest.mark.slow("starts processes")
 def test_half_written_checkpoint_is_ignored(tmp_path, through):
     assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
     torn = tmp_path / "checkpoints" / "writing-seen-000000000912"
@@ -182,6 +189,7 @@ def bad_disk(path, how):
     if how == "gone": path.unlink()
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("how,file", [("cut", "state.pt"), ("flipped", "state.pt"), ("gone", "state.pt"), ("empty", "rank-0.pt"), ("flipped", "rank-0.pt")])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, through, how, file):
     assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
@@ -192,6 +200,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, thro
     assert report["resumed"] == 1 and f"damaged-{newest.name} is damaged ({file}" in report["notes"][0] and not newest.with_name("damaged-" + newest.name).match("seen-*")
 
 
+@pytest.mark.slow("starts processes")
 def test_where_every_checkpoint_is_damaged_the_run_starts_anew(tmp_path, through):
     assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
     for folder in (tmp_path / "checkpoints").glob("seen-*"): bad_disk(folder / "state.pt", "cut")
@@ -200,6 +209,7 @@ def test_where_every_checkpoint_is_damaged_the_run_starts_anew(tmp_path, through
     assert report["resumed"] == 0 and len(report["notes"]) == 2
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("how,word", [("empty", "KeyError"), ("tensor", "no checkpoint of this run"), ("code", "UnpicklingError"), ("key", "Missing key"), ("far", "1,000,000,000 images were seen, and the run has 960"), ("rank", "rank-0.pt is missing")])
 def test_a_foreign_checkpoint_is_named(tmp_path, how, word):
     "Whole files, but not ours: said, and nothing is changed."
@@ -213,6 +223,7 @@ def test_a_foreign_checkpoint_is_named(tmp_path, how, word):
     assert folder.name in str(said.value) and "move " in str(said.value)
 
 
+@pytest.mark.slow("starts processes")
 def test_a_copy_beside_the_checkpoints_is_left_alone(tmp_path, through):
     assert job(tmp_path, 300, check=False).returncode == -signal.SIGKILL
     copy = tmp_path / "checkpoints" / "seen-my-copy"; shutil.copytree(last_checkpoint(RUN(tmp_path)), copy)
@@ -220,6 +231,7 @@ def test_a_copy_beside_the_checkpoints_is_left_alone(tmp_path, through):
     with pytest.raises(ValueError, match="at least one checkpoint"): fit(Job(), RUN(tmp_path / "x"), keep=-1)
 
 
+@pytest.mark.slow("starts processes")
 def test_checkpoints_hold_no_code(through_folder):
     for f in last_checkpoint(RUN(through_folder)).iterdir(): torch.load(f, weights_only=True)
     assert len(list((through_folder / "checkpoints").iterdir())) == 2
@@ -356,6 +368,7 @@ def test_a_node_that_does_not_see_the_runs_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="process 3 on .* need one file system"): _agreed_checkpoint(Run(dict(stage="toy", profile="test"), tmp_path / "elsewhere"), other)
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm and NCCL need two GPUs")
 def test_two_gpus(tmp_path):
     report = said(job(tmp_path, processes=2, ACCELERATE_USE_CPU="false", JOB_RECIPE='{"sync_bn": true, "precision": "fp16"}'))
@@ -363,6 +376,7 @@ def test_two_gpus(tmp_path):
     assert torch.equal(ends(tmp_path, 0)["teacher"]["1.running_mean"], ends(tmp_path, 1)["teacher"]["1.running_mean"])
 
 
+@pytest.mark.slow("starts processes")
 def test_channels_last_damages_no_memory():
     "oneDNN issue 6035: the gradient of FastViT's stem wrote past its buffer; without `to_channels_last` this process dies at its next allocation."
     code = ("import torch; torch.set_num_threads(1)\n"

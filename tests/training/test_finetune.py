@@ -39,6 +39,7 @@ from oracles import BOX, boxes_plainly, same_distribution
 from trainings import asked, changed, quick, what_is_erased
 
 
+@pytest.mark.slow("trains networks")
 def test_fine_tuning_starts_from_the_named_backbone(people, runs):
     pre = pretrain(asked(people, "dino"))
     r = recipe("finetune", "tiny", data=str(people), weights=pre.recipe, epochs=1, images_per_epoch=32, batch_size=16, lr=0., erasing=0., precision="fp32")
@@ -49,6 +50,7 @@ def test_fine_tuning_starts_from_the_named_backbone(people, runs):
     assert run.result["matched"] == len(counted)
 
 
+@pytest.mark.slow("trains networks")
 def test_fine_tuning_learns_and_its_score_is_evaluates(people, runs):
     run = finetune(recipe("finetune", "tiny", data=str(people), epochs=6, images_per_epoch=96, batch_size=32, warmup_epochs=1, pad=2, precision="fp32"))
     f = Features.open(run.folder / "test-features"); split = f.samples.split.to_numpy()
@@ -60,6 +62,7 @@ def test_fine_tuning_learns_and_its_score_is_evaluates(people, runs):
     assert load_backbone(run.folder / "backbone.safetensors").input.mean == (.5, .5, .5)
 
 
+@pytest.mark.slow("trains networks")
 def test_one_person_is_an_error(people, runs, tmp_path):
     t = read_samples(people); t.loc[t.split == "train", "pid"] = 1
     import shutil
@@ -67,11 +70,13 @@ def test_one_person_is_an_error(people, runs, tmp_path):
     with pytest.raises(ValueError, match="two people"): finetune(recipe("finetune", "tiny", data=str(root / "samples.parquet")))
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("changes,word", [(dict(optimizer="adamm"), "has sgd"), (dict(epochs=0), "must be positive"), (dict(batch_size=0), "must be positive")])
 def test_settings_that_cannot_work_are_refused(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): finetune(recipe("finetune", "tiny", data=str(people), **changes))
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("changes", [dict(method="mgn"), dict(method="transreid"), dict(method="transreid", jpm=False), dict(method="transreid", sie=False, overlap=False, drop_path=None), dict(drop_path=None)],
                          ids=["MGN", "TransReID", "SIE alone", "JPM alone", "BNNeck"])
 def test_every_method_trains_is_scored_and_comes_back(people, runs, changes):
@@ -119,6 +124,7 @@ def test_a_recipe_takes_a_part_of_a_file_by_way_of_a_saved_backbone(tmp_path, ca
     assert report.share == 1 and torch.equal(backbone.conv1.weight, b.conv1.weight)
 
 
+@pytest.mark.slow("trains networks")
 def test_the_card_says_what_a_model_is_and_where_it_comes_from(people, runs):
     run = finetune(quick(people)); card = json.loads((run.folder / "backbone.json").read_text())
     assert card["licence"] == f"bound by the terms of what it was made from: {people}" and card["recipe"] == run.recipe and card["run"] == run.name
@@ -141,6 +147,7 @@ def test_the_released_configurations_are_ours():
     assert released_finetuning("vit_base", "mydata.parquet") == {} and recipe("finetune", "tiny")["batch_size"] == 32
 
 
+@pytest.mark.slow("trains networks")
 def test_a_list_of_ones_own(people, runs, tmp_path, capsys):
     t = read_samples(people); t = t[t.split == "train"]
     (tmp_path / "pids.txt").write_text("3\n5\n\n"); (tmp_path / "paths.txt").write_text("\n".join(t.path[:10])); (tmp_path / "bad.txt").write_text("1_1_0.png\nnobody.png\n"); (tmp_path / "empty.txt").write_text("\n")
@@ -163,6 +170,7 @@ def test_a_list_of_ones_own(people, runs, tmp_path, capsys):
     assert Run(r).name != run.name, "the list is an input: its content is in the name"
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("method, changes", [("bnneck", {}), ("transreid", dict(backbone="vit_tiny", overlap=False, drop_path=None)), ("mgn", {})])
 def test_erasing_and_rates_of_a_method_are_the_released_ones(people, runs, method, changes):
     "Boxes and learning rate of the paper's recipe, against what the released code draws and sets, written out."
@@ -202,6 +210,7 @@ if a.is_main_process: print(json.dumps([loss.item(), *a.unwrap_model(net).weight
 """
 
 
+@pytest.mark.slow("starts processes")
 def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
     file = tmp_path / "gather.py"; file.write_text(GATHER); env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"); found = []
     for launch in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000))]):
@@ -210,6 +219,7 @@ def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow("starts processes")
 def test_two_processes_fine_tune(people, runs, tmp_path):
     r = quick(people, gather_triplets=True); file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))
     p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.randint(20000, 40000)), "-m", "cion_nb", "finetune", "--recipe", str(file)],
@@ -220,6 +230,7 @@ def test_two_processes_fine_tune(people, runs, tmp_path):
 
 # Bad input
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("changes,word", [(dict(method="mgnn"), "did you mean 'mgn'"), (dict(jpm=True), "belong to method='transreid'"), (dict(few_ids=1.5), "at most 1"), (dict(held_out=1.), "below 1"),
                                           (dict(erasing_fill="white"), "choose pixel"), (dict(method="mgn", image_size=[64, 32]), "multiple of 96"), (dict(method="mgn", backbone="vit_tiny"), "ResNet"),
                                           (dict(method="transreid", backbone="resnet18", overlap=False, drop_path=None), "class token"), (dict(overlap=True), "no convolutional patch stem"), (dict(drop_path=.1, backbone="ghostnet_0_5"), "no drop path"), (dict(protocol="markt"), "is none of"),
@@ -228,24 +239,28 @@ def test_what_cannot_work_is_named(people, runs, changes, word):
     with pytest.raises((ValueError, FileNotFoundError), match=word): finetune(quick(people, **changes))
 
 
+@pytest.mark.slow("trains networks")
 def test_one_image_a_person_is_repeated(people, runs, tmp_path):
     "K = 4 of one image: the same image under other crops; a documented result, not an error."
     data = changed(people, tmp_path, lambda t, root: t[(t.split != "train") | ((t.frame == 0) & (t.camid == 1))].reset_index(drop=True))
     run = finetune(quick(data)); assert run.result["train_images"] == run.result["train_ids"] == 8 and 0 < run.result["mAP"] <= 1
 
 
+@pytest.mark.slow("trains networks")
 def test_cameras_unknown_everywhere_remove_nothing(people, runs, tmp_path):
     data = changed(people, tmp_path, lambda t, root: t.assign(camid=-1))
     run = finetune(quick(data)); f = Features.open(run.folder / "test-features"); q = (f.samples.split == "query").to_numpy()
     assert run.result["mAP"] == pytest.approx(evaluate(f.x[q], f.x[~q], f.samples[q], f.samples[~q], protocol="no_camera").mAP)
 
 
+@pytest.mark.slow("trains networks")
 def test_people_in_train_and_test_are_told(people, runs, tmp_path):
     data = changed(people, tmp_path, lambda t, root: t.assign(pid=t.pid.where(t.pid < 11, t.pid - 10)))      # 11 and 12 become 1 and 2
     with pytest.warns(UserWarning, match="2 people are in the train split and among the queries .1, 2."): run = finetune(quick(data))
     assert run.result["people_in_both"] == 2 and finetune(quick(people)).result["people_in_both"] == 0
 
 
+@pytest.mark.slow("trains networks")
 def test_images_of_every_mode_and_a_truncated_one(people, runs, tmp_path):
     from PIL import Image
     def change(t, root):
@@ -258,11 +273,13 @@ def test_images_of_every_mode_and_a_truncated_one(people, runs, tmp_path):
     assert run.result["unreadable"] == 1 and "2_1_0.png" in json.loads((run.folder / "unreadable.json").read_text())
 
 
+@pytest.mark.slow("trains networks")
 def test_weights_of_another_network_are_refused(people, runs, tmp_path):
     save_backbone(create_backbone("resnet18", (64, 32)), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not hold a resnet10_tiny_ibn"): finetune(quick(people, weights=str(tmp_path / "other.safetensors")))
 
 
+@pytest.mark.slow("trains networks")
 def test_what_cannot_be_tested_is_known_before_training(people, runs, tmp_path):
     for change, word in ((dict(protocol="clothes_changing"), "no column clothes"), (dict(test_data="market1501"), "needs data_root")):
         with pytest.raises(ValueError, match=word): finetune(quick(people, **change))
@@ -272,11 +289,13 @@ def test_what_cannot_be_tested_is_known_before_training(people, runs, tmp_path):
     assert not list(runs.glob("*/checkpoints/seen-*"))
 
 
+@pytest.mark.slow("trains networks")
 def test_images_of_nobody_are_not_a_person(people, runs, tmp_path):
     data = changed(people, tmp_path, lambda t, root: t.assign(pid=t.pid.where(t.pid > 3, -1)))
     with pytest.warns(UserWarning, match="24 of 64 training images have no person"): run = finetune(quick(data))
     assert run.result["train_ids"] == 5 and run.result["train_images"] == 40
 
 
+@pytest.mark.slow("trains networks")
 def test_too_few_people_left_says_what_left_them(people, runs):
     with pytest.raises(ValueError, match="few_ids=0.1, .* leave 2 images of 2 people"): finetune(quick(people, few_ids=.1, few_images=.1))

@@ -20,6 +20,7 @@ from trainings import quick
 
 # Chosen by held-out people
 
+@pytest.mark.slow("trains networks")
 def test_held_out_people_choose_and_are_not_trained_on(people, runs):
     r = quick(people, held_out=.25, epochs=10)
     task = FineTuning(r)
@@ -65,6 +66,7 @@ def test_best_so_far_keeps_the_best():
     assert (float(best.score), float(best.epoch), float(best.model.weight[0, 0])) == (.5, 3., 3.), "the first of equals"
 
 
+@pytest.mark.slow("starts processes")
 def test_killed_fine_tuning_with_held_out_people_resumes_to_the_same_bits(people, runs, tmp_path):
     r = quick(people, held_out=.25, epochs=10, checkpoint_minutes=0.)
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(r))

@@ -28,6 +28,7 @@ def test_mgn_parameters_a_branch_and_what_the_warm_up_holds():
     assert all(n.startswith("parts.") or n.split(".")[0] == "branches" and n.split(".")[2] == "2" for n in moving) and len(moving) == 3 * 2 + 8 * 5
 
 
+@pytest.mark.slow("trains networks")
 def test_mgn_warm_up_moves_nothing_below_the_parts(people, runs):
     task = FineTuning(quick(people, method="mgn", freeze_epochs=2)); task.build(torch.device("cpu")); model = task.modules["model"].train()
     before = deepcopy(model.state_dict())

@@ -25,6 +25,7 @@ from cion_nb.training.pretrain import Distillation, equal_budget, pretrain
 from trainings import asked
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("method", ["lup", "dino", "tracklet", "cion_true"])
 def test_every_method_gives_a_backbone(people, runs, method):
     run = pretrain(asked(people, method))
@@ -37,17 +38,20 @@ def test_every_method_gives_a_backbone(people, runs, method):
     assert (pretrain(run.recipe).folder / "result.json").stat().st_mtime_ns == stamp, "the same request was computed twice"
 
 
+@pytest.mark.slow("trains networks")
 def test_released_variant_epoch_teacher_and_batch_centre_run(people, runs):
     assert np.isfinite(pretrain(asked(people, variant="released", teacher="epoch", centre="batch")).result["loss"])
     with pytest.raises(ValueError, match="variant"): pretrain(asked(people, variant="relased"))
 
 
+@pytest.mark.slow("trains networks")
 def test_epoch_teacher_is_frozen_inside_an_epoch(people, runs):
     task = Distillation(asked(people, teacher="epoch", epochs=4, images_per_epoch=48))
     crossed = [bool(task._crosses_epoch(seen / 192)) for seen in range(24, 216, 24)]
     assert crossed == [False, True] * 4
 
 
+@pytest.mark.slow("trains networks")
 def test_last_layer_is_frozen_in_the_first_epoch(people, runs):
     task = Distillation(asked(people, freeze_last_layer_epochs=2, weight_decay=[0., 0.]))
     torch.manual_seed(0); task.build(torch.device("cpu"))
@@ -100,11 +104,13 @@ def test_lup_style_is_its_released_scripts():
     assert [recipe("pretrain", p, method="lup")["erasing_rule"] for p in ("paper", "small", "tiny")] == ["zhong", "timm", "timm"]      # stored results of ours were made with timm's
 
 
+@pytest.mark.slow("trains networks")
 def test_a_recipes_erasing_reaches_the_views(people, runs):
     for rule in ("zhong", "timm"): assert pretrain_room.MomentumContrast(asked(people, "lup", erasing_rule=rule)).views.recipe["erase_rule"] == rule
     with pytest.raises(ValueError, match="erase_rule='tim'"): pretrain(asked(people, "lup", erasing_rule="tim"))
 
 
+@pytest.mark.slow("trains networks")
 def test_fit_is_dinos_loop(people, runs):
     """Six steps of the loop on one image an identity, against DINO's training loop written out on the same batches: frozen prototypes,
     clipping, decay, momentum, temperature, centre. SGD, since AdamW turns a last bit of a vanishing gradient into a step of full length."""
@@ -152,6 +158,7 @@ class Plain(torch.nn.Module):
     def forward(self, x): return self.net(x)
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("method", ["tracklet", "lup"])
 def test_a_run_in_pieces_is_the_whole_run(people, runs, monkeypatch, method):
     "Without BatchNorm: losses, weights, teacher, centre or queue, momentum of the optimizer; the curriculum's change falls inside a step."
@@ -170,6 +177,7 @@ def test_a_run_in_pieces_is_the_whole_run(people, runs, monkeypatch, method):
     assert max((p - q).abs().max() for p, q in zip(start.modules["model"].parameters(), whole.modules["model"].parameters())) > .01, "it learned something to compare"
 
 
+@pytest.mark.slow("trains networks")
 def test_a_batch_centre_in_pieces_is_refused(people, runs):
     with pytest.raises(ValueError, match="use accumulate=1, or centre='ema'"): pretrain(asked(people, centre="batch", accumulate=2))
 
@@ -179,6 +187,7 @@ def Distillation_at_start(r):
     return task
 
 
+@pytest.mark.slow("trains networks")
 def test_schedules_follow_images_so_the_curriculum_does_not_make_them_jump(people, runs):
     log, changes = {}, dict(epochs=4, images_per_epoch=48, warmup_epochs=1, weight_decay=[.04, .4], lr=.01, ema=[.9, 1.], freeze_last_layer_epochs=0)
     for name, curriculum in dict(rising=dict(n_id=[2, 4], n_id_epochs=[0, 2]), flat=dict(n_id=[2], n_id_epochs=[0])).items():
@@ -191,6 +200,7 @@ def test_schedules_follow_images_so_the_curriculum_does_not_make_them_jump(peopl
     assert np.allclose(log["rising"].lr, [warmup_cosine(x, .01 * 24 / 256, 1e-6, .25) for x in at])
 
 
+@pytest.mark.slow("trains networks")
 def test_gradients_are_unscaled_then_clipped_then_stepped(people, runs, monkeypatch):
     import accelerate
     order, task = [], Distillation(asked(people, images_per_epoch=24, epochs=1, n_id=[2], n_id_epochs=[0]))
@@ -202,6 +212,7 @@ def test_gradients_are_unscaled_then_clipped_then_stepped(people, runs, monkeypa
     assert order == ["unscale", "clip", "step"]
 
 
+@pytest.mark.slow("trains networks")
 def test_the_exported_backbone_is_the_last_teacher(people, runs):
     run = pretrain(asked(people))
     last = torch.load(max((run.folder / "checkpoints").glob("seen-*")) / "state.pt", weights_only=True)["modules"]
@@ -211,6 +222,7 @@ def test_the_exported_backbone_is_the_last_teacher(people, runs):
     assert any(not torch.equal(v, of("model")[k]) for k, v in exported.items())
 
 
+@pytest.mark.slow("trains networks")
 def test_a_batch_that_a_later_phase_would_cut_is_refused_at_the_start(people, runs):
     with pytest.raises(ValueError, match="not a multiple of n_id=5"): pretrain(asked(people, n_id=[2, 5]))
     with pytest.raises(ValueError, match="choose 'step'"): pretrain(asked(people, teacher="steps"))
@@ -221,6 +233,7 @@ def test_a_batch_that_a_later_phase_would_cut_is_refused_at_the_start(people, ru
     with pytest.raises(ValueError, match="batch_size=144 is more than the 96 presentations"): pretrain(asked(people, batch_size=144))
 
 
+@pytest.mark.slow("trains networks")
 def test_equal_budget_is_asserted(people, runs):
     done = [pretrain(asked(people, m)) for m in ("lup", "tracklet")]
     table = equal_budget(done)
@@ -232,6 +245,7 @@ def test_equal_budget_is_asserted(people, runs):
     with pytest.raises(TypeError, match="make_runs"): equal_budget([asked(people, "dino")])
 
 
+@pytest.mark.slow("starts processes")
 def test_killed_pretraining_resumes_to_the_same_bits(people, runs, tmp_path):
     r = asked(people, epochs=5, checkpoint_minutes=0.)
     through = Run(r)
@@ -250,6 +264,7 @@ def test_killed_pretraining_resumes_to_the_same_bits(people, runs, tmp_path):
     assert (folder / "backbone.safetensors").read_bytes() == (tmp_path / "third" / through.name / "backbone.safetensors").read_bytes()
 
 
+@pytest.mark.slow("starts processes")
 def test_two_processes(people, runs, tmp_path):
     file = tmp_path / "recipe.json"; file.write_text(json.dumps(asked(people)))
     env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")

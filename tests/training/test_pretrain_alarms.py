@@ -21,6 +21,7 @@ from trainings import asked
 SHORT = dict(epochs=10, images_per_epoch=24, batch_size=8, n_id=[2], n_id_epochs=[0], warmup_epochs=0)     # 30 steps, 3 log rows
 
 
+@pytest.mark.slow("trains networks")
 def test_a_healthy_run_rings_no_alarm(people, runs):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -30,6 +31,7 @@ def test_a_healthy_run_rings_no_alarm(people, runs):
     assert (log.kl_to_uniform > .5).all() and (log.kl_to_mean > .5).all() and (log.centre_share < .9).all() and (log[["feature_rank", "student_rank"]] > 2).all(axis=None)
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("changes, rings, silent", [
     (dict(teacher_temp=10.), {"uniform", "constant"}, {"rank", "student_rank", "centre"}),                                  # centring without sharpening
     (dict(centre_momentum=1., ema=[0., 0.], lr=.1, lr_per=8, head_bn=False), {"constant"}, {"uniform", "centre"})])                       # sharpening without centring
@@ -39,6 +41,7 @@ def test_a_collapse_of_the_outputs_rings(people, runs, changes, rings, silent):
     assert set(run.result["alarms"].values()) == {240} and rings <= set(run.read_log()[-1]["alarms"])
 
 
+@pytest.mark.slow("trains networks")
 def test_a_dead_camera_rings_centre_and_ranks(people, runs, tmp_path):
     root = Path(shutil.copytree(people.parent, tmp_path / "dead"))
     for f in root.glob("*.png"): Image.fromarray(np.full((64, 32, 3), 90, np.uint8)).save(f)
@@ -46,6 +49,7 @@ def test_a_dead_camera_rings_centre_and_ranks(people, runs, tmp_path):
     assert run.result["alarms"].keys() == {"constant", "centre", "rank", "student_rank"}
 
 
+@pytest.mark.slow("trains networks")
 def test_features_on_a_line_ring(people, runs, monkeypatch):
     class Line(torch.nn.Module):
         "A backbone whose features are multiples of one vector, beside a constant."
@@ -56,6 +60,7 @@ def test_features_on_a_line_ring(people, runs, monkeypatch):
     assert {"rank", "student_rank"} <= run.result["alarms"].keys()
 
 
+@pytest.mark.slow("trains networks")
 def test_alarms_survive_a_kill(runs):
     run = WatchedRun(recipe("pretrain", "tiny", method="tracklet"), runs / "a"); run.watch = CollapseWatch()
     for seen in range(10, 60, 10):

@@ -13,6 +13,7 @@ from cion_nb.training.pretrain import identity_labels, pretrain
 from trainings import asked
 
 
+@pytest.mark.slow("trains networks")
 def test_images_beside_their_table_are_part_of_a_runs_name(people, runs, tmp_path):
     from cion_nb.core import runs as room
     root = shutil.copytree(people.parent, tmp_path / "own"); r = asked(root / "samples.parquet"); first = Run(r).name
@@ -21,10 +22,12 @@ def test_images_beside_their_table_are_part_of_a_runs_name(people, runs, tmp_pat
     assert first != second == Run(r).name
 
 
+@pytest.mark.slow("trains networks")
 def test_a_wrong_root_is_one_error(people, runs):
     with pytest.raises(FileNotFoundError, match="none of the first 96 images can be read under .*nowhere.*Is that the root"): pretrain(asked(people, data_root="/nowhere"))
 
 
+@pytest.mark.slow("trains networks")
 def test_a_broken_image_is_replaced_and_counted(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "broken")
@@ -33,6 +36,7 @@ def test_a_broken_image_is_replaced_and_counted(people, runs, tmp_path):
     assert run.result["unreadable"] == 1
 
 
+@pytest.mark.slow("trains networks")
 def test_identities_of_a_denoising_run_join_by_path(people, runs):
     from cion_nb.identities.denoise import denoise
     samples = read_samples(people)
@@ -45,6 +49,7 @@ def test_identities_of_a_denoising_run_join_by_path(people, runs):
     assert labels[0] == labels[5] == -1 and (np.delete(labels, [0, 5]) == found.labels).all()
 
 
+@pytest.mark.slow("trains networks")
 def test_a_changed_input_is_another_run(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "copy")
@@ -53,6 +58,7 @@ def test_a_changed_input_is_another_run(people, runs, tmp_path):
     assert Run(asked(root / "samples.parquet")).name != first
 
 
+@pytest.mark.slow("trains networks")
 def test_an_identity_without_a_readable_image_sits_out(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "gone")
@@ -61,6 +67,7 @@ def test_an_identity_without_a_readable_image_sits_out(people, runs, tmp_path):
     assert run.result["train_images"] == 95 and run.result["unreadable"] == 1
 
 
+@pytest.mark.slow("trains networks")
 def test_identities_of_other_data_are_refused(people, runs):
     run = Run(recipe("denoise", "tiny"))
     from cion_nb.identities.denoise import denoise

@@ -161,6 +161,7 @@ def test_pk_sampler_repeats_what_is_short():
     assert len(PKSampler(labels, 16, k=4)) == 10 // 4 and len({tuple(b) for b in PKSampler(labels, 16, camids=np.arange(len(labels)) % 3)}) == 2
 
 
+@pytest.mark.slow("an epoch at full size")
 @pytest.mark.parametrize("given", ["nothing", "cameras and tracklets"])
 def test_an_epoch_at_cion_al_size_fits_the_budget(given):
     "246,904 identities, 3.9 M images: the plan of an epoch in under 2 s and 300 MB, whatever is known of the images."

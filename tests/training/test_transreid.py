@@ -34,6 +34,7 @@ def test_jigsaw_keeps_every_patch_once():
         assert len(got) - len(kept) <= shuffle, "only repeats of the last patch occur twice"
 
 
+@pytest.mark.slow("trains networks")
 def test_cameras_unknown_to_sie_are_named(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "nowhere"); t = read_samples(people); t.loc[3, "camid"] = -1; write_samples(t, root / "samples.parquet")

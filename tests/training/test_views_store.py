@@ -68,6 +68,7 @@ def test_store_keeps_its_memory_limit(tmp_path):
     assert ImageStore(make_samples("grey.jpg"), tmp_path)[0].shape == (3, 24, 12)
 
 
+@pytest.mark.slow("starts processes")
 def test_store_in_worker_processes(tmp_path):
     "A store that has already used its threads still works in a forked DataLoader worker."
     store = ImageStore(make_samples(files(tmp_path, 6)), tmp_path, memory=0); store[[0, 1]]
