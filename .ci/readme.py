@@ -1,6 +1,8 @@
 """README.md from nbs/index.ipynb: hidden cells dropped, directives stripped, stored outputs kept (pictures beside, in reports/readme/)."""
-import re, sys
+import re
+import sys
 from pathlib import Path
+
 import nbformat
 from nbconvert import MarkdownExporter
 from traitlets.config import Config

@@ -10,6 +10,7 @@ from torch import nn
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.detectors import MOT_COLUMNS
+from cion_nb.identities import calibration as C
 from cion_nb.identities.parts import LEVELS
 from cion_nb.models.architectures import InputSpec
 
@@ -112,3 +113,15 @@ def picture(h=64, w=32, seed=0, noise=12):
     coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 6, 4)).astype(np.float32))
     x = torch.nn.functional.interpolate(coarse, (h, w), mode="bicubic")[0].permute(1, 2, 0).numpy() + rng.normal(0, noise, (h, w, 3))
     return torch.from_numpy(x.clip(0, 255).round().astype(np.uint8)).permute(2, 0, 1)
+
+
+def identities(calibration, features, samples):
+    "Labels of the rows by the proposed parameters, through the levels."
+    table, x, layout, _ = C._look(features, samples, 10**6, 10**7)
+    p = calibration.parameters
+    state = C._state(x, table, layout, p["sigma_cst"], 1000, None, ())
+    how = {k: p[k] for k in (("sigma_drm",) if p["link"] == "threshold" else ("k1", "k2", "eps", "min_samples"))}
+    label = np.append(C._levels(state, 1000, p["link"], p["centre"], **how)[1], -1)
+    of = np.repeat(np.arange(len(layout.tracklets)), np.diff(layout.offsets)); of[state["rounds"] > 0] = state["to"]
+    out = np.empty(len(samples), np.int64); out[layout.rows] = label[of]
+    return out

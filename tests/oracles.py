@@ -159,3 +159,32 @@ def same_distribution(ours, theirs, *columns):
 
 
 BOX = [lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / np.maximum(b[:, 3], 1)]      # top, left, area, aspect
+
+
+def cosine_distances(x):
+    x = np.asarray(x, np.float64); x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return np.maximum(1 - x @ x.T, 0)
+
+
+def apart(n): return np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+
+
+def lists(d, k, half_width=None):
+    d = d.copy(); np.fill_diagonal(d, -1)
+    if half_width is not None: d[apart(len(d)) > half_width] = np.inf
+    index = np.argsort(d, axis=1, kind="stable")[:, :k]
+    return np.where(np.isinf(np.take_along_axis(d, index, 1)), -1, index)
+
+
+def check_lists(x, near, k, half_width=None, tolerance=1e-5):
+    "Distances agree; sets agree except among ties; the row first; the order is (distance, index)."
+    d = cosine_distances(x); index = lists(d, k, half_width); missing = index < 0
+    assert near.index.shape == near.distance.shape == index.shape and near.distance.dtype == np.float32
+    assert ((near.index < 0) == missing).all() and (np.isinf(near.distance) == missing).all()
+    assert np.allclose(near.distance[~missing], np.take_along_axis(d, near.index, 1)[~missing], atol=1e-6)
+    assert np.allclose(near.distance[~missing], np.take_along_axis(d, index, 1)[~missing], atol=tolerance)
+    assert (near.index[:, 0] == np.arange(len(x))).all() and (near.distance[:, 0] == 0).all()
+    for row, at in zip(near.index, near.distance):
+        own = row[row >= 0]; assert len(set(own.tolist())) == len(own)
+        assert (np.lexsort((own[1:], at[1:len(own)])) == np.arange(len(own) - 1)).all()
+    if half_width is not None: assert (np.abs(near.index - np.arange(len(x))[:, None])[~missing] <= half_width).all()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trainings import cut, ended, same, trained
 
 from cion_nb.core.runs import Run
 from cion_nb.core.settings import recipe
@@ -18,8 +19,6 @@ from cion_nb.models.backbones import create_backbone
 from cion_nb.models.features import embed
 from cion_nb.training.distill import IdentityGuidedLoss
 from cion_nb.training.engine import adamw, fit, to_channels_last
-
-from trainings import cut, ended, same, trained
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -3,7 +3,6 @@ import json
 import re
 
 import pytest
-
 from places import ROOT
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)

@@ -11,7 +11,6 @@ import tomllib
 from importlib import metadata
 
 import pytest
-
 from places import ROOT
 
 PACKAGE = ROOT / "cion_nb"

@@ -14,11 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from cion_nb.core.runs import Run
 from cion_nb.core.settings import recipe
-
-from places import ROOT
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"

@@ -1,4 +1,5 @@
 """Recipes of trainings that end in seconds, and tables with one thing changed."""
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from cion_nb.core.samples import read_samples, write_samples
 from cion_nb.core.settings import recipe
 from cion_nb.models.architectures import InputSpec
 from cion_nb.training import engine
-from cion_nb.training.engine import fit, last_checkpoint
+from cion_nb.training.engine import adamw, fit, last_checkpoint, Task
 
 QUICK = dict(epochs=2, images_per_epoch=32, batch_size=16, warmup_epochs=1, precision="fp32", channels_last=False)
 
@@ -82,3 +83,28 @@ SMALL = dict(epochs=2, images_per_epoch=48, batch_size=24, n_id_epochs=[0, 1], n
 
 
 def asked(people, method="tracklet", **changes): return recipe("pretrain", "tiny", method=method, **dict(data=str(people), identities=dict(tracklet="tracklet", cion_true="true_pid").get(method, "image")) | SMALL | (dict(n_id=[1], n_id_epochs=[0]) if method in ("dino", "lup") else {}) | (dict(n_local=0) if method == "lup" else {}) | changes)
+
+
+class Toy(Task):
+    "Fitted in this process: a linear map of 60 points, optionally from images on disk."
+    n_images, kept = 60, None
+    def __init__(self, **changes): self.recipe = dict(epochs=2, images_per_epoch=48, batch_size=12, workers=0, precision="fp32", seed=0, checkpoint_minutes=60) | changes
+    def build(self, device):
+        self.modules = dict(model=nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1)).to(device))
+        self.modules["teacher"] = deepcopy(self.modules["model"]).requires_grad_(False)
+        self.optimizer = adamw(self.modules["model"].parameters(), 1e-2)
+    def sampler(self, phase, n_pass, advance, rank, world_size):
+        size = self.recipe["batch_size"] // self.recipe.get("accumulate", 1)
+        order = np.random.default_rng(n_pass).permutation(60)
+        for i in range(advance * size, 60, size): yield order[i:i + size]
+    def load(self, rows, seen):
+        if self.images is not None: return torch.stack([i.float().mean((1, 2)) for i in self.images[rows]]) / 255
+        return torch.randn(60, 3, generator=torch.Generator().manual_seed(0))[rows]
+    def loss(self, model, batch, accelerator):
+        with torch.no_grad(): target = self.modules["teacher"](batch)
+        return (model(batch) - batch.sum(1, keepdim=True) - 0 * target).square().mean(), dict(mean=batch.mean())
+
+
+def toy(folder, **changes):
+    task = Toy(**changes); run = Run(dict(stage="toy", profile="test"), folder)
+    return task, run, fit(task, run, log_every=1)

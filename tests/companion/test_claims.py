@@ -4,11 +4,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from places import ROOT
 
 from cion_nb.companion import claims
 from cion_nb.companion.claims import exceptions, judge, mean_interval, other_sources, paper
-
-from places import ROOT
 
 
 def text(name): return "\n".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")

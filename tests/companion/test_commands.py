@@ -7,12 +7,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from trainings import asked, QUICK
 
 from cion_nb.companion.commands import main
 from cion_nb.core.runs import Run
 from cion_nb.core.settings import recipe
-
-from trainings import QUICK, asked
 
 matplotlib.use("Agg")
 

@@ -9,17 +9,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from places import ROOT
 
 from cion_nb.companion import reproduce as room
 from cion_nb.companion.commands import main
-from cion_nb.companion.reproduce import STAGES, Page, settings_of
-from cion_nb.core.runs import Run, dependencies
+from cion_nb.companion.reproduce import Page, settings_of, STAGES
+from cion_nb.core.runs import dependencies, Run
 from cion_nb.core.settings import recipe
 from cion_nb.core.store import Features
 from cion_nb.data.film import make_world
 from cion_nb.identities import denoise as denoise_room
-
-from places import ROOT
 
 matplotlib.use("Agg")
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_files import rounding
+from places import ROOT
+from trainings import asked
 
 from cion_nb.companion import reproduce as reproduce_room
-from cion_nb.companion.reproduce import STAGES, make_runs, plan
+from cion_nb.companion.reproduce import make_runs, plan, STAGES
 from cion_nb.core.runs import MissingRun, Run
 from cion_nb.core.settings import recipe, table5
 from cion_nb.models.backbones import load_backbone
@@ -21,10 +24,6 @@ from cion_nb.models.leaving import export_onnx
 from cion_nb.training.finetune import finetune, load_finetuned
 from cion_nb.training.pretrain import pretrain
 from cion_nb.training.views import normalise
-
-from checkpoint_files import rounding
-from places import ROOT
-from trainings import asked
 
 
 @pytest.mark.slow("trains networks")

@@ -1,6 +1,7 @@
 """A model and a data set in, a score out: the run's own score again, other test sets, changed images, tracklets."""
 import numpy as np
 import pytest
+from trainings import changed, quick
 
 from cion_nb.companion.score import load_model, score
 from cion_nb.core.samples import read_samples, write_samples
@@ -9,8 +10,6 @@ from cion_nb.models.backbones import create_backbone, save_backbone
 from cion_nb.models.features import embed
 from cion_nb.models.leaving import export_onnx, export_torchscript
 from cion_nb.training.finetune import finetune, load_finetuned
-
-from trainings import changed, quick
 
 
 @pytest.mark.slow("trains networks")

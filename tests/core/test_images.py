@@ -3,13 +3,12 @@ import pickle
 
 import numpy as np
 import pytest
+from examples import paint
 from PIL import Image
 
 from cion_nb.core import images
-from cion_nb.core.images import UnreadableImage, open_image, to_rgb
+from cion_nb.core.images import open_image, to_rgb, UnreadableImage
 from cion_nb.core.samples import read_folder, read_tracklets
-
-from examples import paint
 
 # ---- images ----------------------------------------------------------------------------------------------------
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from examples import paint
+from hypothesis import given, settings, strategies as st
 
 from cion_nb.core import samples as S
 from cion_nb.core.samples import (
-    COLUMNS,
     as_samples,
+    COLUMNS,
     make_samples,
     read_csv,
     read_folder,
@@ -21,8 +21,6 @@ from cion_nb.core.samples import (
 )
 from cion_nb.data.check import check
 from cion_nb.data.datasets import read_msmt17
-
-from examples import paint
 
 # ---- the table -------------------------------------------------------------------------------------------------
 

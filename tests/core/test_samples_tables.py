@@ -3,11 +3,10 @@ import json
 import warnings
 
 import pytest
+from examples import paint
 
 from cion_nb.core.samples import read_csv
 from cion_nb.data.datasets import read_cion_al
-
-from examples import paint
 
 TABLES = {"windows": ("path,pid\r\nsec0\\a.jpg,1\r\n\r\nsec0\\b.jpg,2\r\n", "utf-8-sig", {}), "semicolon": ("path;pid;s\nsec0/a.jpg;1;0,5\nsec0/b.jpg;2;1\n;;\n", "utf-8", {}),
           "tab": ("path\tpid\nsec0/a.jpg \t1.0\nsec0/b.jpg\t2\n", "utf-8", {}), "bar": ("pid|path\n1|./sec0/a.jpg\n2|sec0//b.jpg", "utf-8", {}), "excel": ("sep=;\n path ;pid\n sec0/a.jpg;001\nsec0/b.jpg;2,0\n", "utf-8", {}),

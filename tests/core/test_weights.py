@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import MODEL, TINY, wrap
 
 from cion_nb.core.weights import read_checkpoint
 from cion_nb.models.backbones import create_backbone, save_backbone
 from cion_nb.models.checkpoints import load_backbone_weights
-
-from checkpoint_files import MODEL, TINY, wrap
 
 
 class Config(dict): "As yacs and mmcv have them."

@@ -1,6 +1,5 @@
 """Fixtures of the tests of data."""
 import pytest
-
 from street import write_street
 
 

@@ -1,13 +1,12 @@
 """The data report finds each fault and nothing else."""
 import numpy as np
 import pytest
+from examples import market, paint
 from PIL import Image
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.check import check
 from cion_nb.data.datasets import read_market1501
-
-from examples import market, paint
 
 # ---- the report ------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@ import json
 import shutil
 
 import pytest
+from examples import market, paint, put, quiet, warned
+from places import DATA
 
 from cion_nb.core.samples import read_folder, read_samples, write_samples
 from cion_nb.data import datasets
@@ -17,9 +19,6 @@ from cion_nb.data.datasets import (
     read_viper,
 )
 from cion_nb.data.facts import facts_of
-
-from examples import market, paint, put, quiet, warned
-from places import DATA
 
 # ---- readers ---------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
+from examples import put, quiet, warned
 from PIL import Image
 from scipy.io import loadmat, savemat
 
@@ -10,8 +11,6 @@ from cion_nb.data.check import check
 from cion_nb.data.datasets import read_mars
 from cion_nb.retrieval.evaluate import evaluate
 from cion_nb.retrieval.protocols import ranked, sides
-
-from examples import put, quiet, warned
 
 # ---- MARS -----------------------------------------------------------------------------------------------------------------------
 

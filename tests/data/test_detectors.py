@@ -4,13 +4,12 @@ import urllib.error
 import numpy as np
 import pandas as pd
 import pytest
-
-from cion_nb.data import tracking as T
-from cion_nb.data.detectors import MotDetections, OnnxDetector, TorchvisionDetector, create_detector
-from cion_nb.data.tracking_scores import read_mot, tracking_scores
-
 from examples import three_people, written
 from street import ColourDetector, H, W
+
+from cion_nb.data import tracking as T
+from cion_nb.data.detectors import create_detector, MotDetections, OnnxDetector, TorchvisionDetector
+from cion_nb.data.tracking_scores import read_mot, tracking_scores
 
 pytest.importorskip("trackers", reason="needs the extra [track]")
 
@@ -62,9 +61,7 @@ def test_classes_of_a_detections_file_are_asked_for(tmp_path):
 def yolox_file(path, batch, size=64, hit=None):
     "An ONNX file whose output is the same for any picture: one person of log size 1 in cell `hit` of the stride-8 grid."
     onnx = pytest.importorskip("onnx")
-    from onnx import TensorProto as P
-    from onnx import helper as h
-    from onnx import numpy_helper
+    from onnx import helper as h, numpy_helper, TensorProto as P
     cells = (size // 8) ** 2 + (size // 16) ** 2 + (size // 32) ** 2
     raw = np.zeros((1, cells, 7), np.float32)
     if hit is not None:
@@ -92,8 +89,7 @@ def test_onnx_detector_decodes_and_suppresses(tmp_path, batch):
 
 def test_onnx_detector_refuses_other_files(tmp_path):
     onnx = pytest.importorskip("onnx")
-    from onnx import TensorProto as P
-    from onnx import helper as h
+    from onnx import helper as h, TensorProto as P
     with pytest.raises(FileNotFoundError, match="no such detector"): create_detector(str(tmp_path / "none.onnx"))
     graph = h.make_graph([h.make_node("Relu", ["x"], ["y"])], "g", [h.make_tensor_value_info("x", P.FLOAT, [1, 256, 128, 3])], [h.make_tensor_value_info("y", P.FLOAT, [1, 256, 128, 3])])
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)]); model.ir_version = 9

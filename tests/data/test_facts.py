@@ -1,17 +1,15 @@
 """Facts of the data sets stand once, and no score depends on how people are numbered."""
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from examples import quiet
+from hypothesis import given, settings, strategies as st
+from oracles import cosine
 
 from cion_nb.core.samples import make_samples, read_samples, write_samples
 from cion_nb.data.facts import DATASETS
 from cion_nb.retrieval.evaluate import evaluate, evaluate_distances, rank
 from cion_nb.retrieval.inspection import pair_distances
 from cion_nb.retrieval.protocols import by_camera, evaluate_single_shot, ranked, sides
-
-from examples import quiet
-from oracles import cosine
 
 # ---- no score hangs on how people, cameras and tracklets are numbered --------------------------------------------------------
 

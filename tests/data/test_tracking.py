@@ -9,13 +9,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from places import ROOT, TESTS
+from street import ColourDetector, COLOURS, H, N, OPTIONS, W, write_street
 
 from cion_nb.core.samples import as_samples, read_samples
 from cion_nb.data import tracking as T
 from cion_nb.data.tracking_scores import match_truth, tracking_scores
-
-from places import ROOT, TESTS
-from street import COLOURS, OPTIONS, ColourDetector, H, N, W, write_street
 
 pytest.importorskip("trackers", reason="needs the extra [track]")
 

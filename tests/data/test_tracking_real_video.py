@@ -1,6 +1,7 @@
 """Real clips and a real detector, extractor and truth. Skipped where ../shared/data is missing."""
 import numpy as np
 import pytest
+from places import DATA
 
 from cion_nb.core.samples import read_folder
 from cion_nb.data import tracking as T
@@ -8,10 +9,8 @@ from cion_nb.data.tracking_scores import match_truth, tracking_scores
 from cion_nb.identities.denoise import denoise
 from cion_nb.identities.truth import identity_scores
 from cion_nb.models.architectures import InputSpec
-from cion_nb.models.features import OnnxModel, extract
+from cion_nb.models.features import extract, OnnxModel
 from cion_nb.retrieval.evaluate import evaluate
-
-from places import DATA
 
 pytestmark = pytest.mark.skipif(not (DATA / "video").is_dir(), reason="the folder with real clips is not here")
 for module in ("cv2", "trackers", "trackeval", "onnxruntime"): pytest.importorskip(module, reason="needs the extras [track] and [onnx]")

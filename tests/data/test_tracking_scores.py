@@ -4,17 +4,13 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import settings as hsettings
-from hypothesis import strategies as st
+from examples import three_people, written
+from hypothesis import given, settings as hsettings, strategies as st
+from street import OPTIONS
 
-from cion_nb.data import tracking as T
-from cion_nb.data import tracking_scores as scores_room
+from cion_nb.data import tracking as T, tracking_scores as scores_room
 from cion_nb.data.detectors import MOT_COLUMNS
 from cion_nb.data.tracking_scores import box_iou, match_truth, read_mot, tracking_scores, tracklets_to_mot
-
-from examples import three_people, written
-from street import OPTIONS
 
 pytest.importorskip("trackers", reason="needs the extra [track]")
 

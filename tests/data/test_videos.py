@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from places import ROOT
+from street import ColourDetector, H, N, OPTIONS, W, write_street
 
 from cion_nb.core.samples import read_samples
-from cion_nb.data import tracking as T
-from cion_nb.data import videos
+from cion_nb.data import tracking as T, videos
 from cion_nb.data.tracking_scores import match_truth, tracking_scores
-
-from places import ROOT
-from street import OPTIONS, ColourDetector, H, N, W, write_street
 
 pytest.importorskip("trackers", reason="needs the extra [track]")
 

@@ -4,13 +4,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from examples import angles, PREFIXES
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.feature_worlds import feature_world
 from cion_nb.identities import denoise as module
-from cion_nb.identities.denoise import Denoised, denoise
-
-from examples import PREFIXES, angles
+from cion_nb.identities.denoise import denoise, Denoised
 
 # ---------------------------------------------------------------- keeping a result
 

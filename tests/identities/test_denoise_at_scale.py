@@ -8,14 +8,12 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from places import ROOT
 
 from cion_nb.companion.commands import main
 from cion_nb.data.feature_worlds import feature_world
-from cion_nb.identities import denoise as module
-from cion_nb.identities import parts
-from cion_nb.identities.denoise import Denoised, denoise, denoise_shard
-
-from places import ROOT
+from cion_nb.identities import denoise as module, parts
+from cion_nb.identities.denoise import denoise, denoise_shard, Denoised
 
 ENV = os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1")
 

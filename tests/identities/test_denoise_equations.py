@@ -2,8 +2,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from examples import PREFIXES, random_world
+from hypothesis import given, settings, strategies as st
+from oracles import check, distance, fast_oracle, oracle
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.feature_worlds import feature_world
@@ -15,9 +16,6 @@ from cion_nb.identities.noise import noise
 from cion_nb.identities.pairs import unit_rows
 from cion_nb.identities.parts import LEVELS
 from cion_nb.identities.truth import identity_scores
-
-from examples import PREFIXES, random_world
-from oracles import check, distance, fast_oracle, oracle
 
 OTHERS = [("video",), ("cross",), ("tracklet", "cross"), ("video", "cross")]
 

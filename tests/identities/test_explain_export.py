@@ -9,15 +9,14 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import given, HealthCheck, settings, strategies as st
 
 from cion_nb.core.samples import make_samples, read_csv, read_folder, read_tracklets
 from cion_nb.data.datasets import read_cion_al
 from cion_nb.data.feature_worlds import feature_world
 from cion_nb.identities import explain as module
 from cion_nb.identities.denoise import denoise
-from cion_nb.identities.explain import TREE, export
+from cion_nb.identities.explain import export, TREE
 
 
 @pytest.fixture(scope="module")

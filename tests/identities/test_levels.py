@@ -3,14 +3,13 @@ import math
 
 import numpy as np
 import pytest
+from examples import angles
+from oracles import check, distance, mean
 
 from cion_nb.core.samples import make_samples
 from cion_nb.identities.denoise import denoise
 from cion_nb.identities.levels import clean_tracklets
 from cion_nb.identities.pairs import unit_rows
-
-from examples import angles
-from oracles import check, distance, mean
 
 # ---------------------------------------------------------------- single rules
 

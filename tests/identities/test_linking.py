@@ -2,8 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.feature_worlds import street_world

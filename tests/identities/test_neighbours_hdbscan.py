@@ -2,13 +2,12 @@
 import numpy as np
 import pytest
 import torch
+from examples import people
 from scipy.sparse import csr_matrix
 from sklearn.cluster import HDBSCAN
 from sklearn.metrics import adjusted_rand_score
 
 from cion_nb.identities.neighbours import cluster, hdbscan, jaccard
-
-from examples import people
 
 
 @pytest.fixture(autouse=True)

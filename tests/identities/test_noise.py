@@ -5,11 +5,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cion_nb.identities import noise as module
-from cion_nb.identities.noise import Noise, estimate_total, noise, noises
+from cion_nb.identities.noise import estimate_total, Noise, noise, noises
 from cion_nb.identities.pairs import _zeros, cosine_distance, unit_centroids, unit_rows
 
 # ---------------------------------------------------------------- the oracle

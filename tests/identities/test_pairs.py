@@ -4,12 +4,10 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cion_nb.identities.noise import noise
 from cion_nb.identities.pairs import (
-    UnitCentroids,
     _least_product,
     _screen,
     close_pairs,
@@ -17,6 +15,7 @@ from cion_nb.identities.pairs import (
     screen_type,
     unit_centroids,
     unit_rows,
+    UnitCentroids,
 )
 
 

@@ -2,14 +2,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+from examples import random_world
 
 from cion_nb.data.feature_worlds import feature_world
 from cion_nb.identities import parts
 from cion_nb.identities.denoise import denoise
 from cion_nb.identities.levels import clean_and_sum, lay_out, read_rows
 from cion_nb.identities.parts import blocks, clean_on_device
-
-from examples import random_world
 
 
 def test_blocks_never_divide_a_group():

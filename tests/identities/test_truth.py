@@ -4,11 +4,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from cion_nb.identities.truth import IdentityScores, identity_scores
+from cion_nb.identities.truth import identity_scores, IdentityScores
 
 # ---------------------------------------------------------------- identity scores
 

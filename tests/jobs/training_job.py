@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cion_nb.core.runs import Run
-from cion_nb.training.engine import Task, adamw, fit, warmup_cosine
+from cion_nb.training.engine import adamw, fit, Task, warmup_cosine
 
 
 class Centre(nn.Module):

@@ -5,17 +5,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from checkpoint_files import PAPER, released_file, SMALLEST
+from hypothesis import given, settings, strategies as st
+from places import PAPER_NUMBERS
 from torch import nn
 
 from cion_nb.models import architectures
-from cion_nb.models.architectures import ARCHITECTURES, FAMILIES, IBN, InputSpec, count_gflops, list_backbones
+from cion_nb.models.architectures import ARCHITECTURES, count_gflops, FAMILIES, IBN, InputSpec, list_backbones
 from cion_nb.models.backbones import create_backbone
 from cion_nb.models.checkpoints import load_backbone_weights
-
-from checkpoint_files import PAPER, SMALLEST, released_file
-from places import PAPER_NUMBERS
 
 
 def noise_image(height, width):

@@ -6,14 +6,12 @@ import warnings
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from checkpoint_files import MODEL, TINY, wrap
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from cion_nb.models.backbones import create_backbone
 from cion_nb.models.checkpoints import load_backbone_weights
-
-from checkpoint_files import MODEL, TINY, wrap
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "base.", "backbone.", "module.backbone.", "module.encoder_q.", "model.student.net."])

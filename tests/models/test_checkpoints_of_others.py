@@ -6,12 +6,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_files import wrap
 from torch import nn
 
 from cion_nb.models.backbones import create_backbone, load_backbone, save_backbone
 from cion_nb.models.checkpoints import load_backbone_weights
-
-from checkpoint_files import wrap
 
 
 # Files of other projects: their names of entries, read off their code; values are random.

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from examples import Mean, names, SPEC
+from hypothesis import given, HealthCheck, settings, strategies as st
 from PIL import Image
+from places import DATA, TESTS
 from torch import nn
 
 from cion_nb.core.images import UnreadableImage
@@ -24,10 +25,7 @@ from cion_nb.core.store import Features, read_features
 from cion_nb.models import features as room
 from cion_nb.models.architectures import InputSpec
 from cion_nb.models.backbones import create_backbone
-from cion_nb.models.features import OnnxModel, embed, extract, normalise, to_pixels
-
-from examples import SPEC, Mean, names
-from places import DATA, TESTS
+from cion_nb.models.features import embed, extract, normalise, OnnxModel, to_pixels
 
 
 def expected(path, spec=SPEC):
@@ -265,7 +263,7 @@ def test_every_kind_of_picture(pictures, tmp_path, mode):
 
 def onnx_file(path, inputs=((None, 8, 4, 3),), outputs=1):
     onnx = pytest.importorskip("onnx")
-    from onnx import TensorProto, helper
+    from onnx import helper, TensorProto
     named = [helper.make_tensor_value_info(f"in{i}", TensorProto.FLOAT, ["n" if d is None else d for d in s]) for i, s in enumerate(inputs)]
     nodes = [helper.make_node("ReduceMean", ["in0"], [f"out{i}"], axes=[1 + i, 2 + i], keepdims=0) for i in range(outputs)]
     out = [helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, None) for i in range(outputs)]

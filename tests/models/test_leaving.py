@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import PAPER, released_file, rounding, SMALLEST, TINY
 from torch import nn
 
 from cion_nb.models import leaving
@@ -13,8 +14,6 @@ from cion_nb.models.architectures import InputSpec
 from cion_nb.models.backbones import create_backbone
 from cion_nb.models.checkpoints import load_backbone_weights
 from cion_nb.models.leaving import export_onnx, export_torchscript
-
-from checkpoint_files import PAPER, SMALLEST, TINY, released_file, rounding
 
 # Files that leave.
 EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else [a for a in SMALLEST[:10] if a not in ("resnet18", "convnext_tiny", "volo_d1")]
@@ -55,7 +54,7 @@ def test_exported_file_is_fed_as_the_card_says(tmp_path):
     pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
     import onnxruntime
 
-    from cion_nb.models.features import OnnxModel, embed
+    from cion_nb.models.features import embed, OnnxModel
     model = Small(InputSpec(64, 32, mean=(.5, .4, .3), std=(.2, .3, .4)))
     images = list(np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), dtype=np.uint8))
     want = embed(model, images)

@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from places import JOBS
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from trainings import cut, ended, Net, same, trained
 
 from cion_nb.core.runs import Run
 from cion_nb.identities.pairs import screen_type
@@ -18,23 +20,20 @@ from cion_nb.models.architectures import InputSpec
 from cion_nb.models.backbones import create_backbone
 from cion_nb.models.features import embed
 from cion_nb.models.precision import (
-    LIMIT,
-    POISONS,
-    Watch,
     bf16_matmul_is_sound,
     cpu,
     has_fast_bf16,
     known,
+    LIMIT,
     poisoned,
+    POISONS,
     precision,
     probe,
     remember,
+    Watch,
 )
 from cion_nb.training import engine
 from cion_nb.training.engine import fit, to_channels_last
-
-from places import JOBS
-from trainings import Net, cut, ended, same, trained
 
 POISON = {} if room._mallopt() is None else dict(MALLOC_PERTURB_="128")
 needs_poison = pytest.mark.skipif(not POISON, reason="no glibc: its heap cannot be poisoned for a whole process")

@@ -6,16 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from examples import tables
+from hypothesis import given, settings, strategies as st
+from oracles import cosine
 
 from cion_nb.core.samples import make_samples
 from cion_nb.retrieval import evaluate as E
 from cion_nb.retrieval.evaluate import evaluate, evaluate_distances, hit_ranks, plot_ranked, rank
 from cion_nb.retrieval.protocols import evaluate_single_shot
-
-from examples import tables
-from oracles import cosine
 
 
 def oracle(distances, query, gallery, protocol="market"):

@@ -4,14 +4,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from examples import tables
+from oracles import cosine
 
 from cion_nb.models.architectures import ARCHITECTURES
 from cion_nb.models.backbones import create_backbone
 from cion_nb.retrieval.evaluate import evaluate
 from cion_nb.retrieval.inspection import activation_map, by_person, hardest, pair_distances
-
-from examples import tables
-from oracles import cosine
 
 
 def quiet(f, *args, **kw):

@@ -4,17 +4,15 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from examples import tables
+from hypothesis import given, settings, strategies as st
+from oracles import cosine
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.datasets import READERS
 from cion_nb.retrieval import evaluate as E
 from cion_nb.retrieval.evaluate import evaluate
 from cion_nb.retrieval.protocols import by_camera, draw_keys, evaluate_single_shot, tracklet_features
-
-from examples import tables
-from oracles import cosine
 
 
 def quiet(f, *args, **kw):

@@ -4,20 +4,19 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cion_nb.training import distill
 from cion_nb.training.distill import (
     ALARMS,
-    VARIANTS,
     CollapseWatch,
+    feature_rank,
+    folded_targets,
     IdentityGuidedLoss,
     InfoNCELoss,
     ProjectionHead,
-    feature_rank,
-    folded_targets,
     teacher_statistics,
+    VARIANTS,
 )
 
 torch.set_num_threads(1)

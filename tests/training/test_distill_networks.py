@@ -8,24 +8,23 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from places import ROOT
 from torch import nn
 
 from cion_nb.training.distill import (
+    clip_gradients_,
     ContrastHead,
+    freeze_last_layer,
     IdentityGuidedLoss,
     InfoNCELoss,
+    momentum_schedule,
     MomentumQueue,
     MultiViewModel,
-    ProjectionHead,
-    clip_gradients_,
-    freeze_last_layer,
-    momentum_schedule,
     param_groups,
+    ProjectionHead,
     update_teacher,
     weight_decay_schedule,
 )
-
-from places import ROOT
 
 torch.set_num_threads(1)
 

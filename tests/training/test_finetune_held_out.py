@@ -11,12 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from trainings import quick
 
 from cion_nb.core.runs import Run
 from cion_nb.models.features import embed
-from cion_nb.training.finetune import BestSoFar, FineTuning, finetune, held_out_score, load_finetuned
-
-from trainings import quick
+from cion_nb.training.finetune import BestSoFar, finetune, FineTuning, held_out_score, load_finetuned
 
 # Chosen by held-out people
 

@@ -6,12 +6,11 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from trainings import quick
 
 from cion_nb.models.backbones import create_backbone
-from cion_nb.training.finetune import FineTuning, batch_hard_triplet, part_of
-from cion_nb.training.mgn import MGN, PARTS, mgn_loss
-
-from trainings import quick
+from cion_nb.training.finetune import batch_hard_triplet, FineTuning, part_of
+from cion_nb.training.mgn import MGN, mgn_loss, PARTS
 
 
 def test_mgn_parameters_a_branch_and_what_the_warm_up_holds():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from trainings import asked
 
 from cion_nb.core.runs import MissingRun, Run
 from cion_nb.core.settings import recipe, table5
@@ -21,8 +22,6 @@ from cion_nb.training import pretrain as pretrain_room
 from cion_nb.training.distill import ProjectionHead
 from cion_nb.training.engine import fit, warmup_cosine
 from cion_nb.training.pretrain import Distillation, equal_budget, pretrain
-
-from trainings import asked
 
 
 @pytest.mark.slow("trains networks")

@@ -8,15 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from trainings import asked
 
 from cion_nb.core.settings import recipe
 from cion_nb.models.backbones import create_backbone
 from cion_nb.training import pretrain as pretrain_room
 from cion_nb.training.distill import CollapseWatch
-from cion_nb.training.engine import Position, _trim_log
-from cion_nb.training.pretrain import WatchedRun, pretrain
-
-from trainings import asked
+from cion_nb.training.engine import _trim_log, Position
+from cion_nb.training.pretrain import pretrain, WatchedRun
 
 SHORT = dict(epochs=10, images_per_epoch=24, batch_size=8, n_id=[2], n_id_epochs=[0], warmup_epochs=0)     # 30 steps, 3 log rows
 

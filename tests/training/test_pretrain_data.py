@@ -4,13 +4,12 @@ import time
 
 import numpy as np
 import pytest
+from trainings import asked
 
 from cion_nb.core.runs import Run
 from cion_nb.core.samples import read_samples, write_samples
 from cion_nb.core.settings import recipe
 from cion_nb.training.pretrain import identity_labels, pretrain
-
-from trainings import asked
 
 
 @pytest.mark.slow("trains networks")

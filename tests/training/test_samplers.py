@@ -4,12 +4,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from cion_nb.training import views
-from cion_nb.training.samplers import IdentitySampler, PKSampler, id_curriculum, spread_groups
+from cion_nb.training.samplers import id_curriculum, IdentitySampler, PKSampler, spread_groups
 
 torch.set_num_threads(1)
 

@@ -1,14 +1,13 @@
 """TransReID: the jigsaw, overlapping patches, cameras."""
 import pytest
 import torch
+from trainings import quick
 
 from cion_nb.core.samples import read_samples, write_samples
 from cion_nb.models.backbones import create_backbone, load_backbone, save_backbone
 from cion_nb.models.features import embed
 from cion_nb.training.finetune import finetune
-from cion_nb.training.transreid import TransReID, jigsaw_groups
-
-from trainings import quick
+from cion_nb.training.transreid import jigsaw_groups, TransReID
 
 
 def test_a_backbone_with_overlapping_patches_comes_back(tmp_path):

@@ -7,13 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from examples import picture
 from PIL import Image
 
 from cion_nb.core.samples import make_samples
 from cion_nb.training import views
 from cion_nb.training.views import ImageStore
-
-from examples import picture
 
 torch.set_num_threads(1)
 
