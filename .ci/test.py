@@ -174,7 +174,8 @@ def tell_slow(tests: dict) -> None:
 
 def tell_left_out(seconds: dict, left: list) -> None:
     "What FAST=1 did not run, and how long it takes."
-    def listed(rows): return ", ".join(f"{Path(name).stem} ({s:.0f} s)" for name, s in sorted(rows, key=lambda x: -x[1]))
+    def listed(rows):
+        return ", ".join(f"{Path(name).stem} ({s:.0f} s)" for name, s in sorted(rows, key=lambda row: -row[1]))
     slow = [(name, s[1]) for name, s in seconds.items() if isinstance(s, list) and s[1]]
     for what, rows in (("tests marked slow, by file", slow), ("notebooks", left)):
         print(f"left out by FAST=1: {what}, {sum(s for _, s in rows):.0f} s: {listed(rows)}")

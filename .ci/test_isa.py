@@ -27,8 +27,8 @@ def able():
 
 def run(level, args, runs):
     "Exit code, output and seconds of one job under one limit; 124 when it ran out of time."
-    env = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", CION_NB_JOBS="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
-                            CION_NB_RUNS=str(runs))
+    env = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", CION_NB_JOBS="1", MPLBACKEND="Agg",
+                            TQDM_DISABLE="1", CION_NB_RUNS=str(runs))
     env.pop("ONEDNN_MAX_CPU_ISA", None)
     if level != "default": env["ONEDNN_MAX_CPU_ISA"] = level
     began = time.time()

@@ -66,7 +66,8 @@ def oracle(features, samples, sigma_cst=0.2, sigma_drm=0.18, half_width=1000, le
     groups, found = [[t] for t in order], []
     if "video" in levels:                                                       # Eq. 6
         c = [mean([x[i] for i in members[t]]) for t in order]
-        links = [(a, b) for a in range(len(order)) for b in range(a + 1, len(order)) if video_of[order[a]] == video_of[order[b]] and distance(c[a], c[b]) < sigma_drm]
+        links = [(a, b) for a in range(len(order)) for b in range(a + 1, len(order)) if video_of[order[a]]
+                 == video_of[order[b]] and distance(c[a], c[b]) < sigma_drm]
         found += [("video", order[a], order[b]) for a, b in links]
         label = components(len(order), links)
         groups = [[t for t, l in zip(order, label) if l == k] for k in range(max(label, default=-1) + 1)]
@@ -74,7 +75,8 @@ def oracle(features, samples, sigma_cst=0.2, sigma_drm=0.18, half_width=1000, le
     if "cross" in levels:                                                       # Eq. 7
         c = [mean([x[i] for t in g for i in members[t]]) for g in groups]
         reach = len(groups) if half_width is None else half_width
-        links = [(a, b) for a in range(len(groups)) for b in range(a + 1, min(a + reach, len(groups) - 1) + 1) if distance(c[a], c[b]) < sigma_drm]
+        links = [(a, b) for a in range(len(groups)) for b in range(a + 1, min(a + reach, len(groups) - 1) + 1)
+                 if distance(c[a], c[b]) < sigma_drm]
         found += [("cross", a, b) for a, b in links]
         identity = components(len(groups), links)
     label_of = {t: identity[k] for k, g in enumerate(groups) for t in g}
@@ -91,13 +93,17 @@ def check(features, samples, **kw):
     assert got.labels.dtype == np.int64 and got.labels.tolist() == labels.tolist() == p.identity.tolist()
     assert p.to_tracklet.tolist() == to and p.from_tracklet.tolist() == samples.tracklet.tolist()
     np.testing.assert_allclose(p.distance, at, atol=1e-7)
-    assert sorted(got.links[["level", "a", "b"]].astype(str).agg(tuple, axis=1)) == sorted((l, str(a), str(b)) for l, a, b in links)
+    assert sorted(got.links[["level", "a", "b"]].astype(str).agg(tuple, axis=1)) == sorted(
+        (l, str(a), str(b)) for l, a, b in links)
     return got
 
 
 def fast_oracle(features, samples, half_width, sigma_cst=.2, sigma_drm=.18):
-    "The same rules with NumPy inside the loops: for worlds that the plain oracle would take minutes for. `test_oracles_agree` holds the two together."
-    x = np.asarray(features, np.float64); x /= np.linalg.norm(x, axis=1, keepdims=True)
+    """The same rules with NumPy inside the loops: for worlds that the plain oracle would take minutes for.
+    `test_oracles_agree` holds the two together.
+    """
+    x = np.asarray(features, np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
     table = samples.assign(row=np.arange(len(x)), rank=pd.factorize(samples.video)[0]).sort_values(["frame", "path"])
     tracklets = {t: g.row.tolist() for t, g in table.groupby("tracklet")}
     rank = dict(zip(samples.tracklet, pd.factorize(samples.video)[0]))
@@ -111,7 +117,8 @@ def fast_oracle(features, samples, half_width, sigma_cst=.2, sigma_drm=.18):
             if d.max() < sigma_cst: break
             removed.append((rows.pop(int(np.flatnonzero(d >= d.max() - 1e-9)[-1])), p))
         home[rows] = p
-    c = np.stack([x[tracklets[t]].mean(0) for t in order]); c /= np.linalg.norm(c, axis=1, keepdims=True)
+    c = np.stack([x[tracklets[t]].mean(0) for t in order])
+    c /= np.linalg.norm(c, axis=1, keepdims=True)
     video = np.array([rank[t] for t in order])
     for i, p in removed:
         others = np.flatnonzero((video == video[p]) & (np.arange(len(order)) != p))
@@ -119,14 +126,18 @@ def fast_oracle(features, samples, half_width, sigma_cst=.2, sigma_drm=.18):
         state[i] = "reallocated" if d.min() < sigma_cst else "discarded"
         if d.min() < sigma_cst: home[i] = others[np.flatnonzero(d <= d.min() + 1e-9)[0]]
     def merge(group, n, may):
-        c = np.zeros((n, x.shape[1])); np.add.at(c, group[group >= 0], x[group >= 0]); c /= np.linalg.norm(c, axis=1, keepdims=True)
+        c = np.zeros((n, x.shape[1]))
+        np.add.at(c, group[group >= 0], x[group >= 0])
+        c /= np.linalg.norm(c, axis=1, keepdims=True)
         parent = list(range(n))
         def root(i):
             while parent[i] != i: i = parent[i]
             return i
         for i in range(n):
             for j in i + 1 + np.flatnonzero(1 - c[i + 1:] @ c[i] < sigma_drm):
-                if may(i, j): a, b = sorted((root(i), root(int(j)))); parent[b] = a
+                if may(i, j):
+                    a, b = sorted((root(i), root(int(j))))
+                    parent[b] = a
         seen = {}
         return np.array([seen.setdefault(root(i), len(seen)) for i in range(n)])
     in_video = merge(home, len(order), lambda i, j: video[i] == video[j])
@@ -136,20 +147,27 @@ def fast_oracle(features, samples, half_width, sigma_cst=.2, sigma_drm=.18):
 
 
 def cosine(q, g):
-    "float64 cosine distances, each pair by itself and divided last, so that equal rows and equal products give equal numbers."
+    """float64 cosine distances, each pair by itself and divided last, so that equal rows and equal products give equal
+    numbers.
+    """
     q, g = q.astype(np.float64), g.astype(np.float64)
     lengths = np.sqrt((q ** 2).sum(1))[:, None] * np.sqrt((g ** 2).sum(1))
     return 1 - (q[:, None] * g[None]).sum(2) / lengths
 
 
 def boxes_plainly(n, H, W, area, aspect, seed=0):
-    "Random Erasing as released (Zhong et al. 2017): up to 100 tries of an area and an aspect h/w, both uniform; (n, 4) top, left, height, width."
-    import random; draw, out = random.Random(seed), []
+    """Random Erasing as released (Zhong et al. 2017): up to 100 tries of an area and an aspect h/w, both uniform; (n,
+    4) top, left, height, width.
+    """
+    import random
+    draw, out = random.Random(seed), []
     for _ in range(n):
         for _ in range(100):
             target, r = draw.uniform(*area) * H * W, draw.uniform(*aspect)
             h, w = int(round((target * r) ** .5)), int(round((target / r) ** .5))
-            if w < W and h < H: out.append((draw.randint(0, H - h), draw.randint(0, W - w), h, w)); break
+            if w < W and h < H:
+                out.append((draw.randint(0, H - h), draw.randint(0, W - w), h, w))
+                break
         else: out.append((0, 0, 0, 0))
     return np.array(out)
 
@@ -158,11 +176,13 @@ def same_distribution(ours, theirs, *columns):
     for column in columns: assert stats.ks_2samp(column(ours.astype(float)), column(theirs.astype(float))).pvalue > 1e-3
 
 
-BOX = [lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / np.maximum(b[:, 3], 1)]      # top, left, area, aspect
+# top, left, area, aspect
+BOX = [lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / np.maximum(b[:, 3], 1)]
 
 
 def cosine_distances(x):
-    x = np.asarray(x, np.float64); x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x = np.asarray(x, np.float64)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
     return np.maximum(1 - x @ x.T, 0)
 
 
@@ -170,7 +190,8 @@ def apart(n): return np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
 
 
 def lists(d, k, half_width=None):
-    d = d.copy(); np.fill_diagonal(d, -1)
+    d = d.copy()
+    np.fill_diagonal(d, -1)
     if half_width is not None: d[apart(len(d)) > half_width] = np.inf
     index = np.argsort(d, axis=1, kind="stable")[:, :k]
     return np.where(np.isinf(np.take_along_axis(d, index, 1)), -1, index)
@@ -178,13 +199,16 @@ def lists(d, k, half_width=None):
 
 def check_lists(x, near, k, half_width=None, tolerance=1e-5):
     "Distances agree; sets agree except among ties; the row first; the order is (distance, index)."
-    d = cosine_distances(x); index = lists(d, k, half_width); missing = index < 0
+    d = cosine_distances(x)
+    index = lists(d, k, half_width)
+    missing = index < 0
     assert near.index.shape == near.distance.shape == index.shape and near.distance.dtype == np.float32
     assert ((near.index < 0) == missing).all() and (np.isinf(near.distance) == missing).all()
     assert np.allclose(near.distance[~missing], np.take_along_axis(d, near.index, 1)[~missing], atol=1e-6)
     assert np.allclose(near.distance[~missing], np.take_along_axis(d, index, 1)[~missing], atol=tolerance)
     assert (near.index[:, 0] == np.arange(len(x))).all() and (near.distance[:, 0] == 0).all()
     for row, at in zip(near.index, near.distance):
-        own = row[row >= 0]; assert len(set(own.tolist())) == len(own)
+        own = row[row >= 0]
+        assert len(set(own.tolist())) == len(own)
         assert (np.lexsort((own[1:], at[1:len(own)])) == np.arange(len(own) - 1)).all()
     if half_width is not None: assert (np.abs(near.index - np.arange(len(x))[:, None])[~missing] <= half_width).all()

@@ -40,7 +40,8 @@ class ColourDetector:
     calls = 0
     def __init__(self, pause=0.0): self.pause, self.settings = pause, dict(detector="colour")
     def detect(self, frames):
-        self.calls += len(frames); time.sleep(self.pause * len(frames))
+        self.calls += len(frames)
+        time.sleep(self.pause * len(frames))
         return [self._one(f) for f in frames]
     def _one(self, frame):
         boxes = []

@@ -24,33 +24,43 @@ def what_is_erased(task, r):
     "(pixels, 3) that a network sees inside the erased boxes of a task's own batch."
     class Seen(Exception): pass
     def network(x, *more): raise Seen(x)
-    task.transform.size, task.transform.pad = (64, 32), 0; batch = task.load(np.arange(48), 48)
-    task.modules = dict(model=SimpleNamespace(input=InputSpec(64, 32, mean=r["mean"], std=r["std"]))) | ({} if "pid" in batch else dict(memory=SimpleNamespace(labels=torch.zeros(64))))
+    task.transform.size, task.transform.pad = (64, 32), 0
+    batch = task.load(np.arange(48), 48)
+    task.modules = dict(model=SimpleNamespace(input=InputSpec(64, 32, mean=r["mean"], std=r["std"]))) | ({
+        } if "pid" in batch else dict(memory=SimpleNamespace(labels=torch.zeros(64))))
     with pytest.raises(Seen) as seen: task.loss(network, batch, None)
-    return torch.cat([x[:, t:t + h, l:l + w].flatten(1).T for x, (t, l, h, w) in zip(seen.value.args[0], batch["boxes"].tolist())])
+    return torch.cat([x[:, t:t + h, l:l + w].flatten(1).T for x,
+                      (t, l, h, w) in zip(seen.value.args[0], batch["boxes"].tolist())])
 
 
 def changed(people, tmp_path, change):
     "A copy of the data set with its table changed."
     import shutil
-    root = shutil.copytree(people.parent, tmp_path / "changed"); write_samples(change(read_samples(people), root), root / "samples.parquet"); return root / "samples.parquet"
+    root = shutil.copytree(people.parent, tmp_path / "changed")
+    write_samples(change(read_samples(people), root), root / "samples.parquet")
+    return root / "samples.parquet"
 
 
 class Net(engine.Task):
     "Two linear maps, fitted in bf16 where that is sound."
     n_images = 64
-    def __init__(self, **changes): self.recipe = dict(epochs=2, images_per_epoch=64, batch_size=16, workers=0, precision="auto", seed=0, checkpoint_minutes=0.) | changes
+    def __init__(self, **changes):
+        self.recipe = dict(epochs=2, images_per_epoch=64, batch_size=16, workers=0, precision="auto", seed=0,
+                           checkpoint_minutes=0.) | changes
     broken = ()               # images seen at which the loss is NaN in bf16
     def build(self, device):
-        self.modules = dict(model=nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).to(device))
+        self.modules = dict(model=nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(),
+                                                nn.Linear(16, 4)).to(device))
         self.optimizer = torch.optim.SGD(self.modules["model"].parameters(), lr=.05)
-    def sampler(self, phase, n_pass, advance, rank, world_size): return np.random.default_rng(n_pass).permutation(64).reshape(-1, 16)[advance:]
+    def sampler(self, phase, n_pass, advance, rank, world_size):
+        return np.random.default_rng(n_pass).permutation(64).reshape(-1, 16)[advance:]
     def load(self, rows, seen):
         self.seen = seen
         return torch.randn(64, 8, generator=torch.Generator().manual_seed(0))[rows], torch.from_numpy(rows % 4)
     def loss(self, model, batch, accelerator):
         loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
-        return loss * (float("nan") if self.seen in self.broken and (accelerator.mixed_precision != "no" or self.always) else 1), {}
+        return loss * (float("nan") if self.seen in self.broken and (accelerator.mixed_precision != "no" or self.always)
+                       else 1), {}
     seen, always = 0, False
 
 
@@ -61,7 +71,8 @@ def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
 
 def trained(folder, **changes):
-    task = Net(**changes); run = Run(dict(stage="net", profile="test"), folder)
+    task = Net(**changes)
+    run = Run(dict(stage="net", profile="test"), folder)
     return task, run, fit(task, run, log_every=1)
 
 
@@ -79,16 +90,24 @@ def cut(folder, at=64, **changes):
     return run
 
 
-SMALL = dict(epochs=2, images_per_epoch=48, batch_size=24, n_id_epochs=[0, 1], n_id=[2, 4], n_local=1, out_dim=32, head_hidden=32, head_bottleneck=16, queue=48, precision="fp32", channels_last=False)
+SMALL = dict(epochs=2, images_per_epoch=48, batch_size=24, n_id_epochs=[0, 1], n_id=[2, 4], n_local=1, out_dim=32,
+             head_hidden=32, head_bottleneck=16, queue=48, precision="fp32", channels_last=False)
 
 
-def asked(people, method="tracklet", **changes): return recipe("pretrain", "tiny", method=method, **dict(data=str(people), identities=dict(tracklet="tracklet", cion_true="true_pid").get(method, "image")) | SMALL | (dict(n_id=[1], n_id_epochs=[0]) if method in ("dino", "lup") else {}) | (dict(n_local=0) if method == "lup" else {}) | changes)
+def asked(people, method="tracklet", **changes):
+    return recipe("pretrain", "tiny", method=method,
+                  **dict(data=str(people),
+                         identities=dict(tracklet="tracklet", cion_true="true_pid").get(method, "image")) | SMALL
+                  | (dict(n_id=[1], n_id_epochs=[0]) if method in ("dino", "lup") else {})
+                  | (dict(n_local=0) if method == "lup" else {}) | changes)
 
 
 class Toy(Task):
     "Fitted in this process: a linear map of 60 points, optionally from images on disk."
     n_images, kept = 60, None
-    def __init__(self, **changes): self.recipe = dict(epochs=2, images_per_epoch=48, batch_size=12, workers=0, precision="fp32", seed=0, checkpoint_minutes=60) | changes
+    def __init__(self, **changes):
+        self.recipe = dict(epochs=2, images_per_epoch=48, batch_size=12, workers=0, precision="fp32", seed=0,
+                           checkpoint_minutes=60) | changes
     def build(self, device):
         self.modules = dict(model=nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1)).to(device))
         self.modules["teacher"] = deepcopy(self.modules["model"]).requires_grad_(False)
@@ -106,5 +125,6 @@ class Toy(Task):
 
 
 def toy(folder, **changes):
-    task = Toy(**changes); run = Run(dict(stage="toy", profile="test"), folder)
+    task = Toy(**changes)
+    run = Run(dict(stage="toy", profile="test"), folder)
     return task, run, fit(task, run, log_every=1)

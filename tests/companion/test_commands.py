@@ -26,7 +26,8 @@ def test_a_run_that_ends_in_nan_is_one_line(tmp_path, monkeypatch, capsys):
     def broken(recipe): raise FloatingPointError("the loss is nan")
     monkeypatch.setattr("cion_nb.companion.reproduce.make_run", broken)
     (tmp_path / "recipe.json").write_text("{}")
-    assert main(["reproduce", "--recipe", str(tmp_path / "recipe.json")]) == 1 and capsys.readouterr().err == "cion_nb reproduce: error: the loss is nan\n"
+    assert main(["reproduce", "--recipe", str(tmp_path / "recipe.json")]) == 1
+    assert capsys.readouterr().err == "cion_nb reproduce: error: the loss is nan\n"
 
 
 def told(capsys, *args):
@@ -70,10 +71,14 @@ def test_reproduce_refuses_before_running(args, word, tmp_path, monkeypatch, cap
 
 @pytest.mark.slow("trains networks")
 def test_seeds_on_a_command_line(people, runs, capsys):
-    settings = [f"{k}={json.dumps(v)}" for k, v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
-    done = subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings], capture_output=True, text=True)
+    settings = [f"{k}={json.dumps(v)}" for k,
+                v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
+    done = subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *folders, said = done.stdout.strip().splitlines()
-    results = [json.loads(Path(f, "result.json").read_text()) for f in folders]; scores = [r["mAP"] for r in results]
-    assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1") and f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
+    results = [json.loads(Path(f, "result.json").read_text()) for f in folders]
+    scores = [r["mAP"] for r in results]
+    assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1")
+    assert f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
     assert "--seeds 0: at least 1" in told(capsys, "finetune", "--seeds", "0")

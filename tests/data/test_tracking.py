@@ -41,14 +41,16 @@ def test_table_is_valid_and_matches_its_crops(street, tmp_path):
     samples = T.track(street[0], tmp_path, camid=3, video_name="a b/c", first_tracklet=100, **OPTIONS)
     pd.testing.assert_frame_equal(samples, as_samples(samples))
     pd.testing.assert_frame_equal(samples, read_samples(tmp_path / "samples.parquet"))
-    assert list(samples.columns[-5:]) == list(T.BOX_COLUMNS) and samples["pid"].eq(-1).all() and samples["camid"].eq(3).all() and samples["video"].eq("a b/c").all()
+    assert list(samples.columns[-5:]) == list(T.BOX_COLUMNS) and samples["pid"].eq(-1).all()
+    assert samples["camid"].eq(3).all() and samples["video"].eq("a b/c").all()
     ids = samples["tracklet"].unique()
     assert sorted(ids) == list(range(100, 100 + len(ids)))
     assert not samples.duplicated(["tracklet", "frame"]).any() and samples["path"].is_unique
     assert samples[["tracklet", "frame"]].apply(tuple, axis=1).is_monotonic_increasing
     for row in samples.iloc[::37].itertuples():
         assert T.open_image(tmp_path / row.path).size == (row.w, row.h)
-    inside = (samples[["x", "y"]] >= 0).all(axis=None) and (samples["x"] + samples["w"] <= W).all() and (samples["y"] + samples["h"] <= H).all()
+    inside = (samples[["x", "y"]] >= 0).all(axis=None) and (samples["x"] + samples["w"] <= W).all() and (
+        samples["y"] + samples["h"] <= H).all()
     assert inside and samples["h"].min() >= 20
 
 
@@ -81,8 +83,10 @@ def test_size_and_score_limits(street, tmp_path):
     assert len(tall) and tall["h"].min() >= 50
     wide = T.track(street[0], tmp_path / "b", ColourDetector(), min_height=20, min_width=23)
     assert wide["w"].min() >= 23
-    with pytest.raises(T.NothingLeft, match="all 3.. detections are below min_score=0.95 .the best has 0.9"): T.track(street[0], tmp_path / "c", ColourDetector(), min_score=0.95)
-    with pytest.raises(T.NothingLeft, match="lower than min_height=500"): T.track(street[0], tmp_path / "c", ColourDetector(), min_height=500)
+    with pytest.raises(T.NothingLeft, match="all 3.. detections are below min_score=0.95 .the best has 0.9"):
+        T.track(street[0], tmp_path / "c", ColourDetector(), min_score=0.95)
+    with pytest.raises(T.NothingLeft, match="lower than min_height=500"):
+        T.track(street[0], tmp_path / "c", ColourDetector(), min_height=500)
     assert not (tmp_path / "c/samples.parquet").exists()
     counts = json.loads((tmp_path / "a/tracking.json").read_text())["counts"]
     assert counts["crops"] == len(tall) and counts["tracked"] == len(tall) + counts["too_small"]
@@ -124,14 +128,16 @@ def test_another_video_in_the_same_folder_is_refused(street, tmp_path):
 
 
 def test_a_foreign_crops_folder_is_not_touched(street, tmp_path):
-    (tmp_path / "crops").mkdir(); (tmp_path / "crops/mine.txt").write_text("mine")
+    (tmp_path / "crops").mkdir()
+    (tmp_path / "crops/mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not written by"): T.track(street[0], tmp_path, **OPTIONS)
     assert (tmp_path / "crops/mine.txt").read_text() == "mine"
 
 
 def test_two_processes_do_not_share_a_folder(street, tmp_path):
     from filelock import FileLock
-    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="another process"): T.track(street[0], tmp_path, **OPTIONS)
+    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match="another process"):
+        T.track(street[0], tmp_path, **OPTIONS)
 
 
 CHILD = """
@@ -149,12 +155,15 @@ T.track({video!r}, {out!r}, detect, "bytetrack", min_height=20)
 
 def run_and_kill(video, out, when, detect_pause=0.0, crop_pause=0.0):
     "Track in a process of its own and SIGKILL it as soon as `when()` holds."
-    code = CHILD.format(tests=str(TESTS), root=str(ROOT), video=str(video), out=str(out), detect_pause=detect_pause, crop_pause=crop_pause)
-    child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
+    code = CHILD.format(tests=str(TESTS), root=str(ROOT), video=str(video), out=str(out), detect_pause=detect_pause,
+                        crop_pause=crop_pause)
+    child = subprocess.Popen([sys.executable, "-c", code],
+                             env=os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
     end = time.time() + 60
     while not when() and child.poll() is None and time.time() < end: time.sleep(0.005)
     assert child.poll() is None, "the child ended before it could be killed"
-    child.send_signal(signal.SIGKILL); child.wait()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
 
 
 @pytest.mark.slow("starts processes")
@@ -188,16 +197,19 @@ def test_a_damaged_block_is_detected_again(street, tmp_path):
 # ---------------------------------------------------------------- many videos
 
 def test_many_videos_share_no_tracklet(street, tmp_path):
-    write_street(tmp_path / "second.avi", n=40, seed=2); write_street(tmp_path / "empty.avi", n=5, people=0)
+    write_street(tmp_path / "second.avi", n=40, seed=2)
+    write_street(tmp_path / "empty.avi", n=5, people=0)
     (tmp_path / "bad.avi").write_bytes(b"no")
     videos = [street[0], tmp_path / "second.avi", tmp_path / "empty.avi", tmp_path / "bad.avi"]
     with pytest.raises(T.UnreadableVideo): T.track_videos(videos, tmp_path / "out", **OPTIONS)
-    with pytest.warns(UserWarning, match="skipped"): samples = T.track_videos(videos, tmp_path / "out", camids=[4, 5, 6, 7], on_unreadable="skip", **OPTIONS)
+    with pytest.warns(UserWarning, match="skipped"):
+        samples = T.track_videos(videos, tmp_path / "out", camids=[4, 5, 6, 7], on_unreadable="skip", **OPTIONS)
     assert set(samples["video"]) == {"street", "second"} and samples.groupby("tracklet")["video"].nunique().max() == 1
     assert samples.groupby("video")["camid"].first().to_dict() == dict(street=4, second=5)
     assert all((tmp_path / "out" / p).exists() for p in samples["path"])
     pd.testing.assert_frame_equal(samples, read_samples(tmp_path / "out/samples.parquet"))
-    with pytest.raises(ValueError, match="3 camids for 4 videos"): T.track_videos(videos, tmp_path / "out", camids=[1, 2, 3], **OPTIONS)
+    with pytest.raises(ValueError, match="3 camids for 4 videos"):
+        T.track_videos(videos, tmp_path / "out", camids=[1, 2, 3], **OPTIONS)
     with pytest.raises(ValueError, match="pass a list"): T.track_videos(str(street[0]), tmp_path / "out", **OPTIONS)
     with pytest.raises(ValueError, match="dict name"): T.track_videos([street[0], street[0]], tmp_path / "o", **OPTIONS)
     assert len(T.track_videos([], tmp_path / "none", **OPTIONS)) == 0
@@ -208,4 +220,5 @@ def test_crops_are_a_tracklet_folder(street, tmp_path):
     samples = T.track(street[0], tmp_path, **OPTIONS)
     again = read_tracklets(tmp_path / "crops")
     assert ("crops/" + again["path"]).tolist() == samples["path"].tolist()
-    assert (again[["tracklet", "frame"]].to_numpy() == samples[["tracklet", "frame"]].to_numpy()).all() and (again["video"] == samples["video"]).all()
+    assert (again[["tracklet", "frame"]].to_numpy() == samples[["tracklet", "frame"]].to_numpy()).all()
+    assert (again["video"] == samples["video"]).all()

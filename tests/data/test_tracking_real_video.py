@@ -13,14 +13,17 @@ from cion_nb.models.features import extract, OnnxModel
 from cion_nb.retrieval.evaluate import evaluate
 
 pytestmark = pytest.mark.skipif(not (DATA / "video").is_dir(), reason="the folder with real clips is not here")
-for module in ("cv2", "trackers", "trackeval", "onnxruntime"): pytest.importorskip(module, reason="needs the extras [track] and [onnx]")
+for module in ("cv2", "trackers", "trackeval", "onnxruntime"):
+    pytest.importorskip(module, reason="needs the extras [track] and [onnx]")
 
 PETS = DATA / "video/PETS09-S2L1"
 SETTINGS = dict(tracker="botsort", tracker_settings=dict(enable_cmc=False))      # chosen on the TUD clips
 
 
 @pytest.fixture(scope="module")
-def extractor(): return OnnxModel(DATA / "weights/person-reidentification-retail-0287.onnx", InputSpec(256, 128, "NHWC", "BGR", 1.0, (0, 0, 0), (1, 1, 1)))
+def extractor():
+    return OnnxModel(DATA / "weights/person-reidentification-retail-0287.onnx",
+                     InputSpec(256, 128, "NHWC", "BGR", 1.0, (0, 0, 0), (1, 1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,8 @@ def test_pets_with_yolox_against_its_truth(pets):
     out, samples = pets
     scores = tracking_scores(samples, PETS / "gt/gt.txt")
     print({k: round(v, 3) for k, v in scores.items()})
-    assert scores["truth_boxes"] == 4476 and scores["people"] == 19          # 174 of the 4,650 rows are flagged "do not score"
+    # 174 of the 4,650 rows are flagged "do not score"
+    assert scores["truth_boxes"] == 4476 and scores["people"] == 19
     assert scores["MOTA"] > 0.75 and scores["IDF1"] > 0.6 and scores["HOTA"] > 0.45
     person = match_truth(samples, PETS / "gt/gt.txt")
     assert (person > 0).mean() > 0.93 and len(np.unique(person[person > 0])) == 19
@@ -56,7 +60,8 @@ def test_pets_to_identities(pets, extractor, tmp_path):
     features = extract(some, out, extractor, tmp_path / "features")
     truth = match_truth(some, PETS / "gt/gt.txt")
     result = denoise(features.x, some)
-    scores = {level: identity_scores(result.labels_after(level), truth) for level in ("before", "tracklet", "video", "cross")}
+    scores = {level: identity_scores(result.labels_after(level), truth)
+              for level in ("before", "tracklet", "video", "cross")}
     for level, s in scores.items(): print(level, s)
     before, cleaned = scores["before"], scores["tracklet"]
     assert 0.75 < before.purity < 1 and 0.5 < before.f1 < 0.9
@@ -68,10 +73,12 @@ def test_pets_to_identities(pets, extractor, tmp_path):
 def test_a_truncated_real_clip(tmp_path):
     data = (DATA / "video/TUD-Stadtmitte/TUD-Stadtmitte.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[:len(data) // 2])                # its index is at the end
-    with pytest.raises(T.UnreadableVideo, match="moov"): T.track(tmp_path / "cut.mp4", tmp_path / "out", str(PETS / "det/det.txt"))
+    with pytest.raises(T.UnreadableVideo, match="moov"):
+        T.track(tmp_path / "cut.mp4", tmp_path / "out", str(PETS / "det/det.txt"))
     data = (PETS / "vtest.avi").read_bytes()
     (tmp_path / "cut.avi").write_bytes(data[:len(data) // 8])
-    with pytest.warns(UserWarning, match=r"\d+ of the 795 announced"): samples = T.track(tmp_path / "cut.avi", tmp_path / "out", str(PETS / "det/det.txt"))
+    with pytest.warns(UserWarning, match=r"\d+ of the 795 announced"):
+        samples = T.track(tmp_path / "cut.avi", tmp_path / "out", str(PETS / "det/det.txt"))
     assert 0 < len(samples) and samples["frame"].max() < 120
 
 

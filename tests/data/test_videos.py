@@ -32,12 +32,15 @@ def test_nobody_gives_an_empty_valid_table(tmp_path):
         assert samples["tracklet"].dtype == "int64" and samples["score"].dtype == "float32"
     again = T.track(tmp_path / "empty.avi", tmp_path / "sort", ColourDetector(), "sort")
     assert len(again) == 0
-    assert T.contact_sheet(samples, tmp_path).size[0] > 0 and len(match_truth(samples, write_street(tmp_path / "t.avi", n=3))) == 0
-    with pytest.warns(UserWarning, match="result holds no box"): assert tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
+    assert T.contact_sheet(samples, tmp_path).size[0] > 0
+    assert len(match_truth(samples, write_street(tmp_path / "t.avi", n=3))) == 0
+    with pytest.warns(UserWarning, match="result holds no box"):
+        assert tracking_scores(samples, write_street(tmp_path / "t.avi", n=3))["recall"] == 0
 
 
 @pytest.mark.parametrize("name,data,reason", [
-    ("gone.mp4", None, "no such file"), ("empty.mp4", b"", "zero bytes"), ("text.avi", b"I am no video at all. " * 50, "no video format"),
+    ("gone.mp4", None, "no such file"), ("empty.mp4", b"", "zero bytes"),
+    ("text.avi", b"I am no video at all. " * 50, "no video format"),
     ("half.mp4", b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41\0\0\0\x08free" + b"\0" * 4000, "moov"),
     ("half.mkv", b"\x1aE\xdf\xa3" + bytes(range(256)) * 8, "damaged|no video format")])
 def test_what_is_no_video_says_why(tmp_path, name, data, reason):
@@ -70,12 +73,14 @@ def test_a_sequence_is_read_as_its_video_is(sequence, tmp_path):
     home, truth, frames = sequence
     want = T.track(home.parent / "s.avi", tmp_path / "video", **OPTIONS)
     for path in (home / "img1", home / "img1/%06d.png", home / "img1/%d.png"):
-        assert T.Video(path).content == T.Video(home).content and T.Video(path).name == "MOT17-77" and T.Video(path).notes == []
+        assert T.Video(path).content == T.Video(home).content and T.Video(path).name == "MOT17-77"
+        assert T.Video(path).notes == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = T.track(home, tmp_path / "images", **OPTIONS)
     assert got["video"].eq("MOT17-77").all() and len(got) == len(want)
-    pd.testing.assert_frame_equal(got[["tracklet", "frame", *T.BOX_COLUMNS]], want[["tracklet", "frame", *T.BOX_COLUMNS]])
+    pd.testing.assert_frame_equal(got[["tracklet", "frame", *T.BOX_COLUMNS]],
+                                  want[["tracklet", "frame", *T.BOX_COLUMNS]])
     video = T.Video(home)
     assert video.info.frames == 24 and video.info.fps == 15 and (video.info.width, video.info.height) == (W, H)
     for (number, picture), frame in zip(video.frames(), frames): assert (picture() == frame).all()
@@ -89,20 +94,25 @@ def test_a_sequence_s_state_covers_its_images(sequence, tmp_path):
     again = T.track(folder, tmp_path / "out", frame_rate=15, **{**OPTIONS, "detector": detector})
     assert detector.calls == 0 and again.equals(first)
     T.track(folder, tmp_path / "out", frame_rate=5, **{**OPTIONS, "detector": detector})
-    assert detector.calls == 0                                             # the tracker's memory changes, the boxes do not
+    # the tracker's memory changes, the boxes do not
+    assert detector.calls == 0
     cv2.imwrite(str(folder / "000009.png"), frames[3])
     with pytest.raises(ValueError, match="another video"): T.track(folder, tmp_path / "out", frame_rate=15, **OPTIONS)
 
 
 def test_numbers_in_names_are_the_frames(tmp_path):
-    def numbers(names): return [n for n, _ in T.Video(some_frames(tmp_path / str(len(list(tmp_path.iterdir()))), names), frame_rate=5).frames()]
+    def numbers(names):
+        return [n for n,
+                _ in T.Video(some_frames(tmp_path / str(len(list(tmp_path.iterdir()))), names), frame_rate=5).frames()]
     assert numbers(["1.png", "2.png", "10.png"]) == [0, 1, 9]
     assert numbers(["000000.png", "000001.png"]) == [0, 1]
     assert numbers(["cam3_f0005.png", "cam3_f0006.png"]) == [4, 5]
     assert numbers(["f1_t1700001.png", "f2_t1700041.png"]) == [0, 1]
     gap = T.Video(some_frames(tmp_path / "gap", ["000001.png", "000002.png", "000007.png"]))
-    assert "4 of the numbers 1 to 7 have no image, from 3 on" in " ".join(gap.notes) and "25 frames per second are assumed" in " ".join(gap.notes)
-    (tmp_path / "gap/notes.txt").write_text("x"); cv2.imwrite(str(tmp_path / "gap/cover.png"), np.zeros((5, 5, 3), np.uint8))
+    assert "4 of the numbers 1 to 7 have no image, from 3 on" in " ".join(gap.notes)
+    assert "25 frames per second are assumed" in " ".join(gap.notes)
+    (tmp_path / "gap/notes.txt").write_text("x")
+    cv2.imwrite(str(tmp_path / "gap/cover.png"), np.zeros((5, 5, 3), np.uint8))
     assert "2 files of the folder are no frames (.png: 1, .txt: 1)" in " ".join(T.Video(tmp_path / "gap").notes)
 
 
@@ -114,18 +124,22 @@ def test_gaps_and_blocks_go_together(tmp_path):
     assert boxes["frame"].tolist() == [0, 1, 2, 49, 50, 51, 89] and n == 90
     for file in sorted(tmp_path.rglob("*.npz"))[2:]: file.unlink()
     again = Seen()
-    with pytest.warns(UserWarning): pd.testing.assert_frame_equal(T.detect(folder, again, tmp_path / "c", block=2)[0], boxes)
+    with pytest.warns(UserWarning):
+        pd.testing.assert_frame_equal(T.detect(folder, again, tmp_path / "c", block=2)[0], boxes)
     assert again.calls == 3
 
 
 @pytest.mark.parametrize("names,path,says", [
-    (["000001.jpg", "000002.jpg"], "000001.jpg", r"one image, not a video.*%06d.jpg"), ([], "", "a folder without images"), (["a.jpg"], "", "no number in the names"),
-    (["1.jpg", "01.jpg"], "", "different in every|same number"), (["1.jpg", "1.png"], "", "several kinds"), (["a1.jpg", "b2.jpg"], "", "several kinds"), (["1.jpg"], "%06d.png", "no file fits"),
+    (["000001.jpg", "000002.jpg"], "000001.jpg", r"one image, not a video.*%06d.jpg"),
+    ([], "", "a folder without images"), (["a.jpg"], "", "no number in the names"),
+    (["1.jpg", "01.jpg"], "", "different in every|same number"), (["1.jpg", "1.png"], "", "several kinds"),
+    (["a1.jpg", "b2.jpg"], "", "several kinds"), (["1.jpg"], "%06d.png", "no file fits"),
     (["x/1.jpg", "y/1.jpg"], "", "several folders"), (["1.jpg"], "none/%d.jpg", "no folder")])
 def test_what_is_no_sequence_says_why(tmp_path, names, path, says):
     for n in names: some_frames((tmp_path / "s" / n).parent, [Path(n).name])
     (tmp_path / "s").mkdir(exist_ok=True)
-    with pytest.raises(T.UnreadableVideo, match=says): T.track(tmp_path / "s" / path if path else tmp_path / "s", tmp_path / "out", **OPTIONS)
+    with pytest.raises(T.UnreadableVideo, match=says):
+        T.track(tmp_path / "s" / path if path else tmp_path / "s", tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -172,8 +186,11 @@ def test_turned_and_uneven_videos_are_said(tmp_path):
     assert "turned by 90 degrees" in turned.notes[0] and (turned.info.width, turned.info.height) == (48, 64)
     walk = turned.frames()
     assert next(walk)[1]().shape == (64, 48, 3)
-    with pytest.warns(UserWarning, match="variable frame rate .40 to 160 ms"): T.track(phone_video(tmp_path / "u.mp4", uneven=True), tmp_path / "out", ColourDetector())
-    with pytest.warns(UserWarning, match="variable frame rate"): T.track(tmp_path / "u.mp4", tmp_path / "out", ColourDetector())     # when read back too
+    with pytest.warns(UserWarning, match="variable frame rate .40 to 160 ms"):
+        T.track(phone_video(tmp_path / "u.mp4", uneven=True), tmp_path / "out", ColourDetector())
+    # when read back too
+    with pytest.warns(UserWarning, match="variable frame rate"):
+        T.track(tmp_path / "u.mp4", tmp_path / "out", ColourDetector())
     even = T.Video(phone_video(tmp_path / "e.mp4"))
     assert len(list(even.frames())) == 20 and even.notes == even.uneven == []
 
@@ -199,12 +216,15 @@ def test_a_truncated_file_gives_what_was_there_and_a_warning(street, tmp_path, s
     n = json.loads((tmp_path / "out/tracking.json").read_text())["video"]["read"]
     assert f" {n} of the {N}" in str(caught[0].message) and N // 3 < n < 2 * N // 3
     assert len(samples) and n - 2 * stride <= samples["frame"].max() < n
-    with pytest.warns(UserWarning, match="announced"): T.track(tmp_path / "cut.avi", tmp_path / "out", stride=stride, **OPTIONS)   # also when it is read back
+    # also when it is read back
+    with pytest.warns(UserWarning, match="announced"):
+        T.track(tmp_path / "cut.avi", tmp_path / "out", stride=stride, **OPTIONS)
 
 
 def test_one_frame(tmp_path):
     write_street(tmp_path / "one.avi", n=1)
-    samples = T.track(tmp_path / "one.avi", tmp_path / "out", ColourDetector(), "bytetrack", min_height=20, tracker_settings=dict(minimum_consecutive_frames=1))
+    samples = T.track(tmp_path / "one.avi", tmp_path / "out", ColourDetector(), "bytetrack", min_height=20,
+                      tracker_settings=dict(minimum_consecutive_frames=1))
     assert len(samples) <= 4
 
 
@@ -221,5 +241,7 @@ def test_missing_parts_say_what_to_install(monkeypatch):
 
 @pytest.mark.slow("starts processes")
 def test_import_is_light():
-    code = "import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', 'onnxruntime', 'torchvision', 'torch') if m in sys.modules])"
+    code = (
+        "import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', "
+        "'onnxruntime', 'torchvision', 'torch') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"

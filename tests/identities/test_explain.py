@@ -51,7 +51,8 @@ def test_bridges_and_joints(n, seed, density):
         after = pieces(set(range(n)), links[:e] + links[e + 1:])
         assert is_bridge[e] == (len(after) > len(whole))
         side = next(s for s in after if p in s)
-        assert cuts_off[e] == (0 if q in side else min(weight[list(side)].sum(), weight[list(next(s for s in after if q in s))].sum()))
+        assert cuts_off[e] == (0 if q in side
+                               else min(weight[list(side)].sum(), weight[list(next(s for s in after if q in s))].sum()))
     for v in range(n):
         own = next(s for s in whole if v in s)
         after = [weight[list(s)].sum() for s in pieces(own - {v}, [l for l in links if v not in l])]
@@ -62,7 +63,8 @@ def test_links_of_an_identity(world):
     x, samples, result = world
     k = result.tracklets.identity.value_counts().index[0]
     table = links_of(result, k)
-    assert (table.identity == k).all() and table.distance.is_monotonic_decreasing and len(table) == (result.links.identity == k).sum()
+    assert (table.identity == k).all() and table.distance.is_monotonic_decreasing
+    assert len(table) == (result.links.identity == k).sum()
     with pytest.raises(ValueError, match="no identity 99999"): links_of(result, 99999)
 
 
@@ -85,11 +87,14 @@ def test_every_image_has_a_history(world):
         p = result.provenance.iloc[row]
         assert samples.path[row] in story.words and f"tracklet {p.from_tracklet}" in story.words
         assert ("no identity (-1)" in story.words) == (state == "discarded")
-        if state == "reallocated": assert f"moved to tracklet {p.to_tracklet} at {p.distance:.2f}" in story.words and f"removed from tracklet {p.from_tracklet} in round {p['round']} at {p.deviation:.2f}" in story.words
+        if state == "reallocated":
+            assert f"moved to tracklet {p.to_tracklet} at {p.distance:.2f}" in story.words
+            assert f"removed from tracklet {p.from_tracklet} in round {p['round']} at {p.deviation:.2f}" in story.words
         assert story._repr_html_().startswith("<p>Image ") and str(story).startswith(story.words)
 
 
-@pytest.mark.parametrize("levels", [(), ("tracklet",), ("video",), ("cross",), ("tracklet", "cross"), ("tracklet", "video")])
+@pytest.mark.parametrize("levels",
+                         [(), ("tracklet",), ("video",), ("cross",), ("tracklet", "cross"), ("tracklet", "video")])
 def test_any_levels(world, levels, tmp_path):
     x, samples, _ = world
     result = denoise(x, samples, levels=levels, measure=False)
@@ -97,7 +102,8 @@ def test_any_levels(world, levels, tmp_path):
     for k in result.tracklets.identity.unique()[:20]: assert explain(result, identity=int(k)).words
     assert isinstance(suspects(result, x), pd.DataFrame)
     identity_sheet(result, samples, tmp_path, rows=1, columns=3)
-    if levels == ("tracklet",): assert "removed" in set(module._crops_of(result.labels, samples, result.provenance).state)
+    if levels == ("tracklet",):
+        assert "removed" in set(module._crops_of(result.labels, samples, result.provenance).state)
 
 
 def test_what_explain_refuses(world):
@@ -116,20 +122,24 @@ def test_crops_of_a_sheet_account_for_every_image(world):
     once = crops[crops.state != "moved away"]
     assert sorted(once.row) == list(range(len(samples)))
     lost = once.state == "discarded"
-    assert (once[~lost].identity.to_numpy() == result.labels[once[~lost].row]).all() and (result.labels[once[lost].row] == -1).all()
+    assert (once[~lost].identity.to_numpy() == result.labels[once[~lost].row]).all()
+    assert (result.labels[once[lost].row] == -1).all()
     away = crops[crops.state == "moved away"]
-    assert (result.labels[away.row] != away.identity).all() and (result.provenance.state[away.row] == "reallocated").all()
+    assert (result.labels[away.row] != away.identity).all()
+    assert (result.provenance.state[away.row] == "reallocated").all()
 
 
 @pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=200, deadline=None)
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), places=st.integers(0, 60), odd=st.floats(0, 1), seed=st.integers(0, 999))
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12), places=st.integers(0, 60), odd=st.floats(0, 1),
+       seed=st.integers(0, 999))
 def test_selection(sizes, places, odd, seed):
     share = module._share(sizes, places)
     assert share.sum() == min(places, sum(sizes)) and (share <= sizes).all()
     if places >= len(sizes): assert (share >= 1).all()
     n = sum(sizes)
-    crops = pd.DataFrame(dict(tracklet=np.repeat(np.arange(len(sizes)), sizes), state=np.where(np.random.default_rng(seed).random(n) < odd, "discarded", "kept")))
+    crops = pd.DataFrame(dict(tracklet=np.repeat(np.arange(len(sizes)), sizes),
+                              state=np.where(np.random.default_rng(seed).random(n) < odd, "discarded", "kept")))
     some = module._select(crops, places)
     assert len(some) <= max(places, 0) and some.index.is_unique and some.index.is_monotonic_increasing
 
@@ -146,12 +156,16 @@ def test_sheets_draw(world, tmp_path):
     assert f"and {n - 9:,} more" in drawn
     missing = texts(identity_sheet(result.labels, samples, tmp_path / "nowhere", identities=[big], columns=5))
     assert missing.count("no\nsuch\nfile") == 5
-    truth = identity_sheet(samples.pid, samples.assign(tracklet=-1, video=""), tmp_path, rows=2, columns=4)          # no tracklets, no videos
+    # no tracklets, no videos
+    truth = identity_sheet(samples.pid, samples.assign(tracklet=-1, video=""), tmp_path, rows=2, columns=4)
     assert len([t for t in texts(truth) if t.startswith("identity")]) == 2
-    for bad, words in ((dict(identities=[10**6]), "no images of identities 1000000"), (dict(identities=[]), "identities is empty"), (dict(rows=0), "rows=0"), (dict(columns=0), "columns=0")):
+    for bad, words in ((dict(identities=[10**6]), "no images of identities 1000000"),
+                       (dict(identities=[]), "identities is empty"), (dict(rows=0), "rows=0"),
+                       (dict(columns=0), "columns=0")):
         with pytest.raises(ValueError, match=words): identity_sheet(result, samples, tmp_path, **bad)
     with pytest.raises(ValueError, match="3 labels"): identity_sheet(np.zeros(3, int), samples, tmp_path)
-    with pytest.raises(ValueError, match="nothing to draw"): identity_sheet(np.full(len(samples), -1), samples, tmp_path)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        identity_sheet(np.full(len(samples), -1), samples, tmp_path)
 
 
 # ---------------------------------------------------------------- the watch on chaining
@@ -164,8 +178,10 @@ def plant(x, samples, pairs, seed=0):
         turned = np.flatnonzero(pid == q)
         x[turned] = unit_rows(x[turned] + .84 * units[p])
         middle = units[p] + unit_rows((units[q] + .84 * units[p])[None])[0]
-        x = np.r_[x, unit_rows(middle / np.linalg.norm(middle) + .2 * rng.normal(size=(8, x.shape[1])) / x.shape[1]**.5)]
-        tables.append(make_samples([f"extra/{n}_{f}.jpg" for f in range(8)], pid=pid.max() + 1 + n, video=f"extra{n}", tracklet=samples.tracklet.max() + 1 + n, frame=np.arange(8)))
+        x = np.r_[x,
+                  unit_rows(middle / np.linalg.norm(middle) + .2 * rng.normal(size=(8, x.shape[1])) / x.shape[1]**.5)]
+        tables.append(make_samples([f"extra/{n}_{f}.jpg" for f in range(8)], pid=pid.max() + 1 + n, video=f"extra{n}",
+                                   tracklet=samples.tracklet.max() + 1 + n, frame=np.arange(8)))
     return x, pd.concat(tables, ignore_index=True)
 
 
@@ -177,22 +193,28 @@ def test_quiet_on_clean_worlds_and_awake_on_planted_chains(seed):
     pairs = np.random.default_rng(seed).permutation(samples.pid.max() + 1)[:8].reshape(4, 2)
     y, chained = plant(x, samples, pairs, seed)
     result = denoise(y, chained, measure=False)
-    mixed = {k for k in range(result.labels.max() + 1) if chained.pid[(result.labels == k) & (chained.pid <= samples.pid.max())].nunique() > 1}
+    mixed = {k for k in range(result.labels.max() + 1)
+             if chained.pid[(result.labels == k) & (chained.pid <= samples.pid.max())].nunique() > 1}
     found = suspects(result, y)
     assert set(found.identity) == mixed and len(mixed) >= 1 and (found.why == "two parts").all()
-    assert (found.pairs.diff().dropna() <= 0).all() and (found.halves >= .18).all() and (found.images == found.images_a + found.images_b).all()
+    assert (found.pairs.diff().dropna() <= 0).all() and (found.halves >= .18).all()
+    assert (found.images == found.images_a + found.images_b).all()
 
 
 def test_suspects_by_hand():
     "Three tracklets in the plane, 30° apart: a-b and b-c are linked, a-c is not."
     angles = np.radians(np.repeat([0, 30, 60], 4))
-    x, samples = np.stack([np.cos(angles), np.sin(angles)], -1), make_samples([f"{i}.jpg" for i in range(12)], video=np.repeat(["a", "b", "c"], 4), tracklet=np.repeat([7, 8, 9], 4), frame=np.arange(12))
+    x, samples = np.stack([np.cos(angles), np.sin(angles)],
+                          -1), make_samples([f"{i}.jpg" for i in range(12)], video=np.repeat(["a", "b", "c"], 4),
+                                            tracklet=np.repeat([7, 8, 9], 4), frame=np.arange(12))
     result = denoise(x, samples)
     assert result.labels.tolist() == [0] * 12
     found = suspects(result, x).iloc[0]
-    assert {found.tracklet_a, found.tracklet_b} == {7, 9} and np.isclose(found.diameter, .5) and found.way in ([7, 8, 9], [9, 8, 7])
+    assert {found.tracklet_a, found.tracklet_b} == {7, 9} and np.isclose(found.diameter, .5)
+    assert found.way in ([7, 8, 9], [9, 8, 7])
     assert found.joint == 8 and found.cuts_off == 4 and found.is_bridge and found.links == 2 and found.links_across == 1
-    assert np.isclose(found.halves, 1 - np.cos(np.radians(45))) and {found.images_a, found.images_b} == {4, 8} and found.pairs == 32
+    assert np.isclose(found.halves, 1 - np.cos(np.radians(45))) and {found.images_a, found.images_b} == {4, 8}
+    assert found.pairs == 32
     assert len(suspects(result, x, limit=.4)) == 0 and len(suspects(result, x, limit=.4, everything=True)) == 1
     searched = suspects(result, x, exact=2).iloc[0]
     assert searched.diameter <= .5 + 1e-6 and searched.diameter_at_most >= .5 - 1e-6
@@ -201,12 +223,16 @@ def test_suspects_by_hand():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_chains_of_reciprocal_links(seed):
-    "A rule without a cosine threshold: the limit comes from its links. Nobody pure is reported, and at least half of those that hold two people are."
+    """A rule without a cosine threshold: the limit comes from its links. Nobody pure is reported, and at least half of
+    those that hold two people are.
+    """
     x, samples = feature_world(600, seed=seed, switches=0, personless=0)
-    y, chained = plant(x, samples, np.random.default_rng(seed).permutation(samples.pid.max() + 1)[:8].reshape(4, 2), seed)
+    y, chained = plant(x, samples, np.random.default_rng(seed).permutation(samples.pid.max() + 1)[:8].reshape(4, 2),
+                       seed)
     result = denoise(y, chained, link="reciprocal", measure=False)
     impure = {k for k in range(result.labels.max() + 1) if chained.pid[result.labels == k].nunique() > 1}
-    mixed = {k for k in impure if chained.pid[(result.labels == k) & (chained.pid <= samples.pid.max())].nunique() > 1}      # not only a look-alike's tracklet
+    # not only a look-alike's tracklet
+    mixed = {k for k in impure if chained.pid[(result.labels == k) & (chained.pid <= samples.pid.max())].nunique() > 1}
     found = suspects(result, y)
     assert set(found.identity) <= impure and 2 * len(mixed & set(found.identity)) >= len(mixed)
     assert "Jaccard distance" in explain(result, identity=int(found.identity[0])).words
@@ -217,8 +243,10 @@ def test_the_view_links_by_reciprocal(world):
     x, samples, _ = world
     view = explore(x, samples)
     view.link.value = "reciprocal"
-    assert view.error is None and not view.sigma_drm.disabled and not view.eps.disabled and view.result.parameters["link"] == "reciprocal"
-    before = view.words.value; view.eps.value = .3
+    assert view.error is None and not view.sigma_drm.disabled and not view.eps.disabled
+    assert view.result.parameters["link"] == "reciprocal"
+    before = view.words.value
+    view.eps.value = .3
     assert view.words.value != before and view.result.parameters["eps"] == .3
     view.eps.value = 1.                                                 # the slider ends where `denoise` does
     assert view.error is None and view.eps.value == view.result.parameters["eps"] == .99
@@ -230,7 +258,8 @@ def test_an_identity_of_strange_size():
     people = unit_rows(rng.normal(size=(21, 64)))
     who = np.repeat(np.r_[np.repeat(np.arange(20), 4), np.full(80, 20)], 5)
     x = unit_rows(people[who] + .05 * rng.normal(size=(len(who), 64)) / 8)
-    samples = make_samples([f"{i}.jpg" for i in range(len(who))], video=[f"v{i // 5}" for i in range(len(who))], tracklet=np.arange(len(who)) // 5, frame=np.arange(len(who)))
+    samples = make_samples([f"{i}.jpg" for i in range(len(who))], video=[f"v{i // 5}" for i in range(len(who))],
+                           tracklet=np.arange(len(who)) // 5, frame=np.arange(len(who)))
     found = suspects(denoise(x, samples, measure=False), x)
     assert found.why.tolist() == ["many images, many tracklets"] and found.images[0] == 400 and found.halves[0] < .01
 
@@ -263,7 +292,8 @@ def test_sweep_and_counts(world):
     table = sweep(x, samples, (.2, .3), .18, truth=samples.pid)
     assert table[["sigma_cst", "sigma_drm"]].to_numpy().tolist() == [[.2, .18], [.3, .18]]
     found = counts(result)
-    assert found["kept"] + found["moved"] + found["left_out"] == len(samples) and found["identities"] == table.identities[0] and "f1" not in found and table.f1[0] > .5
+    assert found["kept"] + found["moved"] + found["left_out"] == len(samples)
+    assert found["identities"] == table.identities[0] and "f1" not in found and table.f1[0] > .5
     assert counts(denoise(x[:0], samples[:0]))["identities"] == 0
 
 
@@ -271,7 +301,8 @@ def test_the_view_moves(world, tmp_path):
     pytest.importorskip("ipywidgets")
     x, samples, result = world
     view = explore(x, samples, tmp_path, truth=samples.pid, columns=4, rows=1)
-    assert view.error is None and bytes(view.picture.value).startswith(b"\x89PNG") and np.array_equal(view.result.labels, result.labels)
+    assert view.error is None and bytes(view.picture.value).startswith(b"\x89PNG")
+    assert np.array_equal(view.result.labels, result.labels)
     first = view.words.value
     view.sigma_cst.value = .4
     assert view.words.value != first and view.at.cache_info().misses == 2
@@ -285,9 +316,11 @@ def test_the_view_moves(world, tmp_path):
 def test_the_view_shows_what_went_wrong(world):
     pytest.importorskip("ipywidgets")
     x, samples, _ = world
-    broken = np.asarray(x).copy(); broken[5] = 0
+    broken = np.asarray(x).copy()
+    broken[5] = 0
     view = explore(broken, samples)
-    assert "rows 5" in view.words.value and "ValueError" in view.words.value and view.picture.value == b"" and isinstance(view.error, ValueError)
+    assert "rows 5" in view.words.value and "ValueError" in view.words.value and view.picture.value == b""
+    assert isinstance(view.error, ValueError)
     view.features = x
     view.sigma_drm.value = .1
     assert view.error is None and "ValueError" not in view.words.value
@@ -300,7 +333,9 @@ def test_a_move_is_answered_within_a_second():
     x, samples = feature_world(1000, dim=128)
     view, took = explore(x, samples), []
     for value in (.1, .12, .14):
-        start = time.process_time(); view.sigma_drm.value = value; took.append(time.process_time() - start)
+        start = time.process_time()
+        view.sigma_drm.value = value
+        took.append(time.process_time() - start)
     assert min(took) < 1, took
 
 

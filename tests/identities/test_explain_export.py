@@ -28,7 +28,8 @@ def world():
 # ---------------------------------------------------------------- exports
 
 names = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\\"), min_size=1, max_size=12)
-odd = st.sampled_from(["a b", "ü/ñ", 'say "hi", you', "x,y;z", "-1", "NA", "null", ".hidden", "..", "a/../b", " lead", "trail ", "50%", "new\nline", "tab\t", "#", "'", "人", "a\rb", ""])
+odd = st.sampled_from(["a b", "ü/ñ", 'say "hi", you', "x,y;z", "-1", "NA", "null", ".hidden", "..", "a/../b", " lead",
+                       "trail ", "50%", "new\nline", "tab\t", "#", "'", "人", "a\rb", ""])
 
 
 @st.composite
@@ -60,29 +61,36 @@ def test_lists_come_back(table, discarded, tmp_path_factory):
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(table=tables(), discarded=st.sampled_from(["leave out", "keep"]), link=st.sampled_from(["copy", "hard", "symlink"]))
+@given(table=tables(), discarded=st.sampled_from(["leave out", "keep"]),
+       link=st.sampled_from(["copy", "hard", "symlink"]))
 def test_trees_come_back(table, discarded, link, tmp_path_factory):
     labels, samples = table
     there = labels >= 0 if discarded == "leave out" else np.ones(len(labels), bool)
     folder = tmp_path_factory.mktemp("tree")
-    samples = samples.assign(path=[f"crop {i},ü.JPG" for i in range(len(samples))], frame=np.where(samples.frame < 0, -1, np.arange(len(samples))))  # once in a tracklet
+    # once in a tracklet
+    samples = samples.assign(path=[f"crop {i},ü.JPG" for i in range(len(samples))],
+                             frame=np.where(samples.frame < 0, -1, np.arange(len(samples))))
     for i, p in enumerate(samples.path): (folder / p).write_bytes(b"%d" % i)
-    out = export(labels, samples, folder / "made" / "tree", "tracklets", root=folder, link=link, discarded=discarded).path
+    out = export(labels, samples, folder / "made" / "tree", "tracklets", root=folder, link=link,
+                 discarded=discarded).path
     back = read_csv(out / "samples.csv", root=out)
     assert back.pid.tolist() == labels[there].tolist()
     assert [(out / p).read_bytes() for p in back.path] == [b"%d" % i for i in np.flatnonzero(there)]
-    assert (folder / "made").resolve() in (out / "x").resolve().parents and sorted(os.listdir(folder / "made")) == ["tree"]
+    assert (folder / "made").resolve() in (out / "x").resolve().parents
+    assert sorted(os.listdir(folder / "made")) == ["tree"]
     if not there.any(): return
     tree = read_folder(out, TREE).set_index("path")
     assert len(tree) == there.sum() and tree.pid.reindex(back.path).tolist() == labels[there].tolist()
-    assert tree.tracklet.reindex(back.path).tolist() == samples.tracklet[there].tolist() and tree.frame.reindex(back.path).tolist() == samples.frame[there].tolist()
+    assert tree.tracklet.reindex(back.path).tolist() == samples.tracklet[there].tolist()
+    assert tree.frame.reindex(back.path).tolist() == samples.frame[there].tolist()
     folders = read_tracklets(out)
     assert sorted(folders.path) == sorted(back.path)
     assert folders.tracklet.nunique() == len(set(zip(labels[there], samples.tracklet[there])))
 
 
 def test_video_names_stay_inside_and_apart():
-    given_ = ["a", "a/b", "..", "../..", "/etc", "a//b", "a/", ".a", "%2Ea", "a.", "a ", "c:d", "x" * 300, "x" * 299 + "y", "ü" * 150, "."]
+    given_ = ["a", "a/b", "..", "../..", "/etc", "a//b", "a/", ".a", "%2Ea", "a.", "a ", "c:d", "x" * 300,
+              "x" * 299 + "y", "ü" * 150, "."]
     made = [module._folder_name(v) for v in given_]
     assert len(set(made)) == len(made)
     for m in made:
@@ -92,11 +100,14 @@ def test_video_names_stay_inside_and_apart():
 
 def test_a_tree_of_moved_images(world, tmp_path):
     x, samples, result = world
-    for path in samples.path: (tmp_path / path).parent.mkdir(exist_ok=True); (tmp_path / path).touch()
+    for path in samples.path:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
     out = export(result, samples, tmp_path / "tree", "tracklets", root=tmp_path, link="symlink").path
     tree = read_csv(out / "samples.csv")
     there = result.labels >= 0
-    assert tree.tracklet.tolist() == result.provenance.to_tracklet[there].tolist() and tree.source.tolist() == samples.path[there].tolist()
+    assert tree.tracklet.tolist() == result.provenance.to_tracklet[there].tolist()
+    assert tree.source.tolist() == samples.path[there].tolist()
     assert read_tracklets(out).tracklet.nunique() == samples.tracklet.nunique()
 
 
@@ -104,10 +115,13 @@ def test_export_refuses(world, tmp_path):
     x, samples, result = world
     (tmp_path / "there").mkdir()
     for format in ("cion_al", "csv", "tracklets"):
-        with pytest.raises(FileExistsError, match="nothing is overwritten"): export(result, samples, tmp_path / "there", format, root=tmp_path)
-    with pytest.raises(FileNotFoundError, match="are not under"): export(result, samples, tmp_path / "tree", "tracklets", root=tmp_path)
+        with pytest.raises(FileExistsError, match="nothing is overwritten"):
+            export(result, samples, tmp_path / "there", format, root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="are not under"):
+        export(result, samples, tmp_path / "tree", "tracklets", root=tmp_path)
     with pytest.raises(ValueError, match="say root="): export(result, samples, tmp_path / "tree", "tracklets")
-    with pytest.raises(ValueError, match="row 0: 'a.mp4'"): export([0], make_samples(["a.mp4"]), tmp_path / "tree", "tracklets", root=tmp_path)
+    with pytest.raises(ValueError, match="row 0: 'a.mp4'"):
+        export([0], make_samples(["a.mp4"]), tmp_path / "tree", "tracklets", root=tmp_path)
     with pytest.raises(ValueError, match="2 labels but"): export([0, 1], samples, tmp_path / "x")
     for bad in (dict(format="xml"), dict(link="move"), dict(discarded="hide")):
         with pytest.raises(ValueError, match="choose from"): export(result, samples, tmp_path / "x", **bad)
@@ -117,13 +131,15 @@ def test_export_refuses(world, tmp_path):
 @pytest.mark.slow("a hundred thousand images")
 def test_ten_thousand_rows_and_ten_times_that(tmp_path):
     n = 100_000
-    samples = make_samples([f"v{i // 1000}/{i}.jpg" for i in range(n)], video=[f"v{i // 1000}" for i in range(n)], tracklet=np.arange(n) // 10, frame=np.arange(n) % 10)
+    samples = make_samples([f"v{i // 1000}/{i}.jpg" for i in range(n)], video=[f"v{i // 1000}" for i in range(n)],
+                           tracklet=np.arange(n) // 10, frame=np.arange(n) % 10)
     labels = np.arange(n) // 30
     start = time.perf_counter()
     assert (read_cion_al(export(labels, samples, tmp_path / "a.json").path).pid.to_numpy() == labels).all()
     assert (read_csv(export(labels, samples, tmp_path / "a.csv", "csv").path).pid.to_numpy() == labels).all()
     assert time.perf_counter() - start < 15
-    assert set(json.loads((tmp_path / "a.json").read_text())[0]) == {"id", "file_path"}                     # CION-AL's two keys and no other
+    # CION-AL's two keys and no other
+    assert set(json.loads((tmp_path / "a.json").read_text())[0]) == {"id", "file_path"}
 
 
 KILLED = """
@@ -134,7 +150,8 @@ from cion_nb.identities import explain as e
 slow = e.shutil.copyfile
 e.shutil.copyfile = lambda a, b: (time.sleep(.01), slow(a, b))
 n = 200
-e.export(np.arange(n) // 10, make_samples([f"{i}.jpg" for i in range(n)], tracklet=np.arange(n) // 5, video="v"), sys.argv[1] + "/tree", "tracklets", root=sys.argv[1])
+samples = make_samples([f"{i}.jpg" for i in range(n)], tracklet=np.arange(n) // 5, video="v")
+e.export(np.arange(n) // 10, samples, sys.argv[1] + "/tree", "tracklets", root=sys.argv[1])
 """
 
 
@@ -143,24 +160,31 @@ def test_killed_while_exporting(tmp_path, monkeypatch):
     "Never half a tree; the same call goes on, another call clears the remains."
     n = 200
     for i in range(n): (tmp_path / f"{i}.jpg").write_bytes(b"x" * (i + 1))
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env=dict(os.environ, CION_NB_PROGRESS="0"))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)],
+                               env=dict(os.environ, CION_NB_PROGRESS="0"))
     while not (made := list(tmp_path.glob(".tree.*.half/v/*/*.jpg"))) or len(made) < 20:
         assert process.poll() is None, "finished before it could be killed"
         time.sleep(.005)
-    process.send_signal(signal.SIGKILL); process.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not (tmp_path / "tree").exists()
     half = next(tmp_path.glob(".tree.*.half"))
-    torn = sorted(half.rglob("*.jpg"))[0]; torn.write_bytes(b"")                                            # a copy that was cut off
-    samples, labels = make_samples([f"{i}.jpg" for i in range(n)], tracklet=np.arange(n) // 5, video="v"), np.arange(n) // 10
+    torn = sorted(half.rglob("*.jpg"))[0]
+    torn.write_bytes(b"")  # a copy that was cut off
+    samples, labels = make_samples([f"{i}.jpg" for i in range(n)], tracklet=np.arange(n) // 5,
+                                   video="v"), np.arange(n) // 10
     copied, copy = [], module.shutil.copyfile
     monkeypatch.setattr(module.shutil, "copyfile", lambda a, b: (copied.append(a), copy(a, b)))
     export(labels, samples, tmp_path / "tree", "tracklets", root=tmp_path)
     assert 0 < len(copied) < n                                                                              # went on
     back = read_csv(tmp_path / "tree" / "samples.csv", root=tmp_path / "tree")
-    assert [(tmp_path / "tree" / p).stat().st_size for p in back.path] == list(range(1, n + 1)) and back.pid.tolist() == labels.tolist()
-    half.mkdir(); (tmp_path / ".tree2.x.half").mkdir()
+    assert [(tmp_path / "tree" / p).stat().st_size for p in back.path] == list(range(1, n + 1))
+    assert back.pid.tolist() == labels.tolist()
+    half.mkdir()
+    (tmp_path / ".tree2.x.half").mkdir()
     export(labels, samples, tmp_path / "tree2", "tracklets", root=tmp_path, link="hard")
-    assert not (tmp_path / ".tree2.x.half").exists() and half.exists()                                      # its own remains, not those of another tree
+    # its own remains, not those of another tree
+    assert not (tmp_path / ".tree2.x.half").exists() and half.exists()
 
 
 def test_two_at_once(tmp_path):
@@ -170,5 +194,7 @@ def test_two_at_once(tmp_path):
         def other():
             try: export([0], make_samples(["0.jpg"]), tmp_path / "tree", "tracklets", root=tmp_path)
             except RuntimeError as e: caught.append(str(e))
-        thread = threading.Thread(target=other); thread.start(); thread.join()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
         assert caught and "another process" in caught[0] and (tmp_path / ".tree.lock").exists()

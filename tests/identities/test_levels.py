@@ -17,11 +17,13 @@ def test_of_two_the_later_by_frame_then_path_goes():
     x = angles(0, 90)
     assert denoise(x, make_samples(["a", "b"], tracklet=0, frame=[4, 3])).labels.tolist() == [-1, 0]
     assert denoise(x, make_samples(["b", "a"], tracklet=0, frame=[3, 3])).labels.tolist() == [-1, 0]
-    assert denoise(x, make_samples(["img10", "img9"], tracklet=0)).labels.tolist() == [0, -1]         # paths compare as text
+    # paths compare as text
+    assert denoise(x, make_samples(["img10", "img9"], tracklet=0)).labels.tolist() == [0, -1]
 
 
 def test_ties_in_eq5_go_to_the_earlier_tracklet():
-    x = angles(0, 0, 0, 90, 88, 92)                                             # image 3 is as far from tracklet 5 as from tracklet 2
+    # image 3 is as far from tracklet 5 as from tracklet 2
+    x = angles(0, 0, 0, 90, 88, 92)
     samples = make_samples(list("abcdef"), tracklet=[9, 9, 9, 9, 2, 5], frame=[0, 1, 2, 3, 8, 7])
     assert denoise(x, samples, sigma_drm=0).provenance.to_tracklet[3] == 5       # which begins earlier, in frame 7
     assert denoise(x, samples.assign(frame=[0, 1, 2, 3, 7, 7]), sigma_drm=0).provenance.to_tracklet[3] == 2
@@ -50,17 +52,22 @@ def test_others_that_nearly_cancel_out(left):
     x = np.array([[1, 0, 0], [-1, left, 0], [.3, .5, .8], [-.3, -.5, -.8 + left]])
     rounds, deviation = clean_tracklets(unit_rows(x), np.array([0, 4]), 2)
     units = unit_rows(x)
-    for i in range(4): assert deviation[i] == pytest.approx(distance(units[i], mean([units[j].tolist() for j in range(4) if j != i])), abs=1e-8)
+    for i in range(4):
+        assert deviation[i] == pytest.approx(distance(units[i], mean([units[j].tolist() for j in range(4) if j != i])),
+                                             abs=1e-8)
     three = unit_rows(x[:3])
-    assert clean_tracklets(three, np.array([0, 3]), 2)[1][2] == pytest.approx(distance(three[2], mean(three[:2].tolist())), abs=1e-8)
+    assert clean_tracklets(three, np.array([0, 3]), 2)[1][2] == pytest.approx(
+        distance(three[2], mean(three[:2].tolist())), abs=1e-8)
 
 
 def test_reallocation_uses_the_centroids_left_by_eq4_and_eq6_those_with_the_newcomers():
     x = angles(0, 0, 0, 70, 100, 100, 60)
     samples = make_samples(list("abcdefg"), tracklet=[0, 0, 0, 0, 1, 1, 2], frame=range(7))
     got = denoise(x, samples)
-    assert got.provenance.to_tracklet[3] == 2 and got.provenance.distance[3] == pytest.approx(1 - math.cos(math.radians(10)))
-    assert len(got.links) == 0                                                  # 65° and 100°: 35° apart, 0.181; without the newcomer 40°
+    assert got.provenance.to_tracklet[3] == 2
+    assert got.provenance.distance[3] == pytest.approx(1 - math.cos(math.radians(10)))
+    # 65° and 100°: 35° apart, 0.181; without the newcomer 40°
+    assert len(got.links) == 0
     assert len(denoise(x, samples, sigma_drm=1 - math.cos(math.radians(37))).links) == 1
 
 
@@ -72,7 +79,8 @@ def test_half_width_counts_identities_after_merging():
 
 
 def test_merged_centroid_is_the_mean_of_all_images():
-    x = angles(0, 0, 0, 0, 0, 0, 30, 45)                                        # 6:1 puts the merged centroid near 4°, 41° from 45°
+    # 6:1 puts the merged centroid near 4°, 41° from 45°
+    x = angles(0, 0, 0, 0, 0, 0, 30, 45)
     samples = make_samples(list("abcdefgh"), video=["a"] * 7 + ["b"], tracklet=[0] * 6 + [1, 2])
     assert denoise(x, samples).labels.tolist() == [0] * 7 + [1]
 
@@ -86,10 +94,12 @@ def test_position_uses_the_trackers_lowest_frame():
 
 def test_long_tracklet_with_many_removals():
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.normal(size=(1, 6)) + .25 * rng.normal(size=(220, 6)), rng.normal(size=(80, 6))])[rng.permutation(300)]
+    x = np.concatenate([rng.normal(size=(1, 6)) + .25 * rng.normal(size=(220, 6)), rng.normal(size=(80, 6))])[
+        rng.permutation(300)]
     check(x, make_samples([f"{i:03d}" for i in range(300)], tracklet=np.arange(300) // 290, frame=range(300)))
 
 
 def test_eq4_on_one_block():
     rounds, deviation = clean_tracklets(angles(0, 2, 4, 80, 170), np.array([0, 4, 5]), .2)
-    assert rounds.tolist() == [0, 0, 0, 1, 0] and np.isnan(deviation[4]) and deviation[3] == pytest.approx(1 - math.cos(math.radians(78)))
+    assert rounds.tolist() == [0, 0, 0, 1, 0] and np.isnan(deviation[4])
+    assert deviation[3] == pytest.approx(1 - math.cos(math.radians(78)))

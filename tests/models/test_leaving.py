@@ -16,25 +16,36 @@ from cion_nb.models.checkpoints import load_backbone_weights
 from cion_nb.models.leaving import export_onnx, export_torchscript
 
 # Files that leave.
-EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else [a for a in SMALLEST[:10] if a not in ("resnet18", "convnext_tiny", "volo_d1")]
+EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else [a for a in SMALLEST[:10]
+                                                               if a not in ("resnet18", "convnext_tiny", "volo_d1")]
 
 
 @pytest.mark.slow("exports networks")
 @pytest.mark.parametrize("arch", EXPORTED)
 def test_export(zoo, arch, tmp_path):
-    "ONNX through onnxruntime and TorchScript reloaded, under weights that make features depend on the image. CION_NB_EXPORT_ALL=1: all 32 at 256x128 (slow)."
-    pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    """ONNX through onnxruntime and TorchScript reloaded, under weights that make features depend on the image.
+    CION_NB_EXPORT_ALL=1: all 32 at 256x128 (slow).
+    """
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     size = (256, 128) if EXPORTED is PAPER else (64, 32)
     model = create_backbone(arch, size)
     load_backbone_weights(model, released_file(zoo, arch)[0])
     before, mode = copy.deepcopy(model.state_dict()), model.training
-    allowed = max(1e-3, 20 * rounding(model, size)) # these weights amplify rounding in RepViT, most of all in small images
+    # these weights amplify rounding in RepViT, most of all in small images
+    allowed = max(1e-3, 20 * rounding(model, size))
     onnx = export_onnx(model, tmp_path / "m.onnx", tolerance=allowed)
     script = export_torchscript(model, tmp_path / "m.pt", normalise=False, tolerance=allowed)
-    print(f"| {arch} | {onnx.relative:.1e} | {script.relative:.1e} | {onnx.megabytes:.1f} | {script.megabytes:.1f} | {onnx.spread:.2g} |")
-    assert max(onnx.relative, script.relative) < min(allowed, 0.05) and onnx.spread > 1e-2      # GhostNet 1.3 rounds by 6e-3 of the distance between images by itself
-    assert model.training == mode and all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())), "exporting changes nothing"
-    assert json.loads((tmp_path / "m.onnx.json").read_text())["input"]["std"] == [1, 1, 1] and script.input == model.input
+    print(
+        f"| {arch} | {onnx.relative:.1e} | {script.relative:.1e} | {onnx.megabytes:.1f} | {script.megabytes:.1f} | "
+        f"{onnx.spread:.2g} |")
+    # GhostNet 1.3 rounds by 6e-3 of the distance between images by itself
+    assert max(onnx.relative, script.relative) < min(allowed, 0.05) and onnx.spread > 1e-2
+    assert model.training == mode and all(torch.equal(a, b) for a,
+                                          b in zip(before.values(), model.state_dict().values())), (
+        "exporting changes nothing")
+    assert json.loads((tmp_path / "m.onnx.json").read_text())["input"]["std"] == [1, 1, 1]
+    assert script.input == model.input
     convolutions = lambda m: sum(isinstance(x, nn.Conv2d) for x in m.modules())
     fused = leaving._Deployed(model, True)
     if arch.startswith(("repvit", "fastvit")): assert convolutions(fused) < convolutions(model)
@@ -45,13 +56,18 @@ class Small(nn.Module):
     def __init__(self, spec, factor=1.):
         super().__init__()
         self.input, self.embed_dim, self.factor, self.conv = spec, 4, factor, nn.Conv2d(3, 4, 3, 2)
-    def forward(self, x): return self.conv(x).relu().mean((2, 3)) * (self.factor if torch.jit.is_tracing() or torch.compiler.is_compiling() else 1)
+    def forward(self, x):
+        return self.conv(x).relu().mean((2, 3)) * (self.factor if torch.jit.is_tracing()
+                                                   or torch.compiler.is_compiling() else 1)
 
 
 @pytest.mark.slow("exports networks")
 def test_exported_file_is_fed_as_the_card_says(tmp_path):
-    "Pixels into the ONNX file with normalisation inside, and through `OnnxModel` by either contract, give the model's own features."
-    pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    """Pixels into the ONNX file with normalisation inside, and through `OnnxModel` by either contract, give the model's
+    own features.
+    """
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     import onnxruntime
 
     from cion_nb.models.features import embed, OnnxModel
@@ -71,9 +87,11 @@ def test_exported_file_is_fed_as_the_card_says(tmp_path):
 
 @pytest.mark.slow("exports networks")
 def test_a_file_that_differs_is_not_kept(tmp_path):
-    pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     for export, name in ((export_onnx, "m.onnx"), (export_torchscript, "m.pt")):
-        with pytest.raises(ValueError, match="does not compute what the model computes"): export(Small(InputSpec(8, 4), factor=1.01), tmp_path / name)
+        with pytest.raises(ValueError, match="does not compute what the model computes"):
+            export(Small(InputSpec(8, 4), factor=1.01), tmp_path / name)
         with pytest.raises(ValueError, match="ends in"): export(Small(InputSpec(8, 4)), tmp_path / "m.bin")
     assert list(tmp_path.iterdir()) == []
 
@@ -86,4 +104,5 @@ def test_onnx_extra_is_named(monkeypatch, tmp_path):
         if name == "onnxruntime": raise ImportError(name)
         return real(name, *args, **kw)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r'pip install "cion_nb\[onnx\]"'): export_onnx(create_backbone(**TINY), tmp_path / "m.onnx")
+    with pytest.raises(ImportError, match=r'pip install "cion_nb\[onnx\]"'):
+        export_onnx(create_backbone(**TINY), tmp_path / "m.onnx")

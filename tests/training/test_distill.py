@@ -62,7 +62,8 @@ def both(variant, counts, n_local, K=5, dtype=torch.float64, seed=0, n_global=2,
     student = (spread * torch.randn(V, B, K, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
     teacher = (spread * torch.randn(n_global, B, K, generator=g, dtype=torch.float64)).to(dtype)
     loss = IdentityGuidedLoss(K, V, n_global, variant=variant).to(dtype)
-    loss.centre.copy_(torch.randn(K, generator=g)); centre = loss.centre.clone()
+    loss.centre.copy_(torch.randn(K, generator=g))
+    centre = loss.centre.clone()
     value = loss(student.flatten(0, 1), teacher.flatten(0, 1), identity)
     slow = plain_loss(student.double(), teacher.double(), identity, variant, centre.double())
     return value, slow, *(torch.autograd.grad(x, student)[0].double() for x in (value, slow))
@@ -73,11 +74,13 @@ def both(variant, counts, n_local, K=5, dtype=torch.float64, seed=0, n_global=2,
 def test_equal_counts_equal_the_plain_loss(variant, n):
     for n_local in (0, 1, 10):
         value, slow, grad, slow_grad = both(variant, [n, n], n_local, seed=n)
-        assert value.item() == pytest.approx(slow.item(), rel=1e-12) and torch.allclose(grad, slow_grad, rtol=0, atol=1e-12)
+        assert value.item() == pytest.approx(slow.item(), rel=1e-12)
+        assert torch.allclose(grad, slow_grad, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=15, deadline=None)
-@given(counts=st.lists(st.integers(1, 8), min_size=1, max_size=3), n_local=st.integers(0, 10), n_global=st.integers(1, 3), K=st.integers(2, 9), seed=st.integers(0, 99))
+@given(counts=st.lists(st.integers(1, 8), min_size=1, max_size=3), n_local=st.integers(0, 10),
+       n_global=st.integers(1, 3), K=st.integers(2, 9), seed=st.integers(0, 99))
 def test_uneven_counts_equal_the_plain_loss(counts, n_local, n_global, K, seed):
     if n_global + n_local < 2: n_local = 1
     value, slow, grad, slow_grad = both("paper", counts, n_local, K, seed=seed, n_global=n_global)
@@ -89,7 +92,8 @@ def test_float32_to_1e_6(variant):
     for counts in ([2, 2, 2], [4, 4]):
         value, slow, grad, slow_grad = both(variant, counts, 3, K=64, dtype=torch.float32)
         assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(slow.item(), rel=1e-6) and torch.allclose(grad, slow_grad, rtol=0, atol=1e-6)
+        assert value.item() == pytest.approx(slow.item(), rel=1e-6)
+        assert torch.allclose(grad, slow_grad, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -98,8 +102,10 @@ def test_one_image_an_identity_is_dino(variant):
     V, B, K = 6, 5, 13
     loss, centre = IdentityGuidedLoss(K, V, variant=variant).double(), torch.zeros(K, dtype=torch.float64)
     for _ in range(3):
-        student, teacher = torch.randn(V, B, K, dtype=torch.float64, requires_grad=True), torch.randn(2, B, K, dtype=torch.float64)
-        value, theirs = loss(student.flatten(0, 1), teacher.flatten(0, 1), torch.randperm(B)), dino_loss(student, teacher, centre)
+        student, teacher = torch.randn(V, B, K, dtype=torch.float64,
+                                       requires_grad=True), torch.randn(2, B, K, dtype=torch.float64)
+        value, theirs = loss(student.flatten(0, 1), teacher.flatten(0, 1),
+                             torch.randperm(B)), dino_loss(student, teacher, centre)
         assert value.item() == pytest.approx(theirs.item(), rel=1e-12)
         assert torch.allclose(*(torch.autograd.grad(x, student)[0] for x in (value, theirs)), rtol=0, atol=1e-12)
         centre = .9 * centre + .1 * teacher.flatten(0, 1).mean(0)
@@ -137,8 +143,10 @@ def test_bf16_logits_accumulate_in_float32():
     exact = student.detach().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16): value = IdentityGuidedLoss(K, V)(student, teacher, identity)
     full = IdentityGuidedLoss(K, V)(exact, teacher.float(), identity)
-    assert value.dtype == torch.float32 and value.item() == full.item()                        # the same numbers, the same arithmetic
-    value.backward(); full.backward()
+    # the same numbers, the same arithmetic
+    assert value.dtype == torch.float32 and value.item() == full.item()
+    value.backward()
+    full.backward()
     assert student.grad.dtype == torch.bfloat16 and torch.equal(student.grad, exact.grad.bfloat16())
 
 
@@ -147,30 +155,44 @@ def test_teacher_gets_no_gradient_and_eval_keeps_the_centre():
     loss = IdentityGuidedLoss(5, 4)
     loss(student, teacher, torch.tensor([0, 0])).backward()
     assert teacher.grad is None and student.grad is not None and loss.centre.any()
-    before = loss.centre.clone(); loss.eval()(student, teacher, torch.tensor([0, 0])); assert torch.equal(loss.centre, before)
+    before = loss.centre.clone()
+    loss.eval()(student, teacher, torch.tensor([0, 0]))
+    assert torch.equal(loss.centre, before)
     assert set(loss.state_dict()) == {"centre"}
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_a_step_in_pieces_is_the_step(variant):
-    "Loss, gradient and centre of three steps: the pieces see one centre, which moves once, by all outputs. The same for MoCo's queue."
-    g = torch.Generator().manual_seed(0); identity = torch.arange(8) // 2
+    """Loss, gradient and centre of three steps: the pieces see one centre, which moves once, by all outputs. The same
+    for MoCo's queue.
+    """
+    g = torch.Generator().manual_seed(0)
+    identity = torch.arange(8) // 2
     found = {}
     for n in (1, 2, 4):
-        g.manual_seed(0); loss = IdentityGuidedLoss(6, 3, variant=variant, accumulate=n); values = []
+        g.manual_seed(0)
+        loss = IdentityGuidedLoss(6, 3, variant=variant, accumulate=n)
+        values = []
         for _ in range(3):
             s, t = (torch.randn(v, 8, 6, generator=g, dtype=torch.float64).requires_grad_(v == 3) for v in (3, 2))
-            parts = [loss(s[:, i:i + 8 // n].flatten(0, 1), t[:, i:i + 8 // n].flatten(0, 1), identity[i:i + 8 // n] - identity[i]) / n for i in range(0, 8, 8 // n)]
+            parts = [
+                loss(s[:, i:i + 8 // n].flatten(0, 1), t[:, i:i + 8 // n].flatten(0, 1),
+                     identity[i:i + 8 // n] - identity[i]) / n for i in range(0, 8, 8 // n)]
             values += [sum(parts), torch.autograd.grad(sum(parts), s)[0], loss.centre.clone()]
         found[n] = values
     for n in (2, 4):
         for a, b in zip(found[1], found[n]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="not known before its last part"): IdentityGuidedLoss(6, 3, centre="batch", accumulate=2)
+    with pytest.raises(ValueError, match="not known before its last part"):
+        IdentityGuidedLoss(6, 3, centre="batch", accumulate=2)
     for n in (1, 4):
-        torch.manual_seed(1); moco = InfoNCELoss(5, 20, accumulate=n); g.manual_seed(2); values = []
+        torch.manual_seed(1)
+        moco = InfoNCELoss(5, 20, accumulate=n)
+        g.manual_seed(2)
+        values = []
         for _ in range(3):
             q, k = torch.randn(8, 5, generator=g), torch.randn(8, 5, generator=g)
-            values += [sum(moco(q[i:i + 8 // n], k[i:i + 8 // n]) for i in range(0, 8, 8 // n)) / n, moco.queue.keys.clone(), moco.queue.at.clone()]
+            values += [sum(moco(q[i:i + 8 // n], k[i:i + 8 // n]) for i in range(0, 8, 8 // n)) / n,
+                       moco.queue.keys.clone(), moco.queue.at.clone()]
         found[n] = values
     for a, b in zip(found[1], found[4]): torch.testing.assert_close(a, b)
 
@@ -179,38 +201,53 @@ def test_batch_centre_is_the_mean_of_this_batch():
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 3, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64) + 5
     loss = IdentityGuidedLoss(7, 4, centre="batch").double()
-    assert loss(student.flatten(0, 1), teacher.flatten(0, 1), torch.arange(3)).item() == pytest.approx(dino_loss(student, teacher, teacher.mean((0, 1))).item())
+    assert loss(student.flatten(0, 1), teacher.flatten(0, 1), torch.arange(3)).item() == pytest.approx(
+        dino_loss(student, teacher, teacher.mean((0, 1))).item())
     assert torch.allclose(loss.centre, teacher.mean((0, 1)))
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: IdentityGuidedLoss(8, 4, variant="official"), "variant 'official'"), (lambda: IdentityGuidedLoss(8, 4, centre="mean"), "centre 'mean'"),
-    (lambda: IdentityGuidedLoss(8, 1), "at least 2 views"), (lambda: IdentityGuidedLoss(8, 2, n_global=3), "n_global=3"),
-    (lambda: IdentityGuidedLoss(8, 4, student_temp=0.), "temperatures"), (lambda: InfoNCELoss(temperature=-1), "temperature"),
+    (lambda: IdentityGuidedLoss(8, 4, variant="official"), "variant 'official'"),
+    (lambda: IdentityGuidedLoss(8, 4, centre="mean"), "centre 'mean'"),
+    (lambda: IdentityGuidedLoss(8, 1), "at least 2 views"),
+    (lambda: IdentityGuidedLoss(8, 2, n_global=3), "n_global=3"),
+    (lambda: IdentityGuidedLoss(8, 4, student_temp=0.), "temperatures"),
+    (lambda: InfoNCELoss(temperature=-1), "temperature"),
     (lambda: ProjectionHead(8, n_layers=0), "n_layers")])
 def test_wrong_settings(make, says):
     with pytest.raises(ValueError, match=says): make()
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(student=torch.randn(11, 8)), r"student logits \(11, 8\)"), (dict(teacher=torch.randn(6, 7)), r"teacher logits \(6, 7\)"),
+    (dict(student=torch.randn(11, 8)), r"student logits \(11, 8\)"),
+    (dict(teacher=torch.randn(6, 7)), r"teacher logits \(6, 7\)"),
     (dict(identity=torch.tensor([0, -1, 1])), "nobody"), (dict(identity=torch.tensor([0., 1., 1.])), "whole numbers"),
     (dict(identity=torch.zeros(0, dtype=torch.long), student=torch.randn(0, 8), teacher=torch.randn(0, 8)), "none")])
 def test_wrong_batches(change, says):
     batch = dict(student=torch.randn(12, 8), teacher=torch.randn(6, 8), identity=torch.tensor([0, 0, 1])) | change
-    with pytest.raises(ValueError, match=says): IdentityGuidedLoss(8, 4)(batch["student"], batch["teacher"], batch["identity"])
-    with pytest.raises(ValueError, match="equally many"): IdentityGuidedLoss(8, 4, variant="released")(torch.randn(12, 8), torch.randn(6, 8), torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match=says):
+        IdentityGuidedLoss(8, 4)(batch["student"], batch["teacher"], batch["identity"])
+    with pytest.raises(ValueError, match="equally many"):
+        IdentityGuidedLoss(8, 4, variant="released")(torch.randn(12, 8), torch.randn(6, 8), torch.tensor([0, 0, 1]))
 
 
 def test_statistics_tell_collapse():
-    K = 32; ln_K = round(float(torch.tensor(float(K)).log()), 4)
-    uniform, one, healthy = torch.full((2, 64, K), 1 / K), torch.eye(K)[:1].expand(2, 64, K), torch.eye(K).repeat(2, 2, 1)
-    numbers = lambda p: [abs(round(float(v), 4)) for v in teacher_statistics(p).values()]      # entropy, of the mean, KL to uniform, KL to the mean
-    assert numbers(uniform) == [ln_K, ln_K, 0, 0] and numbers(one) == [0, 0, ln_K, 0] and numbers(healthy) == [0, ln_K, ln_K, ln_K]
+    K = 32
+    ln_K = round(float(torch.tensor(float(K)).log()), 4)
+    uniform, one, healthy = torch.full((2, 64, K),
+                                       1 / K), torch.eye(K)[:1].expand(2, 64, K), torch.eye(K).repeat(2, 2, 1)
+    # entropy, of the mean, KL to uniform, KL to the mean
+    numbers = lambda p: [abs(round(float(v), 4)) for v in teacher_statistics(p).values()]
+    assert numbers(uniform) == [ln_K, ln_K, 0, 0] and numbers(one) == [0, 0, ln_K, 0]
+    assert numbers(healthy) == [0, ln_K, ln_K, ln_K]
     log_p = torch.randn(2, 8, K).log_softmax(-1)
-    for a, b in zip(teacher_statistics(log_p.exp()).values(), teacher_statistics(log_p.exp(), log_p).values()): assert a.item() == pytest.approx(b.item(), abs=1e-5)
-    loss = IdentityGuidedLoss(8, 4); loss(torch.randn(16, 8), torch.randn(8, 8), torch.tensor([0, 0, 1, 1]))
-    assert set(loss.last) == {"loss", "centre_norm", "centre_share", "teacher_entropy", "marginal_entropy", "kl_to_uniform", "kl_to_mean"} and not any(v.requires_grad for v in loss.last.values())
+    for a, b in zip(teacher_statistics(log_p.exp()).values(), teacher_statistics(log_p.exp(), log_p).values()):
+        assert a.item() == pytest.approx(b.item(), abs=1e-5)
+    loss = IdentityGuidedLoss(8, 4)
+    loss(torch.randn(16, 8), torch.randn(8, 8), torch.tensor([0, 0, 1, 1]))
+    assert set(loss.last) == {"loss", "centre_norm", "centre_share", "teacher_entropy", "marginal_entropy",
+                              "kl_to_uniform", "kl_to_mean"}
+    assert not any(v.requires_grad for v in loss.last.values())
     assert 0 <= loss.last["teacher_entropy"] <= loss.last["marginal_entropy"] + 1e-6            # entropy is concave
 
 
@@ -218,13 +255,15 @@ def test_the_centre_becomes_everything_when_outputs_are_constant():
     torch.manual_seed(0)
     loss, z = IdentityGuidedLoss(64, 4), torch.randn(64)
     for _ in range(60): loss(torch.randn(16, 64), z.expand(8, -1), torch.arange(4))
-    assert loss.last["centre_share"] > .99 and loss.last["centre_norm"].item() == pytest.approx(z.norm().item(), rel=.01)
+    assert loss.last["centre_share"] > .99
+    assert loss.last["centre_norm"].item() == pytest.approx(z.norm().item(), rel=.01)
     for _ in range(60): loss(torch.randn(16, 64), torch.randn(8, 64), torch.arange(4))
     assert loss.last["centre_share"] < .5
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(2, 20), D=st.integers(1, 20), rank=st.integers(1, 5), seed=st.integers(0, 99), scale=st.sampled_from([1e-3, 1., 1e3]))
+@given(n=st.integers(2, 20), D=st.integers(1, 20), rank=st.integers(1, 5), seed=st.integers(0, 99),
+       scale=st.sampled_from([1e-3, 1., 1e3]))
 def test_feature_rank_is_that_of_the_spectrum(n, D, rank, seed, scale):
     g = torch.Generator().manual_seed(seed)
     x = scale * (torch.randn(n, rank, generator=g) @ torch.randn(rank, D, generator=g) + torch.randn(D, generator=g))
@@ -243,40 +282,51 @@ def test_alarms_ring_on_their_side_after_patience_and_never_on_nan(name):
     values = [bad, bad, bad, good, bad, float("nan"), bad, bad, bad, good]                      # seen 5, 10, 15, ...
     rings = [name in watch({"seen": 5 * k + 5, key: v}) for k, v in enumerate(values)]
     assert rings == [False] * 7 + [True, True, False] and watch.rang == {name: 40}
-    assert not CollapseWatch(patience=1)(dict(seen=1, loss=0.))                                # a row without the statistics
+    # a row without the statistics
+    assert not CollapseWatch(patience=1)(dict(seen=1, loss=0.))
 
 
 def test_compiled_functions_are_one_graph_and_give_the_same(monkeypatch):
     "Traced without a break; the kernels themselves are CUDA's. On a CPU nothing is compiled unless asked for."
     made = distill._fused.cache_info().currsize
-    monkeypatch.setattr(distill, "_fused", lambda: [torch.compile(f, backend="eager", fullgraph=True) for f in (distill._view_loss, distill._view_grad_)])
+    monkeypatch.setattr(distill, "_fused",
+                        lambda: [torch.compile(f, backend="eager", fullgraph=True)
+                                 for f in (distill._view_loss, distill._view_grad_)])
     torch.manual_seed(0)
     student, teacher, identity, results = torch.randn(12, 50), torch.randn(6, 50), torch.tensor([0, 0, 1]), []
     for fused in (None, True):
         z = student.clone().requires_grad_()
-        value = IdentityGuidedLoss(50, 4, fused=fused)(z, teacher, identity); value.backward(); results.append((value.item(), z.grad))
+        value = IdentityGuidedLoss(50, 4, fused=fused)(z, teacher, identity)
+        value.backward()
+        results.append((value.item(), z.grad))
     (a, g), (b, h) = results
     assert a == pytest.approx(b, rel=1e-6) and torch.allclose(g, h, rtol=1e-5, atol=1e-8) and made == 0
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and find_spec("triton")), reason="needs a CUDA device and Triton: the fused path is made for them")
+@pytest.mark.skipif(not (torch.cuda.is_available() and find_spec("triton")),
+                    reason="needs a CUDA device and Triton: the fused path is made for them")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fused_on_cuda(dtype):
     torch.manual_seed(0)
-    student, teacher, identity = torch.randn(10 * 24, 4096, device="cuda").to(dtype), torch.randn(2 * 24, 4096, device="cuda"), torch.arange(24, device="cuda") // 4
+    student, teacher, identity = torch.randn(10 * 24, 4096,
+                                             device="cuda").to(dtype), torch.randn(
+        2 * 24, 4096, device="cuda"), torch.arange(24, device="cuda") // 4
     def run(fused):
         z = student.clone().requires_grad_()
-        value = IdentityGuidedLoss(4096, 10, fused=fused).cuda()(z, teacher, identity); value.backward()
+        value = IdentityGuidedLoss(4096, 10, fused=fused).cuda()(z, teacher, identity)
+        value.backward()
         return value, z.grad.float()
     (a, g), (b, h) = run(False), run(None)
-    assert torch.allclose(a, b, rtol=1e-5) and torch.allclose(g, h, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
+    assert torch.allclose(a, b, rtol=1e-5)
+    assert torch.allclose(g, h, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-9)
 
 
 def test_compiles_without_changing_the_value():
     "The loss and its gradient survive `torch.compile` (the eager backend needs no C compiler)."
     torch.manual_seed(0)
     student, teacher, identity = torch.randn(16, 9, requires_grad=True), torch.randn(8, 9), torch.tensor([0, 0, 1, 1])
-    eager = IdentityGuidedLoss(9, 4); compiled = torch.compile(deepcopy(eager), backend="eager")
+    eager = IdentityGuidedLoss(9, 4)
+    compiled = torch.compile(deepcopy(eager), backend="eager")
     a, b = eager(student, teacher, identity), compiled(student, teacher, identity)
     assert a.item() == pytest.approx(b.item(), rel=1e-6)
     assert torch.allclose(*(torch.autograd.grad(x, student)[0] for x in (a, b)), atol=1e-7)

@@ -32,7 +32,8 @@ def test_sigkill_and_resume_is_bit_identical(tmp_path, through, kill_at):
 def test_killed_twice(tmp_path, through):
     "The second time on another CPU, as the checkpoint says: allowed, and told."
     for at in (200, 700): assert job(tmp_path, at, check=False).returncode == -signal.SIGKILL
-    file = last_checkpoint(RUN(tmp_path)) / "state.pt"; state = torch.load(file, weights_only=True)
+    file = last_checkpoint(RUN(tmp_path)) / "state.pt"
+    state = torch.load(file, weights_only=True)
     torch.save(state | dict(kernels=state["kernels"] | dict(limit="SSE41")), file)
     note, = said(job(tmp_path))["notes"]
     assert_same(ends(tmp_path), through)
@@ -40,10 +41,12 @@ def test_killed_twice(tmp_path, through):
 
 
 @pytest.mark.slow("starts processes")
-@pytest.mark.parametrize("name,group", [("SIGTERM", "1"), ("SIGUSR1", "")], ids=["SIGTERM to every process", "SIGUSR1 to one"])
+@pytest.mark.parametrize("name,group", [("SIGTERM", "1"), ("SIGUSR1", "")],
+                         ids=["SIGTERM to every process", "SIGUSR1 to one"])
 def test_signal_means_checkpoint_and_try_again(tmp_path, through, name, group):
     "Loader workers change nothing but the speed, and do not die of what a cluster sends to all processes."
-    p = job(tmp_path, 300, check=False, start_new_session=True, JOB_SIGNAL=str(int(getattr(signal, name))), JOB_GROUP=group, JOB_RECIPE='{"workers": 2, "checkpoint_minutes": 60}')
+    p = job(tmp_path, 300, check=False, start_new_session=True, JOB_SIGNAL=str(int(getattr(signal, name))),
+            JOB_GROUP=group, JOB_RECIPE='{"workers": 2, "checkpoint_minutes": 60}')
     assert p.returncode == 75 and "the same command goes on from there" in p.stderr
     assert last_checkpoint(RUN(tmp_path)).name == "seen-000000000320", "the signal came after image 304, during a step"
     report = said(job(tmp_path))
@@ -55,17 +58,21 @@ def test_signal_means_checkpoint_and_try_again(tmp_path, through, name, group):
 def test_two_processes_resume_bit_identical_and_refuse_one_unless_told(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     report = said(job(a, processes=2, JOB_RECIPE='{"sync_bn": true}'))
-    assert report["processes"] == 2 and report["notes"] == ["sync_bn needs CUDA: every process has its own BatchNorm statistics"]
+    assert report["processes"] == 2
+    assert report["notes"] == ["sync_bn needs CUDA: every process has its own BatchNorm statistics"]
     assert job(b, 480, processes=2, check=False).returncode != 0
     single = job(b, check=False)
-    assert single.returncode != 0 and "written by processes 2 (now 1)" in single.stderr and "CION_NB_RESUME=anyway" in single.stderr
+    assert single.returncode != 0 and "written by processes 2 (now 1)" in single.stderr
+    assert "CION_NB_RESUME=anyway" in single.stderr
     other = shutil.copytree(b, tmp_path / "other")
     job(b, processes=2)
     for rank in (0, 1): assert_same(ends(a, rank), ends(b, rank))
-    assert not torch.equal(ends(a, 0)["teacher"]["1.running_mean"], ends(a, 1)["teacher"]["1.running_mean"]), "each rank's teacher has seen its own images"
+    assert not torch.equal(ends(a, 0)["teacher"]["1.running_mean"], ends(a, 1)["teacher"]["1.running_mean"]), (
+        "each rank's teacher has seen its own images")
     told = job(other, CION_NB_RESUME="anyway")
     note, = said(told)["notes"]
-    assert note.startswith("not bit-identical: checkpoint at image 4") and note in told.stderr and said(told)["processes"] == 1
+    assert note.startswith("not bit-identical: checkpoint at image 4") and note in told.stderr
+    assert said(told)["processes"] == 1
 
 
 @pytest.mark.slow("starts processes")
@@ -86,8 +93,10 @@ def test_the_log_is_cut_in_one_step(tmp_path, monkeypatch):
         m.setattr("os.replace", killed)
         with pytest.raises(KeyboardInterrupt): engine._trim_log(run, Position(seen=32))
     assert [r["seen"] for r in run.read_log()] == [16, 32, 48]
-    engine._trim_log(run, Position(seen=32), ["told"]); assert run.read_log() == [dict(seen=16), dict(seen=32), dict(seen=32, note="told")]
-    engine._trim_log(run, Position()); assert not run.read_log()
+    engine._trim_log(run, Position(seen=32), ["told"])
+    assert run.read_log() == [dict(seen=16), dict(seen=32), dict(seen=32, note="told")]
+    engine._trim_log(run, Position())
+    assert not run.read_log()
 
 
 class Plan(Task):
@@ -95,7 +104,8 @@ class Plan(Task):
     def __init__(self, batch, changes): self.recipe, self.changes = dict(batch_size=batch), changes
     def phase(self, seen): return sum(seen >= c for c in self.changes)
     def sampler(self, phase, n_pass, advance, rank, world_size):
-        order = np.random.default_rng([n_pass, phase]).permutation(50); b = self.recipe["batch_size"]
+        order = np.random.default_rng([n_pass, phase]).permutation(50)
+        b = self.recipe["batch_size"]
         return (order[i:i + b] for i in range(b * advance, 50 - b + 1, b))
 
 
@@ -118,15 +128,18 @@ def test_empty_pass_is_an_error_not_a_loop():
 def test_a_batch_larger_than_the_whole_budget_is_refused():
     plan = dict(epochs=2, images_per_epoch=96, batch_size=300)
     with pytest.raises(ValueError, match="batch_size=300 is more than the 192 presentations"): budget(plan, 1000)
-    assert budget(plan | dict(batch_size=192), 1000) == 192 and budget(plan | dict(batch_size=100), 1000) == 200, "whole batches, the nearest number of them"
+    assert budget(plan | dict(batch_size=192), 1000) == 192 and budget(plan | dict(batch_size=100), 1000) == 200, (
+        "whole batches, the nearest number of them")
 
 
 def test_accumulated_gradients_are_the_whole_batchs(tmp_path):
     whole, _, _ = toy(tmp_path / "a")
     for n in (2, 4):
         parts, run, _ = toy(tmp_path / str(n), accumulate=n)
-        assert [r["seen"] for r in run.read_log()] == list(range(12, 97, 12)), "a step is `batch_size` images however it is cut"
-        for p, q in zip(whole.modules["model"].parameters(), parts.modules["model"].parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert [r["seen"] for r in run.read_log()] == list(range(12, 97, 12)), (
+            "a step is `batch_size` images however it is cut")
+        for p, q in zip(whole.modules["model"].parameters(), parts.modules["model"].parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="must divide"): toy(tmp_path / "odd", accumulate=5)
 
 
@@ -135,14 +148,17 @@ def test_compiled_runs_share_checkpoints_with_plain_ones(tmp_path, monkeypatch):
     plain, _, _ = toy(tmp_path / "plain")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(Toy, "after_step", lambda self, share: os.kill(os.getpid(), signal.SIGUSR1) if share == .5 else None)
+    monkeypatch.setattr(Toy, "after_step", lambda self, share: os.kill(os.getpid(), signal.SIGUSR1) if share == .5
+                        else None)
     with pytest.raises(Preempted): toy(tmp_path / "cut", compile=True)
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 2, "model and teacher"
     monkeypatch.undo()
-    state = torch.load(last_checkpoint(Run(dict(stage="toy", profile="test"), tmp_path / "cut")) / "state.pt", weights_only=True)
+    state = torch.load(last_checkpoint(Run(dict(stage="toy", profile="test"), tmp_path / "cut")) / "state.pt",
+                       weights_only=True)
     assert set(state["modules"]["model"]) == set(plain.modules["model"].state_dict())
     half, _, _ = toy(tmp_path / "cut")
-    for p, q in zip(plain.modules["model"].parameters(), half.modules["model"].parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    for p, q in zip(plain.modules["model"].parameters(), half.modules["model"].parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
 def test_trackers_by_name(tmp_path, monkeypatch):
@@ -171,18 +187,23 @@ def test_the_last_k_checkpoints_stay(tmp_path):
 @pytest.mark.slow("starts processes")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm and NCCL need two GPUs")
 def test_two_gpus(tmp_path):
-    report = said(job(tmp_path, processes=2, ACCELERATE_USE_CPU="false", JOB_RECIPE='{"sync_bn": true, "precision": "fp16"}'))
+    report = said(job(tmp_path, processes=2, ACCELERATE_USE_CPU="false",
+                      JOB_RECIPE='{"sync_bn": true, "precision": "fp16"}'))
     assert (report["processes"], report["device"], report["notes"]) == (2, "cuda", [])
     assert torch.equal(ends(tmp_path, 0)["teacher"]["1.running_mean"], ends(tmp_path, 1)["teacher"]["1.running_mean"])
 
 
 @pytest.mark.slow("starts processes")
 def test_channels_last_damages_no_memory():
-    "oneDNN issue 6035: the gradient of FastViT's stem wrote past its buffer; without `to_channels_last` this process dies at its next allocation."
+    """oneDNN issue 6035: the gradient of FastViT's stem wrote past its buffer; without `to_channels_last` this process
+    dies at its next allocation.
+    """
     code = ("import torch; torch.set_num_threads(1)\n"
-            "from cion_nb.models.backbones import create_backbone\nfrom cion_nb.training.engine import to_channels_last\n"
+            "from cion_nb.models.backbones import create_backbone\nfrom cion_nb.training.engine import "
+            "to_channels_last\n"
             "m = to_channels_last(create_backbone('fastvit_s12', (256, 128)).train())\n"
-            "for _ in range(2): m(torch.randn(2, 3, 256, 128).to(memory_format=torch.channels_last)).square().mean().backward()\n"
+            "for _ in range(2): m(torch.randn(2, 3, 256, "
+            "128).to(memory_format=torch.channels_last)).square().mean().backward()\n"
             "print(sum(float(p.grad.abs().sum()) for p in m.parameters() if p.grad is not None) > 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr[-500:]
@@ -193,6 +214,8 @@ def test_denormals_are_zero_in_training_and_only_there():
     tiny = torch.tensor(1e-40)
     assert float(tiny * 1) != 0
     with pytest.raises(KeyError):
-        with _without_denormals(torch.device("cpu")): assert float(tiny * 1) == 0; raise KeyError
+        with _without_denormals(torch.device("cpu")):
+            assert float(tiny * 1) == 0
+            raise KeyError
     assert float(tiny * 1) != 0
     with _without_denormals(torch.device("cuda")): assert float(tiny * 1) != 0
