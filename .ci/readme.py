@@ -1,6 +1,11 @@
-"""README.md from nbs/index.ipynb: hidden cells dropped, directives stripped, stored outputs kept (pictures beside, in reports/readme/)."""
-import re, sys
+"""README.md from nbs/index.ipynb: hidden cells dropped, directives stripped, stored outputs kept.
+
+Pictures go beside it, to reports/readme/.
+"""
+import re
+import sys
 from pathlib import Path
+
 import nbformat
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
@@ -27,7 +32,8 @@ def main():
         text = text.replace(f"({name})", f"(reports/readme/{name})")
     text = re.sub(r"\s*!\[(?:jpeg|png)\]", "\n\n![the embedded world: six cameras, and one person seen by them]", text)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    text = re.sub(r"\]\((?!https?:|#|reports/)(\S+?\.ipynb)\)", r"](nbs/\1)", text)          # links are relative to nbs/ in the notebook
+    # links are relative to nbs/ in the notebook
+    text = re.sub(r"\]\((?!https?:|#|reports/)(\S+?\.ipynb)\)", r"](nbs/\1)", text)
     if "--check" in sys.argv: return int((ROOT / "README.md").read_text() != text)
     (ROOT / "README.md").write_text(text)
     return 0

@@ -1,0 +1,84 @@
+"""The one command: seeds, recipes, what it refuses before running, and errors of one line."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from trainings import asked, QUICK
+
+from cion_nb.companion.commands import main
+from cion_nb.core.runs import Run
+from cion_nb.core.settings import recipe
+
+matplotlib.use("Agg")
+
+
+@pytest.mark.parametrize("name", ["profile", "only"])
+def test_a_parameter_that_has_its_own_flag_is_refused(name, capsys):
+    assert main(["reproduce", "--set", f"{name}=road"]) == 2
+    assert f"--set {name}: that is --{name}" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_in_nan_is_one_line(tmp_path, monkeypatch, capsys):
+    def broken(recipe): raise FloatingPointError("the loss is nan")
+    monkeypatch.setattr("cion_nb.companion.reproduce.make_run", broken)
+    (tmp_path / "recipe.json").write_text("{}")
+    assert main(["reproduce", "--recipe", str(tmp_path / "recipe.json")]) == 1
+    assert capsys.readouterr().err == "cion_nb reproduce: error: the loss is nan\n"
+
+
+def told(capsys, *args):
+    "What the command says where it refuses: its last line."
+    try: code = main([str(a) for a in args])
+    except SystemExit as e: code = e.code
+    said = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in said, said
+    return said.strip().splitlines()[-1]
+
+
+@pytest.mark.slow("starts processes")
+def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path, monkeypatch, capsys):
+    "A busy run, a folder that cannot be written to, and a mistyped network before missing data."
+    file, wanted = tmp_path / "recipe.json", asked(people, seed=17)
+    file.write_text(json.dumps(wanted))
+    with Run(wanted).computing():
+        command = [sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)]
+        p = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert p.returncode == 2 and "Traceback" not in p.stderr, p.stderr
+    assert "is being computed by another process" in p.stderr.strip().splitlines()[-1]
+    name = Run(wanted).name
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "file"))
+    assert "CION_NB_RUNS=" in told(capsys, "pretrain", "--recipe", file)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).write_text("a file")
+    monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "other"))
+    assert f"{name} is a file where the folder of this run belongs" in told(capsys, "pretrain", "--recipe", file)
+    file.write_text(json.dumps(recipe("pretrain", "tiny", backbone="resnet50_ibm")))
+    assert "resnet50_ibn" in told(capsys, "pretrain", "--recipe", file)
+
+
+@pytest.mark.parametrize("args,word", [(["--only", "table4", "--set", "sedes=3"], "did you mean 'seeds'"),
+                                       (["--only", "table9"], "table4"),
+                                       (["--only", "table4", "--profile", "huge"], "invalid choice")])
+def test_reproduce_refuses_before_running(args, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert word in told(capsys, "reproduce", *args)
+
+
+@pytest.mark.slow("trains networks")
+def test_seeds_on_a_command_line(people, runs, capsys):
+    settings = [f"{k}={json.dumps(v)}" for k,
+                v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
+    done = subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *folders, said = done.stdout.strip().splitlines()
+    results = [json.loads(Path(f, "result.json").read_text()) for f in folders]
+    scores = [r["mAP"] for r in results]
+    assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1")
+    assert f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
+    assert "--seeds 0: at least 1" in told(capsys, "finetune", "--seeds", "0")
