@@ -52,7 +52,7 @@ def environment() -> dict:
         processes=int(os.environ.get("WORLD_SIZE", 1)), device=torch.cuda.get_device_name() if cuda else "cpu",
         versions=versions, commit=git_commit())
 
-# %% ../../nbs/0_core/02_runs.ipynb #cbea8b38
+# %% ../../nbs/0_core/02_runs.ipynb #52cb0e76
 def _cpu_name():
     "The processor as the system calls it."
     try: return next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
@@ -142,7 +142,7 @@ def run_hash(recipe: dict) -> str:
     if named.get("data", "").endswith(".parquet") and not recipe.get("data_root"): inputs["images"] = _images_print(resolve(named["data"]))      # they lie beside the table
     return fingerprint(dict(recipe=flat, inputs=inputs), 10)
 
-# %% ../../nbs/0_core/02_runs.ipynb #4499c2bf
+# %% ../../nbs/0_core/02_runs.ipynb #b4cb1da4
 class _Log:
     "The log of a run's folder."
     def log(self, **row) -> None:
@@ -163,7 +163,7 @@ class _Log:
             except json.JSONDecodeError: break
         return rows
 
-# %% ../../nbs/0_core/02_runs.ipynb #5cac406a
+# %% ../../nbs/0_core/02_runs.ipynb #1e4b9502
 class _Request(_Log):
     "A folder named by its recipe, and how to have it computed."
     def __init__(self,
@@ -207,7 +207,7 @@ class _Request(_Log):
 
 # %% ../../nbs/0_core/02_runs.ipynb #2a8344c6
 class Run(_Request):
-    "A folder named by its recipe: `recipe.json`, `environment.json`, `log.jsonl`, checkpoints, and a `result.json` at last."
+    "A folder named by its recipe: that, its environment, its log, checkpoints, and `result.json` when it is done."
     @property
     def is_done(self) -> bool: return (self.folder / "result.json").exists()
 
@@ -288,7 +288,7 @@ def show_mean(
 class _State:
     "What a folder of runs tells of one of them."
     run: str
-    state: str        # done, running, stopped (there is a checkpoint), asked (only a recipe), broken (a loss not finite)
+    state: str        # done, running, stopped (there is a checkpoint), asked (a recipe alone), broken (loss not finite)
     progress: float   # share of the images, of a training
     score: str        # the last mAP and rank-1, in per cent
     MB: float
@@ -307,7 +307,7 @@ def _state_of(folder: Path) -> _State:
     score = " / ".join(f"{100 * s:.1f}" for s in scores if s is not None)
     return _State(folder.name, state, share, score, _bytes_in(folder) / 1e6, folder)
 
-# %% ../../nbs/0_core/02_runs.ipynb #01550410
+# %% ../../nbs/0_core/02_runs.ipynb #b04ad9af
 def _word_for(folder: Path, result: dict | None, log: list) -> str:
     "The state of a run in one word."
     if result is not None: return "done"
@@ -345,7 +345,7 @@ def list_runs(
                  score=s.score, MB=round(s.MB, 1)) for s in _states(names)]
     return pd.DataFrame(rows, columns=["run", "state", "progress", "score", "MB"])
 
-# %% ../../nbs/0_core/02_runs.ipynb #5313f9ee
+# %% ../../nbs/0_core/02_runs.ipynb #18186c07
 def prune_runs(
     *names: str,            # parts of names; none: all
     checkpoints: int = 1,   # that a finished run keeps; 0: it cannot be trained on
@@ -367,7 +367,7 @@ def prune_runs(
 def _holds_a_recipe_alone(folder: Path) -> bool:
     return {f.name for f in folder.iterdir()} <= {"recipe.json", ".run.lock"}
 
-# %% ../../nbs/0_core/02_runs.ipynb #5c0291c7
+# %% ../../nbs/0_core/02_runs.ipynb #3885007a
 def show_run(
     name: str,
 ) -> str:
@@ -415,7 +415,7 @@ def _refuse_other_type(name: str, value, default) -> None:
         raise ValueError(f"parameter {name!r} is {value!r}, "
                          f"but its default {default!r} is of type {kind}: pass a {kind}")
 
-# %% ../../nbs/0_core/02_runs.ipynb #d47bde5a
+# %% ../../nbs/0_core/02_runs.ipynb #85fcdaaf
 def _assigned(source):
     "Names a cell assigns, with literal values: `...` for what is no literal, the type for `name: type = None`."
     found = {}
