@@ -143,7 +143,7 @@ def _is_image(name: str) -> bool:
 
 def _is_hidden(name: str) -> bool: return name.startswith(".") or name == "__MACOSX"
 
-# %% ../../nbs/0_core/03_images.ipynb #b9d83f49
+# %% ../../nbs/0_core/03_images.ipynb #3f427554
 def _walk(root: Path):
     "(path below `root` with a slash behind, hidden folders, files) of each folder, real ones before links."
     def fail(error): raise error                                  # os.walk passes over folders that it may not read
@@ -171,7 +171,7 @@ def _require_utf8(root: Path, names: list) -> None:
 
 # %% ../../nbs/0_core/03_images.ipynb #3bae3933
 _COMPANIONS = {"hidden", ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf",
-               ".mat", ".npy", ".npz", ".parquet", ".db", ".ini", ".log", ".py", ".zip", ".sh"}  # none of them a picture
+               ".mat", ".npy", ".npz", ".parquet", ".db", ".ini", ".log", ".py", ".zip", ".sh"}  # no pictures
 
 def endings(names: list) -> dict:
     "How many files have each ending, the most frequent first."
@@ -210,7 +210,7 @@ class Picture(Image.Image):
         self.convert("RGB").save(stored, "JPEG", quality=80)
         return stored.getvalue()
 
-# %% ../../nbs/0_core/03_images.ipynb #16f14c14
+# %% ../../nbs/0_core/03_images.ipynb #bf0de3f0
 def tile(
     images: list,         # of (h, w, 3) uint8 arrays or PIL images, all scaled to one height a row
     columns: int,
