@@ -7,41 +7,57 @@ __all__ = ['RENAME_FILES', 'read_text', 'read_json', 'counted', 'first_few', 'is
            'runs_dir', 'atomic', 'write_json', 'json_line', 'progress', 'fingerprint']
 
 # %% ../../nbs/0_core/00_files.ipynb #2813c86d
-import hashlib, json, os
+import hashlib
+import json
+import os
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterable
+
 import numpy as np
 
 # %% ../../nbs/0_core/00_files.ipynb #4c295094
-_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}      # what a file of another encoding begins with
-_KINDS = {b"PK\x03\x04": "an Excel workbook or a zip archive, no text: save it as CSV UTF-8, or unpack it",
-          b"\x1f\x8b": "packed by gzip: unpack it by `gzip -dk`", b"PAR1": "a parquet table, no text: `read_samples` reads those"}
-
 def read_text(
     path: str | Path,
     keep_ends: bool = False, # leave "\r" as it is, for a reader that tells lines from cells
 ) -> str:  # without the byte-order mark; lines end in "\n"
-    "The text of a UTF-8 file, with or without a byte-order mark. ValueError, naming file and remedy, for any other encoding."
+    "The text of a UTF-8 file, with or without a byte-order mark. ValueError, naming file and remedy, for any other."
     raw = Path(path).read_bytes()
-    for mark, what in _KINDS.items():
-        if raw.startswith(mark): raise ValueError(f"{path} is {what}")
-    wrong, at, encoding = None, 0, _MARKS.get(raw[:2], "ENCODING")
+    _refuse_other_kinds(path, raw)
     try: text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e: at, wrong = e.start, f"no UTF-8 (byte 0x{raw[e.start]:02x}"
-    if wrong is None and b"\0" in raw: at = raw.index(0); wrong = "no text (a null byte"
-    if wrong: raise ValueError(
-        f"{path} is {wrong} in line {1 + raw.count(10, 0, at)}): save it as UTF-8 in an editor, "
-        f"or with `iconv -f {encoding} -t UTF-8`" + " (GBK and CP1252 are frequent)" * (encoding == "ENCODING"))
+    except UnicodeDecodeError as e:
+        raise _no_text(path, raw, e.start, f"no UTF-8 (byte 0x{raw[e.start]:02x}") from None
+    if b"\0" in raw: raise _no_text(path, raw, raw.index(0), "no text (a null byte")
     if not keep_ends: text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.replace("\n\ufeff", "\n")                                             # a mark within: files were joined
+
+# %% ../../nbs/0_core/00_files.ipynb #a458771b
+_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}      # what a file of another encoding begins with
+_KINDS = {b"PK\x03\x04": "an Excel workbook or a zip archive, no text: save it as CSV UTF-8, or unpack it",
+          b"\x1f\x8b": "packed by gzip: unpack it by `gzip -dk`",
+          b"PAR1": "a parquet table, no text: `read_samples` reads those"}
+
+def _refuse_other_kinds(path, raw: bytes) -> None:
+    "ValueError for files that are no text at all."
+    for mark, what in _KINDS.items():
+        if raw.startswith(mark): raise ValueError(f"{path} is {what}")
+
+def _no_text(path, raw: bytes, at: int, what: str) -> ValueError:
+    "The error for a byte that cannot be text, with its line and the remedy."
+    is_known = raw[:2] in _MARKS
+    encoding = _MARKS[raw[:2]] if is_known else "ENCODING"
+    hint = "" if is_known else " (GBK and CP1252 are frequent)"
+    return ValueError(f"{path} is {what} in line {1 + raw.count(10, 0, at)}): save it as UTF-8 in an editor, "
+                      f"or with `iconv -f {encoding} -t UTF-8`{hint}")
 
 # %% ../../nbs/0_core/00_files.ipynb #9bb930f6
 def read_json(path: str | Path) -> Any:
     "Read a JSON file. ValueError that names the file where it is damaged or no UTF-8."
     try: return json.loads(read_text(path))
     except json.JSONDecodeError as e:
-        remedy = "one value a line? `jq -s .` makes a list of them" if e.msg == "Extra data" else "mend it, or delete it if a run wrote it, and run again"
+        remedy = "mend it, or delete it if a run wrote it, and run again"
+        if e.msg == "Extra data": remedy = "one value a line? `jq -s .` makes a list of them"
         raise ValueError(f"{path} is not valid JSON ({e}); {remedy}") from e
 
 # %% ../../nbs/0_core/00_files.ipynb #82758156
@@ -56,7 +72,7 @@ def first_few(values, n=3) -> str:
 
 # %% ../../nbs/0_core/00_files.ipynb #c500c56a
 RENAME_FILES = ("rename such files by `convmv -r --notest -f ENCODING -t UTF-8 {}`, "
-           "or unpack the archive again by `unzip -O ENCODING` (GBK, CP1252 and SHIFT-JIS are frequent)")
+                "or unpack the archive again by `unzip -O ENCODING` (GBK, CP1252 and SHIFT-JIS are frequent)")
 
 def is_utf8(text: str) -> bool:
     "Whether a file's name could be decoded; Python stands surrogates in for bytes that could not."
@@ -90,12 +106,12 @@ def runs_dir() -> Path:
 # %% ../../nbs/0_core/00_files.ipynb #10b73988
 @contextmanager
 def atomic(
-    path: str | Path,  # the file that shall exist when the block ends without an error
+    path: str | Path,  # the file that shall exist when the block ends without an error; its folder is made
 ):                     # yields the temporary path to write to, with the same suffix
     "Write beside `path`, then rename; on an error nothing is left behind."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_native_id()}.tmp{path.suffix}")
     try:
         yield tmp
         with open(tmp, "rb") as f: os.fsync(f.fileno())
@@ -103,14 +119,7 @@ def atomic(
     finally:
         tmp.unlink(missing_ok=True)
 
-def _plain(x):
-    "What JSON cannot hold by itself: NumPy scalars and arrays, paths, sets."
-    if isinstance(x, np.generic): return x.item()
-    if isinstance(x, np.ndarray): return x.tolist()
-    if isinstance(x, Path): return str(x)
-    if isinstance(x, (set, frozenset)): return sorted(x)
-    raise TypeError(f"{type(x).__name__} {x!r} cannot be written as JSON")
-
+# %% ../../nbs/0_core/00_files.ipynb #099422ed
 def write_json(path: str | Path, obj: Any) -> Path:
     "Write `obj` as indented JSON, atomically; NaN and infinity become null, since JSON has neither."
     text = json.dumps(_finite(json.loads(json.dumps(obj, default=_plain))), indent=1, ensure_ascii=False)
@@ -121,7 +130,16 @@ def json_line(row: dict) -> str:
     "One row of a `.jsonl` file."
     return json.dumps(_finite(json.loads(json.dumps(row, default=_plain)))) + "\n"
 
+def _plain(x):
+    "What JSON cannot hold by itself: NumPy scalars and arrays, paths, sets."
+    if isinstance(x, np.generic): return x.item()
+    if isinstance(x, np.ndarray): return x.tolist()
+    if isinstance(x, Path): return str(x)
+    if isinstance(x, (set, frozenset)): return sorted(x)
+    raise TypeError(f"{type(x).__name__} {x!r} cannot be written as JSON")
+
 def _finite(x):
+    "The same with None for NaN and infinity."
     if isinstance(x, dict): return {k: _finite(v) for k, v in x.items()}
     if isinstance(x, list): return [_finite(v) for v in x]
     return None if isinstance(x, float) and not np.isfinite(x) else x
@@ -137,8 +155,9 @@ def progress(
 ):                                     # a tqdm bar
     "A progress bar; silent when the environment says `CION_NB_PROGRESS=0`."
     from tqdm import tqdm
-    return tqdm(iterable, total=total, desc=desc, unit=unit, mininterval=float(os.environ.get("CION_NB_PROGRESS") or 0.5), dynamic_ncols=True,
-                disable=not show or os.environ.get("CION_NB_PROGRESS") == "0", **kwargs)
+    wish = os.environ.get("CION_NB_PROGRESS")
+    return tqdm(iterable, total=total, desc=desc, unit=unit, mininterval=float(wish or 0.5), dynamic_ncols=True,
+                disable=not show or wish == "0", **kwargs)
 
 # %% ../../nbs/0_core/00_files.ipynb #7426651a
 def fingerprint(
@@ -154,15 +173,21 @@ def fingerprint(
     return h.hexdigest()[:length]
 
 def _listing(folder):
+    "(name, size) of every file below a folder, without hidden folders."
     for base, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for f in files: yield os.path.relpath(os.path.join(base, f), folder), os.path.getsize(os.path.join(base, f))
+        for f in files:
+            file = os.path.join(base, f)
+            yield os.path.relpath(file, folder), os.path.getsize(file)
 
 def _hash_file(path, h, whole=64 << 20, end=1 << 20):
+    "Size and content of a file into `h`; above `whole` bytes, its first and last `end`."
     size = path.stat().st_size
     h.update(str(size).encode())
     with open(path, "rb") as f:
         if size <= whole:
             for block in iter(lambda: f.read(1 << 20), b""): h.update(block)
         else:
-            h.update(f.read(end)); f.seek(-end, os.SEEK_END); h.update(f.read(end))
+            h.update(f.read(end))
+            f.seek(-end, os.SEEK_END)
+            h.update(f.read(end))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'INPUTS', 'UNHASHED', 'ADDED', 'processors', 'environment', 'git_commit', 'is_main_process', 'MissingRun',
            'BusyRun', 'dependencies', 'made_from', 'licence', 'run_hash', 'Run', 'over_seeds', 'show_mean', 'list_runs',
-           'show_run', 'prune_runs', 'check_parameters']
+           'prune_runs', 'show_run', 'check_parameters']
 
 # %% ../../nbs/0_core/02_runs.ipynb #ccfc8ceb
 import ast
@@ -35,7 +35,8 @@ def processors() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "pandas", "scikit-learn", "pillow", "onnxruntime", "trackers")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "pandas", "scikit-learn", "pillow",
+            "onnxruntime", "trackers")
 
 def environment() -> dict:
     "Versions, device, threads and git commit: what a reader needs to know about the machine behind a number."
@@ -45,17 +46,23 @@ def environment() -> dict:
         except metadata.PackageNotFoundError: pass
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_available()
-    return dict(python=platform.python_version(), system=platform.system(), machine=platform.machine(), cpu=_cpu_name(), cores=os.cpu_count(),
-                threads=torch.get_num_threads() if torch else None, processes=int(os.environ.get("WORLD_SIZE", 1)), device=torch.cuda.get_device_name() if cuda else "cpu",
-                versions=versions, commit=git_commit())
+    return dict(
+        python=platform.python_version(), system=platform.system(), machine=platform.machine(),
+        cpu=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads() if torch else None,
+        processes=int(os.environ.get("WORLD_SIZE", 1)), device=torch.cuda.get_device_name() if cuda else "cpu",
+        versions=versions, commit=git_commit())
 
+# %% ../../nbs/0_core/02_runs.ipynb #52cb0e76
 def _cpu_name():
+    "The processor as the system calls it."
     try: return next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 def git_commit() -> str | None:
     "The checkout's commit, with a `+` when files differ from it; None outside a checkout."
-    def git(*args): return subprocess.run(["git", "-C", str(project_root()), *args], capture_output=True, text=True, timeout=20)
+    def git(*args):
+        command = ["git", "-C", str(project_root()), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20)
     try: head = git("rev-parse", "--short=12", "HEAD")
     except (OSError, subprocess.TimeoutExpired): return None
     if head.returncode: return None
@@ -135,15 +142,37 @@ def run_hash(recipe: dict) -> str:
     if named.get("data", "").endswith(".parquet") and not recipe.get("data_root"): inputs["images"] = _images_print(resolve(named["data"]))      # they lie beside the table
     return fingerprint(dict(recipe=flat, inputs=inputs), 10)
 
-# %% ../../nbs/0_core/02_runs.ipynb #2a8344c6
-class Run:
-    "A folder named by its recipe: `recipe.json`, `environment.json`, `log.jsonl`, checkpoints, and `result.json` when done."
+# %% ../../nbs/0_core/02_runs.ipynb #b4cb1da4
+class _Log:
+    "The log of a run's folder."
+    def log(self, **row) -> None:
+        "Append one row to `log.jsonl`."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f: f.write(json_line(row))
+
+    def write_log(self, rows: list) -> None:
+        "Make `log.jsonl` hold these rows and no others, atomically."
+        text = "".join(map(json_line, rows))
+        with atomic(self.folder / "log.jsonl") as tmp: tmp.write_text(text, encoding="utf-8")
+
+    def read_log(self) -> list[dict]:
+        "The rows of `log.jsonl`; a last line cut by a kill is left out."
+        rows, file = [], self.folder / "log.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+            try: rows.append(json.loads(line))
+            except json.JSONDecodeError: break
+        return rows
+
+# %% ../../nbs/0_core/02_runs.ipynb #1e4b9502
+class _Request(_Log):
+    "A folder named by its recipe, and how to have it computed."
     def __init__(self,
                  recipe: dict,                      # as `recipe(...)` wrote it
                  folder: str | Path | None = None,  # None: `runs_dir()`/`name`
                 ):
         self.recipe, self.hash = recipe, run_hash(recipe)
-        self.name = "-".join(str(x) for x in (recipe["stage"], recipe.get("method"), recipe["profile"], self.hash) if x)
+        parts = (recipe["stage"], recipe.get("method"), recipe["profile"], self.hash)
+        self.name = "-".join(str(part) for part in parts if part)
         self.folder = Path(folder) if folder else runs_dir() / self.name
 
     @classmethod
@@ -154,6 +183,31 @@ class Run:
         run.hash = run.name.rsplit("-", 1)[-1]
         return run
 
+    @property
+    def command(self) -> str:
+        "The shell command that computes this run; what it needs comes first (at `paper`) or with it."
+        stage = self.recipe["stage"]
+        is_launched = self.recipe["profile"] == "paper" and stage in TRAININGS
+        command = f"accelerate launch -m cion_nb {stage}" if is_launched else "python -m cion_nb reproduce"
+        return f"{command} --recipe {self.folder / 'recipe.json'}"
+
+    def request(self) -> "Run":
+        "Write the recipe into the run's folder, so that a command can name it."
+        try:
+            if not (self.folder / "recipe.json").exists(): write_json(self.folder / "recipe.json", self.recipe)
+        except OSError as e: raise self._not_writable(e) from None
+        return self
+
+    def _not_writable(self, e: OSError) -> OSError:
+        "The error in words: a file in the folder's place, or a folder of runs that is not ours."
+        if self.folder.exists() and not self.folder.is_dir(): return FileExistsError(
+            e.errno, f"{self.folder} is a file where the folder of this run belongs; move it away")
+        return type(e)(e.errno, f"runs cannot be written to {self.folder.parent} ({e.strerror}); "
+                                "name another folder in the environment: CION_NB_RUNS=/path/to/runs")
+
+# %% ../../nbs/0_core/02_runs.ipynb #2a8344c6
+class Run(_Request):
+    "A folder named by its recipe: that, its environment, its log, checkpoints, and `result.json` when it is done."
     @property
     def is_done(self) -> bool: return (self.folder / "result.json").exists()
 
@@ -168,26 +222,10 @@ class Run:
         file = self.folder / "environment.json"
         return {k: v for k, v in (read_json(file) if file.exists() else {}).items() if k in ("cpu", "commit")}
 
-    @property
-    def command(self) -> str:
-        "The shell command that computes this run; what it needs comes first (at `paper`) or with it."
-        stage = self.recipe["stage"]
-        command = f"accelerate launch -m cion_nb {stage}" if self.recipe["profile"] == "paper" and stage in TRAININGS else "python -m cion_nb reproduce"
-        return f"{command} --recipe {self.folder / 'recipe.json'}"
-
     def require(self) -> "Run":
         "This run if it is done, else `MissingRun` with the command that computes it."
         if self.is_done: return self
         raise MissingRun(f"run {self.name} is not there; compute it with `{self.request().command}`")
-
-    def request(self) -> "Run":
-        "Write the recipe into the run's folder, so that a command can name it."
-        try:
-            if not (self.folder / "recipe.json").exists(): write_json(self.folder / "recipe.json", self.recipe)
-        except OSError as e:
-            if self.folder.exists() and not self.folder.is_dir(): raise FileExistsError(e.errno, f"{self.folder} is a file where the folder of this run belongs; move it away") from None
-            raise type(e)(e.errno, f"runs cannot be written to {self.folder.parent} ({e.strerror}); name another folder in the environment: CION_NB_RUNS=/path/to/runs") from None
-        return self
 
     @contextmanager
     def computing(self,
@@ -197,36 +235,23 @@ class Run:
         if self.is_done: yield False; return
         if not is_main_process(): yield True; return
         self.request()
-        lock = FileLock(self.folder / ".run.lock", timeout=wait)
+        file = self.folder / ".run.lock"
+        lock = FileLock(file, timeout=wait)
         try: lock.acquire()
-        except Timeout: raise BusyRun(f"run {self.name} is being computed by another process (lock {self.folder / '.run.lock'}); wait for it or stop that process") from None
+        except Timeout: raise BusyRun(f"run {self.name} is being computed by another process (lock {file}); "
+                                      "wait for it or stop that process") from None
         try:
             if not self.is_done: write_json(self.folder / "environment.json", environment())
             self._started = time.time()
             yield not self.is_done
         finally: lock.release()
 
-    def log(self, **row) -> None:
-        "Append one row to `log.jsonl`."
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f: f.write(json_line(row))
-
-    def write_log(self, rows: list) -> None:
-        "Make `log.jsonl` hold these rows and no others, atomically."
-        with atomic(self.folder / "log.jsonl") as tmp: tmp.write_text("".join(map(json_line, rows)), encoding="utf-8")
-
-    def read_log(self) -> list[dict]:
-        "The rows of `log.jsonl`; a last line cut by a kill is left out."
-        rows, file = [], self.folder / "log.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-            try: rows.append(json.loads(line))
-            except json.JSONDecodeError: break
-        return rows
-
     def finish(self, result: dict) -> "Run":
         "Write `result.json` (last of all files): from here on the run is done."
         if not is_main_process(): return self
-        stamp = dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), seconds=round(time.time() - getattr(self, "_started", time.time()), 1))
+        now, started = time.time(), getattr(self, "_started", None)
+        stamp = dict(finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                     seconds=round(now - (now if started is None else started), 1))
         write_json(self.folder / "result.json", dict(result) | stamp)
         return self
 
@@ -240,9 +265,13 @@ def over_seeds(
 ) -> "pd.DataFrame":   # one row a seed: seed, every number of its `result.json`, run
     "One recipe with several seeds. What it starts from keeps its own seed, so that the spread is this stage's."
     import pandas as pd
-    if isinstance(seeds, bool) or not isinstance(seeds, (int, np.integer)) or seeds < 1: raise ValueError(f"seeds={seeds!r}: a whole number of at least 1 is needed")
+    if isinstance(seeds, bool) or not isinstance(seeds, (int, np.integer)) or seeds < 1:
+        raise ValueError(f"seeds={seeds!r}: a whole number of at least 1 is needed")
     runs = [function(recipe | dict(seed=recipe["seed"] + i)) for i in range(seeds)]
-    return pd.DataFrame([dict(seed=run.recipe["seed"]) | {k: v for k, v in run.result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)} | dict(run=run.name) for run in runs if run.is_done])
+    def is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+    def numbers(result): return {k: v for k, v in result.items() if is_number(v)}
+    return pd.DataFrame([dict(seed=run.recipe["seed"]) | numbers(run.result) | dict(run=run.name)
+                         for run in runs if run.is_done])
 
 def show_mean(
     values,              # one a seed; None and NaN are left out
@@ -251,35 +280,41 @@ def show_mean(
 ) -> str:
     "`mean ± sd` in per cent; a single value stands alone, no value is an empty string."
     x = scale * np.asarray([v for v in values if v is not None and np.isfinite(v)], float)
-    return f"{x.mean():.{digits}f}" + (f" ± {x.std(ddof=1):.{digits}f}" if len(x) > 1 else "") if len(x) else ""
+    if not len(x): return ""
+    return f"{x.mean():.{digits}f}" + (f" ± {x.std(ddof=1):.{digits}f}" if len(x) > 1 else "")
 
 # %% ../../nbs/0_core/02_runs.ipynb #765b5373
 @dataclass
 class _State:
     "What a folder of runs tells of one of them."
     run: str
-    state: str        # done, running, stopped (there is a checkpoint), asked (only a recipe), broken (its loss was not finite)
+    state: str        # done, running, stopped (there is a checkpoint), asked (a recipe alone), broken (loss not finite)
     progress: float   # share of the images, of a training
     score: str        # the last mAP and rank-1, in per cent
     MB: float
     folder: Path
 
 def _state_of(folder: Path) -> _State:
+    "State, progress, score and size of the run in a folder."
     log = [row for row in Run.in_folder(folder).read_log() if isinstance(row, dict)]
     result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
-    checkpoints = sorted((folder / "checkpoints").glob("seen-*"))
-    if result is not None: state = "done"
-    elif _is_held(folder / ".run.lock"): state = "running"
-    elif checkpoints: state = "stopped"
-    else: state = "broken" if (folder / "broken.json").is_file() else "asked" if not log else "stopped"
+    state = _word_for(folder, result, log)
     seen = max((row.get("seen", 0) for row in log), default=0)
     total = next((row["total"] for row in reversed(log) if "total" in row), None)
     share = 1. if state == "done" else seen / total if total else math.nan
     told = result or next((row for row in reversed(log) if "test_mAP" in row), {})
     scores = [told.get(name, told.get(f"test_{name}")) for name in ("mAP", "rank1")]
     score = " / ".join(f"{100 * s:.1f}" for s in scores if s is not None)
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    return _State(folder.name, state, share, score, size / 1e6, folder)
+    return _State(folder.name, state, share, score, _bytes_in(folder) / 1e6, folder)
+
+# %% ../../nbs/0_core/02_runs.ipynb #b04ad9af
+def _word_for(folder: Path, result: dict | None, log: list) -> str:
+    "The state of a run in one word."
+    if result is not None: return "done"
+    if _is_held(folder / ".run.lock"): return "running"
+    if any((folder / "checkpoints").glob("seen-*")): return "stopped"
+    if (folder / "broken.json").is_file(): return "broken"
+    return "stopped" if log else "asked"
 
 def _is_held(lock: Path) -> bool:
     "Whether another process computes: it holds the lock."
@@ -290,19 +325,49 @@ def _is_held(lock: Path) -> bool:
     mine.release()
     return False
 
+def _bytes_in(folder: Path) -> int:
+    "Size of all files below a folder."
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
 def _states(names) -> list[_State]:
+    "The states of all runs whose names hold one of `names`; of all where there is none."
+    asked = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
     folders = sorted(f.parent for f in runs_dir().glob("*/recipe.json"))
-    return [_state_of(f) for f in folders if not names or any(name.rstrip("/").rsplit("/", 1)[-1] in f.name for name in names)]
+    return [_state_of(f) for f in folders if not names or any(name in f.name for name in asked)]
 
 # %% ../../nbs/0_core/02_runs.ipynb #179fc7be
 def list_runs(
     *names: str,          # parts of names; none: all
 ) -> "pd.DataFrame":      # one row a run: run, state, progress, score, MB
-    "The runs of this folder of runs: done, running, stopped (it goes on from a checkpoint), broken (its loss was not finite) or asked."
+    "The runs of this folder of runs: done, running, stopped (at a checkpoint), broken (a loss not finite) or asked."
     import pandas as pd
-    rows = [dict(run=s.run, state=s.state, progress="" if math.isnan(s.progress) else f"{s.progress:.0%}", score=s.score, MB=round(s.MB, 1)) for s in _states(names)]
+    rows = [dict(run=s.run, state=s.state, progress="" if math.isnan(s.progress) else f"{s.progress:.0%}",
+                 score=s.score, MB=round(s.MB, 1)) for s in _states(names)]
     return pd.DataFrame(rows, columns=["run", "state", "progress", "score", "MB"])
 
+# %% ../../nbs/0_core/02_runs.ipynb #18186c07
+def prune_runs(
+    *names: str,            # parts of names; none: all
+    checkpoints: int = 1,   # that a finished run keeps; 0: it cannot be trained on
+    requests: bool = False, # remove folders that hold nothing but a recipe, too
+    dry_run: bool = False,  # only count
+) -> int:                   # bytes
+    "Remove what finished runs need no more. Runs that are not done keep their checkpoints."
+    if not isinstance(checkpoints, int) or isinstance(checkpoints, bool) or checkpoints < 0:
+        raise ValueError(f"checkpoints={checkpoints!r}: a whole number, 0 or more")
+    going = []
+    for state in _states(names):
+        kept = sorted((state.folder / "checkpoints").glob("seen-*"))
+        if state.state == "done": going += kept[:max(len(kept) - checkpoints, 0)]
+        elif requests and state.state == "asked" and _holds_a_recipe_alone(state.folder): going.append(state.folder)
+    size = sum(map(_bytes_in, going))
+    for folder in [] if dry_run else going: shutil.rmtree(folder)
+    return size
+
+def _holds_a_recipe_alone(folder: Path) -> bool:
+    return {f.name for f in folder.iterdir()} <= {"recipe.json", ".run.lock"}
+
+# %% ../../nbs/0_core/02_runs.ipynb #3885007a
 def show_run(
     name: str,
 ) -> str:
@@ -311,54 +376,48 @@ def show_run(
     state = next((s for s in found if s.run == name), found[0] if len(found) == 1 else None)
     if state is None: raise LookupError(f"{name}: {len(found)} runs of {runs_dir()} are called so")
     run = Run.in_folder(state.folder)
-    lines = [f"{state.run}: {state.state}" + ("" if math.isnan(state.progress) else f", {state.progress:.0%}"), f"folder   {state.folder} ({state.MB:,.1f} MB)"]
-    lines += [f"machine  {', '.join(f'{k} {v}' for k, v in run.machine.items())}"] if run.machine else []
-    lines += [f"starts from  {Run(d).name} ({'done' if Run(d).is_done else 'not computed'})" for d in dependencies(run.recipe)]
+    share = "" if math.isnan(state.progress) else f", {state.progress:.0%}"
+    lines = [f"{state.run}: {state.state}{share}", f"folder   {state.folder} ({state.MB:,.1f} MB)"]
+    if run.machine: lines.append(f"machine  {', '.join(f'{k} {v}' for k, v in run.machine.items())}")
+    for needed in map(Run, dependencies(run.recipe)):
+        lines.append(f"starts from  {needed.name} ({'done' if needed.is_done else 'not computed'})")
     log = run.read_log()
     if log: lines.append("last row of the log  " + json.dumps(log[-1]))
     if run.is_done: lines += ["result", *(f"  {k}: {v}" for k, v in run.result.items())]
     return "\n".join(lines)
 
-def prune_runs(
-    *names: str,            # parts of names; none: all
-    checkpoints: int = 1,   # that a finished run keeps; 0: it cannot be trained on
-    requests: bool = False, # remove folders that hold nothing but a recipe, too
-    dry_run: bool = False,  # only count
-) -> int:                   # bytes
-    "Remove what finished runs need no more. Runs that are not done keep their checkpoints."
-    if not isinstance(checkpoints, int) or isinstance(checkpoints, bool) or checkpoints < 0: raise ValueError(f"checkpoints={checkpoints!r}: a whole number, 0 or more")
-    going = []
-    for state in _states(names):
-        kept = sorted((state.folder / "checkpoints").glob("seen-*"))
-        if state.state == "done": going += kept[:max(len(kept) - checkpoints, 0)]
-        elif requests and state.state == "asked" and {f.name for f in state.folder.iterdir()} <= {"recipe.json", ".run.lock"}: going.append(state.folder)
-    size = sum(f.stat().st_size for folder in going for f in folder.rglob("*") if f.is_file())
-    for folder in [] if dry_run else going: shutil.rmtree(folder)
-    return size
-
 # %% ../../nbs/0_core/02_runs.ipynb #fb146537
 def check_parameters(
     namespace: dict,  # `globals()` of the notebook
 ) -> None:
-    "Refuse papermill parameters that the tagged cell does not define or whose type it contradicts, and unknown profiles."
+    "Refuse parameters that the tagged cell does not define or whose type it contradicts, and unknown profiles."
     cells = [c for c in namespace.get("In", []) if isinstance(c, str)]
     at = next((i for i, c in enumerate(cells) if c.lstrip().startswith("# Parameters\n")), None)
     if at is not None:
         injected, defined = _assigned(cells[at]), _assigned(cells[at - 1]) if at else {}
-        if not defined: raise ValueError("papermill passed parameters, but no cell tagged `parameters` with defaults stands before them: tag that cell")
+        if not defined: raise ValueError("papermill passed parameters, but no cell tagged `parameters` with defaults "
+                                         "stands before them: tag that cell")
         for name, value in injected.items():
             refuse_unknown("parameter", name, defined)
-            default = defined[name]
-            if isinstance(default, type):                       # `seeds: int = None`
-                if value is not None and not isinstance(value, default): raise ValueError(f"parameter {name!r} is {value!r}: pass a value of type {default.__name__}")
-                continue
-            right = (type(default), type(None)) + ((int,) if type(default) is float else ())
-            if default is not None and value is not ... and not isinstance(value, right) or isinstance(value, bool) and not isinstance(default, (bool, type(None))):
-                raise ValueError(f"parameter {name!r} is {value!r}, but its default {default!r} is of type {type(default).__name__}: pass a {type(default).__name__}")
+            _refuse_other_type(name, value, defined[name])
     if "profile" in namespace: refuse_unknown("profile", namespace["profile"], PROFILES)
 
+def _refuse_other_type(name: str, value, default) -> None:
+    "ValueError for a value not of its default's type; `default` is a type where the cell says `seeds: int = None`."
+    if isinstance(default, type):
+        if value is None or isinstance(value, default): return
+        raise ValueError(f"parameter {name!r} is {value!r}: pass a value of type {default.__name__}")
+    right = (type(default), type(None)) + ((int,) if type(default) is float else ())
+    is_other = default is not None and value is not ... and not isinstance(value, right)
+    is_stray_flag = isinstance(value, bool) and not isinstance(default, (bool, type(None)))   # True is an int to Python
+    if is_other or is_stray_flag:
+        kind = type(default).__name__
+        raise ValueError(f"parameter {name!r} is {value!r}, "
+                         f"but its default {default!r} is of type {kind}: pass a {kind}")
+
+# %% ../../nbs/0_core/02_runs.ipynb #85fcdaaf
 def _assigned(source):
-    "Names assigned in a cell with their literal values (`...` where the value is not a literal; the type where `name: type = None`)."
+    "Names a cell assigns, with literal values: `...` for what is no literal, the type for `name: type = None`."
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign): targets = node.targets
@@ -367,6 +426,7 @@ def _assigned(source):
         try: value = ast.literal_eval(node.value)
         except (ValueError, TypeError): value = ...
         kind = getattr(node, "annotation", None)
-        if value is None and isinstance(kind, ast.Name): value = dict(int=int, str=str, float=float, bool=bool).get(kind.id)
+        if value is None and isinstance(kind, ast.Name):
+            value = dict(int=int, str=str, float=float, bool=bool).get(kind.id)
         found |= {t.id: value for t in targets if isinstance(t, ast.Name)}
     return found

@@ -8,8 +8,10 @@ __all__ = ['Features', 'read_features']
 # %% ../../nbs/0_core/05_store.ipynb #7cc402c6
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from .files import read_json, resolve
 from .samples import read_samples
 
@@ -24,18 +26,22 @@ class Features:
     request: dict            # what was asked for: model, input, settings
 
     def __len__(self): return len(self.x)
-    def __repr__(self): return f"Features({len(self)} x {self.x.shape[1]} {self.x.dtype}, {len(self.unreadable)} unreadable, in {self.folder})"
+    def __repr__(self):
+        shape = f"{len(self)} x {self.x.shape[1]} {self.x.dtype}"
+        return f"Features({shape}, {len(self.unreadable)} unreadable, in {self.folder})"
 
     @classmethod
     def open(cls, folder: str | Path) -> "Features":
         "A finished store. FileNotFoundError while it is unfinished."
         folder = resolve(folder)
         if not (folder / "features.json").is_file():
-            state = "an unfinished extraction: call extract again with the same arguments" if (folder / "partial.json").is_file() else "no features"
-            raise FileNotFoundError(f"{folder} holds {state}")
+            is_begun = (folder / "partial.json").is_file()
+            again = "an unfinished extraction: call extract again with the same arguments"
+            raise FileNotFoundError(f"{folder} holds {again if is_begun else 'no features'}")
         x = np.load(folder / "features.npy", mmap_mode="r")
         samples, unreadable = read_samples(folder / "samples.parquet"), pd.read_parquet(folder / "unreadable.parquet")
-        if len(x) != len(samples): raise ValueError(f"{folder}: {len(x)} feature rows but {len(samples)} samples; delete the folder and extract again")
+        if len(x) != len(samples): raise ValueError(
+            f"{folder}: {len(x)} feature rows but {len(samples)} samples; delete the folder and extract again")
         return cls(x, samples, unreadable, folder, read_json(folder / "features.json"))
 
 def read_features(folder: str | Path) -> Features:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from html import escape
 from pathlib import Path
+
 import pandas as pd
+
 from ..core.files import counted, first_few
 from ..core.images import (
     count_endings, decode_image, endings, list_files, ODDITIES, oddities_of, read_bytes, UnreadableImage)
@@ -30,17 +32,41 @@ class DataReport:
 
     @property
     def ok(self) -> bool: return not self.problems
-    def _lines(self) -> list:
-        return ["no problem found"] if self.ok else [f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"]
+
     def __str__(self) -> str:
         shown = self.counts.astype(object).where(self.counts.notna(), "").to_string()
-        return "\n".join([self.title, shown, *self._lines(), *(f"  ! {p}" for p in self.problems), *(f"  - {n}" for n in self.notes)])
+        sentences = [*(f"  ! {p}" for p in self.problems), *(f"  - {n}" for n in self.notes)]
+        return "\n".join([self.title, shown, self._verdict(), *sentences])
+
     __repr__ = __str__
+
+    def _verdict(self) -> str:
+        "The report in two or three words."
+        return "no problem found" if self.ok else f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+
     def _repr_html_(self) -> str:
         def items(sentences, mark): return "".join(f"<li>{mark}{escape(s)}</li>" for s in sentences)
         table = self.counts.to_html(border=0, na_rep="", float_format="{:,.0f}".format)
-        return (f"<p><b>{escape(self.title)}</b>: {self._lines()[0]}</p>{table}<ul>"
+        return (f"<p><b>{escape(self.title)}</b>: {self._verdict()}</p>{table}<ul>"
                 f"{items(self.problems, '<b>problem</b>: ')}{items(self.notes, '')}</ul>")
+
+# %% ../../nbs/1_data/02_check.ipynb #2560517b
+@dataclass
+class _Findings:
+    "What was found so far: sentences, and the rows behind them."
+    problems: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+    details: dict = field(default_factory=dict)
+
+    def problem(self, sentence: str, **rows) -> None:
+        "Add what makes a result wrong."
+        self.problems.append(sentence)
+        self.details.update(rows)
+
+    def note(self, sentence: str, **rows) -> None:
+        "Add what is worth knowing."
+        self.notes.append(sentence)
+        self.details.update(rows)
 
 # %% ../../nbs/1_data/02_check.ipynb #2979a8ef
 def _distractor(samples: pd.DataFrame) -> int|None:
@@ -50,23 +76,27 @@ def _distractor(samples: pd.DataFrame) -> int|None:
 
 def _counts(samples: pd.DataFrame, published: dict) -> pd.DataFrame:
     "Images, people, cameras, tracklets a split, with the published images and people beside where there are any."
-    people = samples["pid"].where((samples["pid"] >= 0) & (samples["pid"] != _distractor(samples)))
-    known = samples.assign(pid=people, camid=samples["camid"].where(samples["camid"] >= 0), tracklet=samples["tracklet"].where(samples["tracklet"] >= 0))
-    by_split = known.groupby("split", sort=False)
-    table = pd.DataFrame(dict(images=by_split.size(), people=by_split["pid"].nunique(), cameras=by_split["camid"].nunique(), tracklets=by_split["tracklet"].nunique()))
+    def known(name): return samples[name].where(samples[name] >= 0)
+    people = known("pid").where(samples["pid"] != _distractor(samples))
+    by_split = samples.assign(pid=people, camid=known("camid"), tracklet=known("tracklet")).groupby("split", sort=False)
+    table = pd.DataFrame(dict(
+        images=by_split.size(), people=by_split["pid"].nunique(), cameras=by_split["camid"].nunique(),
+        tracklets=by_split["tracklet"].nunique()))
     table = table.reindex([s for s in SPLITS if s in table.index or s in published], fill_value=0).astype("int64")
+    def beside(values): return pd.array(list(values), dtype="Int64")
     if published:
-        table["published images"] = pd.array([published.get(s, (None, None))[0] for s in table.index], dtype="Int64")
-        table["published people"] = pd.array([published.get(s, (None, None))[1] for s in table.index], dtype="Int64")
+        table["published images"] = beside(published.get(s, (None, None))[0] for s in table.index)
+        table["published people"] = beside(published.get(s, (None, None))[1] for s in table.index)
     if published and (tracklets := facts_of(samples).tracklets):
-        table["published tracklets"] = pd.array([tracklets.get(s) for s in table.index], dtype="Int64")
+        table["published tracklets"] = beside(tracklets.get(s) for s in table.index)
     return table.rename(index={"": "(no split)"})
 
 # %% ../../nbs/1_data/02_check.ipynb #67fad346
 def _unmatched(samples: pd.DataFrame) -> pd.DataFrame:
-    "Query rows without a gallery image of the same person in another camera; queries count where the official gallery holds them."
+    "Query rows that no gallery image of another camera answers; queries count where the official gallery holds them."
     searched = ["gallery", "query"] if facts_of(samples).queries_in_gallery else ["gallery"]
-    query, gallery = samples[samples["split"] == "query"], samples[samples["split"].isin(searched) & (samples["pid"] >= 0)]
+    query = samples[samples["split"] == "query"]
+    gallery = samples[samples["split"].isin(searched) & (samples["pid"] >= 0)]
     images = gallery.groupby("pid").size()
     same_camera = gallery[gallery["camid"] >= 0].groupby(["pid", "camid"]).size()
     there = images.reindex(query["pid"]).fillna(0).to_numpy()
@@ -80,105 +110,134 @@ def _one_camera(samples: pd.DataFrame) -> pd.Index:
     return cameras.index[(cameras["min"] == cameras["max"]) & (cameras["min"] >= 0)]
 
 # %% ../../nbs/1_data/02_check.ipynb #a191b95d
-def _people_findings(samples: pd.DataFrame) -> tuple[list, list, dict]:
-    "Problems, notes and details about who is where."
-    problems, notes, details = [], [], {}
-    in_train, in_test = (set(samples["pid"][m]) for m in (samples["split"] == "train", samples["split"].isin(["query", "gallery"])))
+def _look_at_people(samples: pd.DataFrame, found: _Findings) -> None:
+    "Who is where."
+    in_train = set(samples["pid"][samples["split"] == "train"])
+    in_test = set(samples["pid"][samples["split"].isin(["query", "gallery"])])
     both = sorted((in_train & in_test) - {-1, _distractor(samples)})
-    if both: problems.append(f"{counted(len(both), 'person is', 'people are')} in train and in test: {first_few(both)}"); details["train_and_test"] = both
+    if both:
+        people = counted(len(both), "person is", "people are")
+        found.problem(f"{people} in train and in test: {first_few(both)}", train_and_test=both)
     lost = _unmatched(samples)
     if len(lost):
-        who = pd.unique(lost["pid"]).tolist()
-        problems.append(f"{counted(len(lost), 'query has', 'queries have')} no match in another camera; people: {first_few(who)}"); details["unmatched_queries"] = lost
+        queries, who = counted(len(lost), "query has", "queries have"), pd.unique(lost["pid"]).tolist()
+        found.problem(f"{queries} no match in another camera; people: {first_few(who)}", unmatched_queries=lost)
     single = _one_camera(samples).tolist()
-    if single: notes.append(f"{counted(len(single), 'person is', 'people are')} seen by one camera only: {first_few(single)}"); details["one_camera"] = single
-    for c, what in (("pid", "person"), ("camid", "camera")):
-        n = int((samples[c] < 0).sum())
-        if n: notes.append(f"{n:,} of {len(samples):,} images have no {what} id")
+    if single:
+        people = counted(len(single), "person is", "people are")
+        found.note(f"{people} seen by one camera only: {first_few(single)}", one_camera=single)
+    for column, what in (("pid", "person"), ("camid", "camera")):
+        n = int((samples[column] < 0).sum())
+        if n: found.note(f"{n:,} of {len(samples):,} images have no {what} id")
     again = samples["path"].duplicated()
-    if again.any(): problems.append(f"{counted(int(again.sum()), 'path is', 'paths are')} in the table more than once: {first_few(samples['path'][again])}")
-    return problems, notes + _tracklet_notes(samples), details
+    if again.any():
+        paths = counted(int(again.sum()), "path is", "paths are")
+        found.problem(f"{paths} in the table more than once: {first_few(samples['path'][again])}")
 
-def _tracklet_notes(samples: pd.DataFrame) -> list:
-    "Sentences on tracklets that show two cameras, or one frame twice."
-    known, notes = samples[samples["tracklet"] >= 0], []
+# %% ../../nbs/1_data/02_check.ipynb #2c85950d
+def _look_at_tracklets(samples: pd.DataFrame, found: _Findings) -> None:
+    "Tracklets that show two cameras, or one frame twice, and frames that are no time."
+    known = samples[samples["tracklet"] >= 0]
     cameras = known[known["camid"] >= 0].groupby("tracklet")["camid"].nunique()
-    if (cameras > 1).any(): notes.append(f"{counted(int((cameras > 1).sum()), 'tracklet lies', 'tracklets lie')} in two cameras: {first_few(cameras.index[cameras > 1])}")
+    if (cameras > 1).any():
+        tracklets = counted(int((cameras > 1).sum()), "tracklet lies", "tracklets lie")
+        found.note(f"{tracklets} in two cameras: {first_few(cameras.index[cameras > 1])}")
     again = known[known["frame"] >= 0].duplicated(["tracklet", "frame"])
-    if again.any(): notes.append(f"{counted(int(again.sum()), 'image repeats', 'images repeat')} a frame of their tracklet: {first_few(known.loc[again.index[again], 'path'])}")
-    if samples.attrs.get("positions"): notes.append(f"frames of {counted(samples.attrs['positions'], 'tracklet')} are positions in the order of names: they tell no time")
-    return notes
+    if again.any():
+        images = counted(int(again.sum()), "image repeats", "images repeat")
+        found.note(f"{images} a frame of their tracklet: {first_few(known.loc[again.index[again], 'path'])}")
+    if samples.attrs.get("positions"):
+        tracklets = counted(samples.attrs["positions"], "tracklet")
+        found.note(f"frames of {tracklets} are positions in the order of names: they tell no time")
 
 # %% ../../nbs/1_data/02_check.ipynb #e089c291
 def _look(root: Path, path: str, decode: bool) -> tuple:
     "Content hash of a file, what is wrong with it ('' if nothing), and its `ODDITIES`."
+    nothing_odd = (False, False, False, 0, False)
     try:
         data = read_bytes(root/path)
-        odd = decode_image(data, path, oddities_of) if decode else (False, False, False, 0, False)
+        odd = decode_image(data, path, oddities_of) if decode else nothing_odd
         return blake2b(data, digest_size=16).hexdigest(), "", *odd
-    except UnreadableImage as e: return "", e.reason, False, False, False, 0, False
+    except UnreadableImage as e: return "", e.reason, *nothing_odd
 
 def _look_all(root: Path, paths, decode: bool, workers, progress: bool) -> pd.DataFrame:
-    "`_look` at every path in a thread pool (Pillow decodes and hashlib hashes outside the interpreter's lock)."
+    "`_look` at every path, a row each."
     from concurrent.futures import ThreadPoolExecutor
     from tqdm.auto import tqdm
     quiet = not progress or os.environ.get("CION_NB_PROGRESS") == "0"
+    threads = workers or min(16, 2 * (os.cpu_count() or 1))
     seen = []
-    with ThreadPoolExecutor(workers or min(16, 2 * (os.cpu_count() or 1))) as pool, tqdm(total=len(paths), desc="check", unit="image", disable=quiet) as bar:
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(paths), desc="check", unit="image", disable=quiet) as bar:
         for start in range(0, len(paths), 4096):  # in chunks: a pool would queue millions of calls at once
             part = list(pool.map(lambda p: _look(root, p, decode), paths[start:start + 4096]))
-            seen += part; bar.update(len(part))
+            seen += part
+            bar.update(len(part))
     return pd.DataFrame(seen, columns=["hash", "reason", *ODDITIES], index=pd.Index(paths, name="path"))
 
 # %% ../../nbs/1_data/02_check.ipynb #77ce4bd4
-def _file_findings(samples: pd.DataFrame, files: pd.DataFrame) -> tuple[list, list, dict]:
-    "Problems, notes and details about missing, unreadable and doubled files."
-    problems, notes, details = [], [], {}
-    missing, broken = files.index[files["reason"] == "no such file"], files[~files["reason"].isin(["", "no such file"])]
-    if len(missing): problems.append(f"{counted(len(missing), 'image is', 'images are')} missing: {first_few(missing)}"); details["missing"] = missing.tolist()
+def _look_at_files(samples: pd.DataFrame, files: pd.DataFrame, found: _Findings) -> None:
+    "Missing, unreadable and doubled files."
+    missing = files.index[files["reason"] == "no such file"]
+    broken = files["reason"][~files["reason"].isin(["", "no such file"])]
+    if len(missing):
+        images = counted(len(missing), "image is", "images are")
+        found.problem(f"{images} missing: {first_few(missing)}", missing=missing.tolist())
     if len(broken):
-        problems.append(f"{counted(len(broken), 'image')} cannot be read: {first_few(f'{p} ({r})' for p, r in broken['reason'].items())}"); details["unreadable"] = broken["reason"]
+        which = first_few(f"{path} ({reason})" for path, reason in broken.items())
+        found.problem(f"{counted(len(broken), 'image')} cannot be read: {which}", unreadable=broken)
     rows = samples.assign(hash=files["hash"].reindex(samples["path"]).to_numpy())
     rows = rows[rows["hash"].ne("") & ~rows.duplicated(["path", "split"])]
     same = rows[rows["hash"].duplicated(keep=False)]
-    groups = same.groupby("hash")
-    for name, is_bad, one, many, to in (("across_splits", groups["split"].transform("nunique") > 1, "picture is in two splits", "pictures are in two splits", problems),
-                                   ("two_people", same["pid"].where(same["pid"] >= 0).groupby(same["hash"]).transform("nunique") > 1, "picture has two person ids", "pictures have two person ids", problems),
-                                   ("duplicates", groups["path"].transform("nunique") > 1, "picture is stored more than once", "pictures are stored more than once", notes)):
-        if is_bad.any():
-            details[name] = same[is_bad].sort_values("hash", kind="stable")
-            to.append(f"{counted(details[name]['hash'].nunique(), one, many)}: {first_few(details[name]['path'])}")
-    return problems, notes, details
+    by_hash = same.groupby("hash")
+    people = same["pid"].where(same["pid"] >= 0).groupby(same["hash"])
+    for name, values, say, one, many in (
+            ("across_splits", by_hash["split"], found.problem, "picture is in two splits",
+             "pictures are in two splits"),
+            ("two_people", people, found.problem, "picture has two person ids", "pictures have two person ids"),
+            ("duplicates", by_hash["path"], found.note, "picture is stored more than once",
+             "pictures are stored more than once")):
+        is_twice = values.transform("nunique") > 1
+        if not is_twice.any(): continue
+        those = same[is_twice].sort_values("hash", kind="stable")
+        say(f"{counted(those['hash'].nunique(), one, many)}: {first_few(those['path'])}", **{name: those})
 
-def _odd_findings(files: pd.DataFrame) -> tuple[list, list, dict]:
-    "Problems, notes and details about how images are stored: nearly black, turned, transparent, deep, several in one."
-    problems, notes, details = [], [], {}
-    for name, what, to in (("dark", "nearly black (99 of 100 values below 32 of 255)", problems), ("turned", "turned by EXIF and read upright", notes),
-                           ("clear", "partly transparent and read over grey", notes), ("several", "read as the first of several pictures in the file", notes)):
+# %% ../../nbs/1_data/02_check.ipynb #d9b6205f
+def _look_at_oddities(files: pd.DataFrame, found: _Findings) -> None:
+    "How images are stored: nearly black, turned, transparent, deep, several in one."
+    for name, what, say in (
+            ("dark", "nearly black (99 of 100 values below 32 of 255)", found.problem),
+            ("turned", "turned by EXIF and read upright", found.note),
+            ("clear", "partly transparent and read over grey", found.note),
+            ("several", "read as the first of several pictures in the file", found.note)):
         which = files.index[files[name].astype(bool)].tolist()
-        if which: to.append(f"{counted(len(which), 'image is', 'images are')} {what}: {first_few(which)}"); details[name] = which
+        if which: say(f"{counted(len(which), 'image is', 'images are')} {what}: {first_few(which)}", **{name: which})
     depths = files["bits"][files["bits"] > 0]
-    if len(depths):
-        counts = depths.value_counts().sort_index()
-        by_depth = ", ".join(f"{n:,} as {bits} bits" for bits, n in counts.items())
-        unlike = "; depths differ, so their brightness is not comparable: save them as 8 bits with one scale" if len(counts) > 1 else ""
-        notes.append(f"{counted(len(depths), 'grey image has', 'grey images have')} 16 bits, read by the brightest pixel: {by_depth}{unlike}"); details["bits"] = depths
-    return problems, notes, details
+    if not len(depths): return
+    counts = depths.value_counts().sort_index()
+    by_depth = ", ".join(f"{n:,} as {bits} bits" for bits, n in counts.items())
+    if len(counts) > 1: by_depth += ("; depths differ, so their brightness is not comparable: "
+                                     "save them as 8 bits with one scale")
+    images = counted(len(depths), "grey image has", "grey images have")
+    found.note(f"{images} 16 bits, read by the brightest pixel: {by_depth}", bits=depths)
 
-def _disk_findings(samples: pd.DataFrame, root: Path) -> tuple[list, list, dict]:
-    "Notes on what lies beside the table's images, below the folder that they share: images it does not name, files of other kinds."
+# %% ../../nbs/1_data/02_check.ipynb #6014ed4e
+def _look_at_the_disk(samples: pd.DataFrame, root: Path, found: _Findings) -> None:
+    "Below the folder that the table's images share: images it does not name, files of other kinds."
     folders = {p.rpartition("/")[0] for p in samples["path"]}
-    if not folders or any(f.startswith("/") or ".." in f.split("/") for f in folders): return [], [], {}
+    if not folders or any(f.startswith("/") or ".." in f.split("/") for f in folders): return
     home = os.path.commonpath(folders) if "" not in folders else ""
-    if not (root/home).is_dir(): return [], [], {}
-    prefix, listed, notes, details = home + "/" if home else "", set(samples["path"]), [], {}
+    if not (root/home).is_dir(): return
+    prefix, listed = home + "/" if home else "", set(samples["path"])
     images, others = list_files(root/home)
     unlisted = [prefix + p for p in images if prefix + p not in listed]
     if unlisted:
-        by_folder = pd.Series([p.removeprefix(prefix).rpartition("/")[0].partition("/")[0] or "." for p in unlisted]).value_counts()
-        notes.append(f"{counted(len(unlisted), 'image')} on disk not in the table, by folder: {first_few([f'{n:,} in {f}' for f, n in by_folder.items()])}"); details["unlisted"] = unlisted
-    if others: details["left_out"] = endings(others); notes.append(f"{counted(len(others), 'file')} of other kinds beside the images: {count_endings(details['left_out'])}")
-    return [], notes, details
+        tops = [p.removeprefix(prefix).rpartition("/")[0].partition("/")[0] or "." for p in unlisted]
+        by_folder = first_few([f"{n:,} in {folder}" for folder, n in pd.Series(tops).value_counts().items()])
+        those = counted(len(unlisted), "image")
+        found.note(f"{those} on disk not in the table, by folder: {by_folder}", unlisted=unlisted)
+    if others:
+        kinds, those = endings(others), counted(len(others), "file")
+        found.note(f"{those} of other kinds beside the images: {count_endings(kinds)}", left_out=kinds)
 
 # %% ../../nbs/1_data/02_check.ipynb #725b4e81
 def check(
@@ -189,19 +248,29 @@ def check(
     progress=True,         # show a bar
     published=True,        # compare with the published counts of `samples.attrs["dataset"]`
 ) -> DataReport:
-    "Check a table and its files: counts, people, cameras; missing, broken, black and doubled images; what the disk has beside."
+    "Check a table and its files: counts, people, cameras; missing, broken, black, doubled images; what lies beside."
     samples = as_samples(samples)
     facts = DATASETS.get(samples.attrs.get("dataset"))
     counts = _counts(samples, facts.counts if facts and published else {})
-    findings = [(count_differences(samples) if published else [], [], {}), _people_findings(samples)]
+    found = _Findings(count_differences(samples) if published else [], _what_is_known(samples, facts))
+    _look_at_people(samples, found)
+    _look_at_tracklets(samples, found)
     if root is not None:
-        if not Path(root).is_dir(): raise FileNotFoundError(f"no folder {root}")
-        paths = pd.unique(samples["path"]).tolist()
-        files = _look_all(Path(root), paths, decode, workers, progress)
-        findings += [_file_findings(samples, files), _odd_findings(files), _disk_findings(samples, Path(root))]
+        root = Path(root)
+        if not root.is_dir(): raise FileNotFoundError(f"no folder {root}")
+        files = _look_all(root, pd.unique(samples["path"]).tolist(), decode, workers, progress)
+        _look_at_files(samples, files, found)
+        _look_at_oddities(files, found)
+        _look_at_the_disk(samples, root, found)
     name = facts.title if facts else samples.attrs.get("dataset", "samples")
-    title = f"{name} {samples.attrs.get('version', '')}".strip() + f", {len(samples):,} images" + (" (files not looked at)" if root is None else "")
-    notes = [f"{counted(samples.attrs['junk'], 'junk image')} (pid -1) dropped"] if samples.attrs.get("junk") else []
-    if samples.attrs.get("unlisted"): notes.append(f"{counted(samples.attrs['unlisted'], 'image')} on disk in no list, left out")
+    title = f"{name} {samples.attrs.get('version', '')}".strip() + f", {len(samples):,} images"
+    return DataReport(title + (" (files not looked at)" if root is None else ""), counts,
+                      found.problems, found.notes, found.details)
+
+def _what_is_known(samples: pd.DataFrame, facts) -> list:
+    "Notes on what the reader left out, and on the data set."
+    junk, unlisted, notes = samples.attrs.get("junk"), samples.attrs.get("unlisted"), []
+    if junk: notes.append(f"{counted(junk, 'junk image')} (pid -1) dropped")
+    if unlisted: notes.append(f"{counted(unlisted, 'image')} on disk in no list, left out")
     if facts and facts.note: notes.append(facts.note)
-    return DataReport(title, counts, sum((f[0] for f in findings), []), notes + sum((f[1] for f in findings), []), {k: v for f in findings for k, v in f[2].items()})
+    return notes

@@ -7,13 +7,16 @@ __all__ = ['READERS', 'SUBSETS', 'read_market1501', 'read_msmt17', 'read_cion_al
            'read_ltcc', 'read_mars', 'read_data']
 
 # %% ../../nbs/1_data/01_datasets.ipynb #c891cb00
-import re, warnings
+import re
+import warnings
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from ..core.files import counted, first_few, read_json, read_text, resolve
-from ..core.runs import Run
 from ..core.images import list_images
+from ..core.runs import Run
 from ..core.samples import (
     DEFAULTS, known_splits, located, make_samples, read_samples, require_whole_tracklets, stamp, with_our_names)
 from .facts import compared, find_home, homes, not_found, the_home
@@ -34,8 +37,18 @@ def _match_names(
     others = [p for p, m in zip(paths, matches) if m is None]
     if others:
         more = f", nor are {len(others) - 1:,} more" * (len(others) > 1)
-        raise ValueError(f"{Path(folder)/others[0]}: not named like {example}{more}; take out what is not the data set's")
+        raise ValueError(f"{Path(folder)/others[0]}: not named like {example}{more}; "
+                         "take out what is not the data set's")
     return matches
+
+def _fields(paths: list, pattern: re.Pattern, example: str, folder="") -> pd.DataFrame:
+    "What the names say, as text, a column a group of the pattern. Errors as of `_match_names`."
+    matches = _match_names(paths, pattern, example, folder)
+    return pd.DataFrame([m.groupdict() for m in matches], columns=list(pattern.groupindex))
+
+def _prefix(home: Path, root: Path) -> str:
+    "What stands before a path below `home` to make it one below `root`."
+    return "" if home == root else home.relative_to(root).as_posix() + "/"
 
 # %% ../../nbs/1_data/01_datasets.ipynb #484ceeda
 _MARKET_NAME = re.compile(r"(?P<pid>-1|\d+)_(?P<video>c(?P<camid>\d+)s\d+)_(?P<frame>\d+)_\d+\..+")
@@ -44,91 +57,113 @@ _MARKET_FOLDERS = dict(train="bounding_box_train", query="query", gallery="bound
 def read_market1501(
     root, # the data set's folder or one above it
 ) -> pd.DataFrame: # paths relative to `root`; `attrs`: dataset, junk (images dropped)
-    """Market-1501: train, query, gallery. pid -1 (junk) is dropped and counted, pid 0 (distractors) kept. A warning where the counts are
-    not the published; FileNotFoundError where it is not found; ValueError for two copies side by side, an empty folder, a file of another name."""
+    """Market-1501: train, query, gallery. pid -1 (junk) is dropped and counted, pid 0 (distractors) kept.
+    A warning where the counts are not the published; FileNotFoundError where it is not found;
+    ValueError for two copies side by side, an empty folder, a file of another name."""
     root = Path(root)
     home = find_home(root, "Market-1501", "market", tuple(_MARKET_FOLDERS.values()))
     tables, junk = [], 0
     for split, folder in _MARKET_FOLDERS.items():
         names = _images_in(home/folder)
-        found = pd.DataFrame([m.groupdict() for m in _match_names(names, _MARKET_NAME, "0002_c1s1_000451_03.jpg", home/folder)],
-                             columns=["pid", "camid", "video", "frame"])
+        found = _fields(names, _MARKET_NAME, "0002_c1s1_000451_03.jpg", home/folder)
         found["path"] = [(home/folder/n).relative_to(root).as_posix() for n in names]
-        is_junk = found["pid"] == "-1"; junk += int(is_junk.sum())
+        is_junk = found["pid"] == "-1"
+        junk += int(is_junk.sum())
         tables.append(make_samples(split=split, **found[~is_junk]))
     return compared(stamp(pd.concat(tables, ignore_index=True), "market1501", junk=junk))
 
-# %% ../../nbs/1_data/01_datasets.ipynb #c9db3e0a
+# %% ../../nbs/1_data/01_datasets.ipynb #d5c75835
 _MSMT17_NAME = re.compile(r"\d+_\d+_(?P<camid>\d+)(?:_(?P<time>[^_]+)_(?P<frame>\d+))?.*")
 _MSMT17_FOLDERS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
 
-def _msmt17_home(root: Path, version: str|None) -> tuple[Path, str]:
-    "Folder and version of the MSMT17 that is meant. ValueError where V1 and V2 are both there and none is asked for."
-    if version not in (None, *_MSMT17_FOLDERS): raise ValueError(f"version={version!r}: choose V1 or V2")
-    found = {v: homes(root, "msmt", folders, anywhere=v == "V2") for v, folders in _MSMT17_FOLDERS.items()}   # many data sets have train/ and test/
-    there = [v for v in found if found[v]]
-    if not there:
-        inside = next((f for f in _MSMT17_FOLDERS.values() if root.name in f), _MSMT17_FOLDERS["V2"])
-        raise not_found(root, "MSMT17 V1 (train, test) or V2", "msmt", inside)
-    if version is None and len(there) > 1:
-        raise ValueError(f"{root} holds MSMT17 V1 and V2; choose one by version='V1' or 'V2': {', '.join(str(p) for v in there for p in found[v])}")
-    version = version or there[0]
-    if version not in there: raise ValueError(f"{found[there[0]][0]} holds MSMT17 {there[0]}, not {version}")
-    home = the_home(root, f"MSMT17 {version}", found[version])
-    if {"V1": "v2", "V2": "v1"}[version] in home.name.lower():
-        warnings.warn(f"{home} is MSMT17 {version} by its folders ({', '.join(_MSMT17_FOLDERS[version])}), whatever its name says")
-    return home, version
+def read_msmt17(
+    root,         # the data set's folder or one above it
+    version=None, # "V1" or "V2"; None tells them apart by their folders, and refuses to where both are there
+) -> pd.DataFrame: # paths relative to `root`; `attrs`: dataset, version, unlisted (images on disk that no list names)
+    """MSMT17 V1 or V2: train (list_train + list_val), query, gallery; video = camera and time of day.
+    FileNotFoundError for a missing list or listed image, ValueError where both versions are there;
+    a warning where images are in no list and left out, or the counts are not the published."""
+    root = Path(root)
+    home, version = _msmt17_home(root, version)
+    train, test = _MSMT17_FOLDERS[version]
+    rows = _msmt17_rows(home, train, test)
+    twice = rows["path"][rows["path"].duplicated()]
+    if len(twice): raise ValueError(f"{home}: its lists name {counted(len(twice), 'image')} twice: {first_few(twice)}; "
+                                    "take the lists of the data set as it came")
+    unlisted = _require_files(home, rows["path"], (train, test))
+    names = _fields(rows["path"].tolist(), _MSMT17_NAME, "0000_000_01_0303morning_0015_0.jpg")
+    video = ("c" + names["camid"] + "_" + names["time"].fillna("")).str.rstrip("_")
+    samples = make_samples(_prefix(home, root) + rows["path"], rows["pid"], names["camid"], video,
+                           frame=names["frame"].fillna(-1), split=rows["split"])
+    print(f"MSMT17 {version} ({train}, {test}): {len(samples):,} images")
+    offset = rows.attrs["test_pid_offset"]
+    return compared(stamp(samples, "msmt17", version=version, test_pid_offset=offset, unlisted=unlisted))
+
+# %% ../../nbs/1_data/01_datasets.ipynb #4f657e43
+def _msmt17_rows(home: Path, train: str, test: str) -> pd.DataFrame:
+    "Columns path, pid, split of all four lists; test people counted on from the train people, by `attrs`."
+    folders = dict(train=train, val=train, query=test, gallery=test)
+    lists = {name: _read_list(home/f"list_{name}.txt", folder) for name, folder in folders.items()}
+    offset = int(max(lists["train"]["pid"].max(), lists["val"]["pid"].max())) + 1
+    for name in ("query", "gallery"): lists[name]["pid"] += offset
+    parts = [t.assign(split="train" if name == "val" else name) for name, t in lists.items()]
+    rows = pd.concat(parts, ignore_index=True)
+    rows.attrs = dict(test_pid_offset=offset)
+    return rows
 
 def _read_list(file: Path, folder: str) -> pd.DataFrame:
     "A list file's rows as columns path (below the data set's folder) and pid."
-    if not file.is_file(): raise FileNotFoundError(f"{file} is missing; MSMT17 comes with list_train.txt, list_val.txt, list_query.txt and list_gallery.txt")
+    if not file.is_file(): raise FileNotFoundError(f"{file} is missing; MSMT17 comes with list_train.txt, "
+                                                   "list_val.txt, list_query.txt and list_gallery.txt")
     rows = [line.rsplit(maxsplit=1) for line in read_text(file).split("\n") if line.strip()]
     for i, row in enumerate(rows):
-        if len(row) != 2 or not row[1].isdigit(): raise ValueError(f"{file}, line {i + 1}: expected 'path pid', got {' '.join(row)!r}")
+        if len(row) == 2 and row[1].isdigit(): continue
+        raise ValueError(f"{file}, line {i + 1}: expected 'path pid', got {' '.join(row)!r}")
     if not rows: raise ValueError(f"{file} lists no image")
     return pd.DataFrame([(f"{folder}/{_below(path, folder)}", int(pid)) for path, pid in rows], columns=["path", "pid"])
 
 def _below(path: str, folder: str) -> str:
     "A listed path without what some tools write before it: `./`, the folder it is listed for."
     path = path.replace("\\", "/").removeprefix("./")
-    return next((path.removeprefix(f"{f}/") for f in (folder, folder.removeprefix("mask_").removesuffix("_v2")) if path.startswith(f"{f}/")), path)
+    starts = (f"{f}/" for f in (folder, folder.removeprefix("mask_").removesuffix("_v2")))
+    return next((path.removeprefix(start) for start in starts if path.startswith(start)), path)
 
-# %% ../../nbs/1_data/01_datasets.ipynb #d5c75835
-def read_msmt17(
-    root,         # the data set's folder or one above it
-    version=None, # "V1" or "V2"; None tells them apart by their folders, and refuses to where both are there
-) -> pd.DataFrame: # paths relative to `root`; train = list_train + list_val; `attrs`: dataset, version, unlisted (images on disk that no list names: left out)
-    """MSMT17 V1 or V2: train, query, gallery, video = camera and time of day. FileNotFoundError for a missing list or listed image,
-    ValueError where both versions are there; a warning where images are in no list, or the counts are not the published."""
-    root = Path(root)
-    home, version = _msmt17_home(root, version)
-    train, test = _MSMT17_FOLDERS[version]
-    lists = {n: _read_list(home/f"list_{n}.txt", train if n in ("train", "val") else test) for n in ("train", "val", "query", "gallery")}
-    offset = int(max(lists["train"]["pid"].max(), lists["val"]["pid"].max())) + 1
-    for n in ("query", "gallery"): lists[n]["pid"] += offset
-    rows = pd.concat([t.assign(split="train" if n == "val" else n) for n, t in lists.items()], ignore_index=True)
-    twice = rows["path"][rows["path"].duplicated()]
-    if len(twice): raise ValueError(f"{home}: its lists name {counted(len(twice), 'image')} twice: {first_few(twice)}; take the lists of the data set as it came")
-    unlisted = _require_files(home, rows["path"], (train, test))
-    names = pd.DataFrame([m.groupdict() for m in _match_names(rows["path"].tolist(), _MSMT17_NAME, "0000_000_01_0303morning_0015_0.jpg", home)])
-    prefix = "" if home == root else home.relative_to(root).as_posix() + "/"
-    samples = make_samples(prefix + rows["path"], rows["pid"], names["camid"], frame=names["frame"].fillna(-1), split=rows["split"],
-                           video=("c" + names["camid"] + "_" + names["time"].fillna("")).str.rstrip("_"))
-    print(f"MSMT17 {version} ({train}, {test}): {len(samples):,} images")
-    return compared(stamp(samples, "msmt17", version=version, test_pid_offset=offset, unlisted=unlisted))
+# %% ../../nbs/1_data/01_datasets.ipynb #c9db3e0a
+def _msmt17_home(root: Path, version: str|None) -> tuple[Path, str]:
+    "Folder and version of the MSMT17 that is meant. ValueError where V1 and V2 are both there and none is asked for."
+    if version not in (None, *_MSMT17_FOLDERS): raise ValueError(f"version={version!r}: choose V1 or V2")
+    found = {v: homes(root, "msmt", folders, anywhere=v == "V2")        # many data sets have train/ and test/
+             for v, folders in _MSMT17_FOLDERS.items()}
+    there = [v for v in found if found[v]]
+    if not there:
+        inside = next((f for f in _MSMT17_FOLDERS.values() if root.name in f), _MSMT17_FOLDERS["V2"])
+        raise not_found(root, "MSMT17 V1 (train, test) or V2", "msmt", inside)
+    if version is None and len(there) > 1:
+        places = ", ".join(str(p) for v in there for p in found[v])
+        raise ValueError(f"{root} holds MSMT17 V1 and V2; choose one by version='V1' or 'V2': {places}")
+    version = version or there[0]
+    if version not in there: raise ValueError(f"{found[there[0]][0]} holds MSMT17 {there[0]}, not {version}")
+    home = the_home(root, f"MSMT17 {version}", found[version])
+    if {"V1": "v2", "V2": "v1"}[version] in home.name.lower():
+        folders = ", ".join(_MSMT17_FOLDERS[version])
+        warnings.warn(f"{home} is MSMT17 {version} by its folders ({folders}), whatever its name says")
+    return home, version
 
 # %% ../../nbs/1_data/01_datasets.ipynb #07ea1467
 def _require_files(home: Path, listed: pd.Series, folders: tuple) -> int:
-    "How many images under `folders` are not listed (a warning names some); FileNotFoundError counting and naming listed ones that do not exist."
+    "How many images under `folders` are not listed (a warning names some); FileNotFoundError for listed ones not there"
     there = {f"{folder}/{name}" for folder in folders for name in list_images(home/folder)}
     missing = [p for p in listed if p not in there]
     if missing:
         bare = {p.rpartition(".")[0] for p in there}
         renamed = sum(p.rpartition(".")[0] in bare for p in missing)
-        raise FileNotFoundError(f"{len(missing):,} of {len(listed):,} listed images are not under {home}: {first_few(missing)}; "
-                                + (f"{renamed:,} are there with another ending: rename them as the lists say" if renamed else "unpack the whole data set"))
+        remedy = f"{renamed:,} are there with another ending: rename them as the lists say"
+        raise FileNotFoundError(f"{len(missing):,} of {len(listed):,} listed images are not under {home}: "
+                                f"{first_few(missing)}; {remedy if renamed else 'unpack the whole data set'}")
     unlisted = sorted(there - set(listed))
-    if unlisted: warnings.warn(f"{home}: {counted(len(unlisted), 'image is', 'images are')} in no list and left out: {first_few(unlisted)}", stacklevel=3)
+    if unlisted:
+        images = counted(len(unlisted), "image is", "images are")
+        warnings.warn(f"{home}: {images} in no list and left out: {first_few(unlisted)}", stacklevel=3)
     return len(unlisted)
 
 # %% ../../nbs/1_data/01_datasets.ipynb #9b451552
@@ -139,14 +174,15 @@ def read_cion_al(
     prefix=None,  # what paths of another machine begin with, cut off: "D:/data/images"
     splits=None,  # names of splits in the file -> train, query, gallery or ""; "test" is understood as gallery
 ) -> pd.DataFrame: # all rows in `train` unless the file says otherwise, camid unknown, in the file's order
-    "CION-AL's annotation, or any of the same form; `check` compares it with the disk. ValueError naming file and entry."
+    "CION-AL's annotation, or any of the same form; `check` compares it with the disk. ValueError names file and entry."
     names = dict(pid="id", path="file_path") | dict(columns or {})
     entries = _entries(annotation, names)
     rows = pd.DataFrame(entries) if entries else pd.DataFrame(columns=list(names.values()))
     rows = with_our_names(rows, names, annotation)
     try:
         rows["path"] = located(rows["path"], root, prefix)
-        for c in rows.columns.intersection(["camid", "video", "tracklet", "frame", "split"]): rows[c] = rows[c].fillna(DEFAULTS[c])
+        for c in rows.columns.intersection(["camid", "video", "tracklet", "frame", "split"]):
+            rows[c] = rows[c].fillna(DEFAULTS[c])
         if "split" in rows: rows["split"] = known_splits(rows["split"], splits)
         samples = make_samples(**{"split": "train", **rows})
         require_whole_tracklets(samples)
@@ -154,18 +190,25 @@ def read_cion_al(
     is_cion = all(re.match(r"(.*/)?sec\d+/", p) for p in samples["path"])
     return stamp(samples, "cion_al" if is_cion else "annotation")
 
+# %% ../../nbs/1_data/01_datasets.ipynb #0bec6d76
 def _entries(annotation, names: dict) -> list:
     "The list of a JSON file; every entry a dict with an id and a path."
     entries = read_json(annotation)
     if not isinstance(entries, list):
-        keys = f" with keys {first_few(map(repr, entries))}; save the list in it as a file of its own" if isinstance(entries, dict) else ""
-        raise ValueError(f"{annotation}: expected a list of {{id, file_path}}, found a {type(entries).__name__}{keys}")
+        found = type(entries).__name__
+        if isinstance(entries, dict):
+            found += f" with keys {first_few(map(repr, entries))}; save the list in it as a file of its own"
+        raise ValueError(f"{annotation}: expected a list of {{id, file_path}}, found a {found}")
     pid, path = names["pid"], names["path"]
     for i, entry in enumerate(entries):
+        where = f"{annotation}, entry {i}"
         if not (isinstance(entry, dict) and pid in entry and path in entry):
-            raise ValueError(f"{annotation}, entry {i}: expected {pid} and {path}, found {str(entry)[:80]}; columns=dict(pid=..., path=...) names other keys")
-        if not isinstance(entry[path], str) or not entry[path].strip(): raise ValueError(f"{annotation}, entry {i}: {path} is {entry[path]!r}, no path")
-        if isinstance(entry[pid], (bool, list, dict)): raise ValueError(f"{annotation}, entry {i}: {pid} is {str(entry[pid])[:80]}, no number")
+            raise ValueError(f"{where}: expected {pid} and {path}, found {str(entry)[:80]}; "
+                             "columns=dict(pid=..., path=...) names other keys")
+        if not isinstance(entry[path], str) or not entry[path].strip():
+            raise ValueError(f"{where}: {path} is {entry[path]!r}, no path")
+        if isinstance(entry[pid], (bool, list, dict)):
+            raise ValueError(f"{where}: {pid} is {str(entry[pid])[:80]}, no number")
     return entries
 
 # %% ../../nbs/1_data/01_datasets.ipynb #c1f23ff7
@@ -177,13 +220,14 @@ def read_cuhk03np(
 ) -> pd.DataFrame: # paths relative to `root`; `attrs`: dataset
     "CUHK03-NP (767/700): train, query, gallery; Market protocol. Errors and warnings as `read_market1501`."
     if boxes not in ("labeled", "detected"): raise ValueError(f"boxes={boxes!r}: choose labeled or detected")
-    root, folders = Path(root), dict(train="bounding_box_train", query="query", gallery="bounding_box_test")
-    home = find_home(root, f"CUHK03-NP, {boxes}", "cuhk03", tuple(f"{boxes}/{f}" for f in folders.values()))
+    root = Path(root)
+    home = find_home(root, f"CUHK03-NP, {boxes}", "cuhk03", tuple(f"{boxes}/{f}" for f in _MARKET_FOLDERS.values()))
     tables = []
-    for split, folder in folders.items():
-        names = _images_in(home/boxes/folder)
-        found = pd.DataFrame([m.groupdict() for m in _match_names(names, _CUHK03_NAME, "0003_c1_21.png", home/boxes/folder)], columns=["pid", "camid", "frame"])
-        tables.append(make_samples([(home/boxes/folder/n).relative_to(root).as_posix() for n in names], split=split, **found))
+    for split, name in _MARKET_FOLDERS.items():
+        folder = home/boxes/name
+        names = _images_in(folder)
+        found = _fields(names, _CUHK03_NAME, "0003_c1_21.png", folder)
+        tables.append(make_samples([(folder/n).relative_to(root).as_posix() for n in names], split=split, **found))
     return compared(stamp(pd.concat(tables, ignore_index=True), f"cuhk03np_{boxes}"))
 
 # %% ../../nbs/1_data/01_datasets.ipynb #327598f9
@@ -202,12 +246,13 @@ def read_viper(
         rows += [(f"{folder}/{n}", int(m["pid"]), camid) for n, m in zip(names, matches)]
     t = pd.DataFrame(rows, columns=["path", "pid", "camid"])
     odd = t.groupby("pid").camid.apply(lambda c: sorted(c) != [0, 1])
-    if odd.any(): raise ValueError(f"{home}: {counted(int(odd.sum()), 'person has', 'people have')} not one image in each camera: {first_few(odd.index[odd])}")
+    if odd.any():
+        people = counted(int(odd.sum()), "person has", "people have")
+        raise ValueError(f"{home}: {people} not one image in each camera: {first_few(odd.index[odd])}")
     people = np.sort(t.pid.unique())
     trained = np.random.default_rng([seed, half]).permutation(people)[:len(people) // 2]
     split = np.where(t.pid.isin(trained), "train", np.where(t.camid == 0, "query", "gallery"))
-    prefix = "" if home == root else home.relative_to(root).as_posix() + "/"
-    return compared(stamp(make_samples(prefix + t.path, t.pid, t.camid, split=split), "viper", half=half))
+    return compared(stamp(make_samples(_prefix(home, root) + t.path, t.pid, t.camid, split=split), "viper", half=half))
 
 # %% ../../nbs/1_data/01_datasets.ipynb #3fa1b93d
 def read_prcc(
@@ -215,132 +260,164 @@ def read_prcc(
     queries: str, # "same" (camera B) or "other" (camera C): clothes
 ) -> pd.DataFrame: # train: all cameras (rgb/val is left out); gallery: camera A; column `clothes`
     "PRCC: camera A as the gallery, camera B or C as the queries. Cameras are 0, 1, 2."
-    if queries not in ("same", "other"): raise ValueError(f"queries={queries!r}: choose same (camera B) or other (camera C) clothes")
-    root = Path(root)
+    if queries not in ("same", "other"):
+        raise ValueError(f"queries={queries!r}: choose same (camera B) or other (camera C) clothes")
+    root, rows = Path(root), []
     home = find_home(root, "PRCC", "prcc", ("rgb/train", "rgb/test/A", "rgb/test/B", "rgb/test/C"))
-    rows, camera = [], dict(A=0, B=1, C=2)
     for name in _images_in(home/"rgb/train"):
         m = re.fullmatch(r"(\d+)/([ABC])_.*", name)
         if m is None: raise ValueError(f"{home/'rgb/train'/name}: not named like 002/A_cropped_rgb001.jpg")
         rows.append((f"rgb/train/{name}", int(m[1]), m[2], "train"))
-    for letter, split in dict(A="gallery", **{"B" if queries == "same" else "C": "query"}).items():
-        for name in _images_in(home/"rgb/test"/letter):
+    for letter, split in (("A", "gallery"), ("B" if queries == "same" else "C", "query")):
+        folder = home/"rgb/test"/letter
+        for name in _images_in(folder):
             m = re.fullmatch(r"(\d+)/.+", name)
-            if m is None: raise ValueError(f"{home/'rgb/test'/letter/name}: not in a folder named by a person's number")
+            if m is None: raise ValueError(f"{folder/name}: not in a folder named by a person's number")
             rows.append((f"rgb/test/{letter}/{name}", int(m[1]), letter, split))
-    t, prefix = pd.DataFrame(rows, columns=["path", "pid", "letter", "split"]), "" if home == root else home.relative_to(root).as_posix() + "/"
+    t = pd.DataFrame(rows, columns=["path", "pid", "letter", "split"])
+    camid = t.letter.map(dict(A=0, B=1, C=2))
     clothes = (t.pid.astype(str) + t.letter.map(dict(A="a", B="a", C="c"))).astype("string")
-    return compared(stamp(make_samples(prefix + t.path, t.pid, t.letter.map(camera), split=t.split).assign(clothes=clothes), "prcc", queries=queries))
+    samples = make_samples(_prefix(home, root) + t.path, t.pid, camid, split=t.split).assign(clothes=clothes)
+    return compared(stamp(samples, "prcc", queries=queries))
 
 # %% ../../nbs/1_data/01_datasets.ipynb #b0dd0938
+_LTCC_NAME = re.compile(r"(?P<pid>\d+)_(?P<clothes>\d+)_c(?P<camid>\d+)_(?P<frame>\d+).*")
+
 def read_ltcc(
     root, # the data set's folder or one above it
 ) -> pd.DataFrame: # train, query, gallery, with column `clothes`
     "LTCC: train, query, gallery."
     root, folders = Path(root), dict(train="train", query="query", gallery="test")
-    home = find_home(root, "LTCC", "ltcc", tuple(folders.values()), anywhere=False)      # many data sets have such folders
-    tables, pattern = [], re.compile(r"(?P<pid>\d+)_(?P<clothes>\d+)_c(?P<camid>\d+)_(?P<frame>\d+).*")
+    home = find_home(root, "LTCC", "ltcc", tuple(folders.values()), anywhere=False)   # many have such folders
+    tables = []
     for split, folder in folders.items():
         names = _images_in(home/folder)
-        found = pd.DataFrame([m.groupdict() for m in _match_names(names, pattern, "001_1_c1_015833.png", home/folder)], columns=["pid", "clothes", "camid", "frame"])
-        table = make_samples([(home/folder/n).relative_to(root).as_posix() for n in names], split=split, **found.drop(columns="clothes"))
-        tables.append(table.assign(clothes=(found.pid.astype(int).astype(str) + "_" + found.clothes).astype("string")))
+        found = _fields(names, _LTCC_NAME, "001_1_c1_015833.png", home/folder)
+        paths = [(home/folder/n).relative_to(root).as_posix() for n in names]
+        table = make_samples(paths, split=split, **found.drop(columns="clothes"))
+        clothes = (found.pid.astype(int).astype(str) + "_" + found.clothes).astype("string")
+        tables.append(table.assign(clothes=clothes))
     return compared(stamp(pd.concat(tables, ignore_index=True), "ltcc"))
 
-# %% ../../nbs/1_data/01_datasets.ipynb #1734cc16
+# %% ../../nbs/1_data/01_datasets.ipynb #cc5ae53f
 _MARS_NAME = re.compile(r"(?P<pid>\d{4}|00-1)C(?P<camid>\d)T(?P<tracklet>\d{4})F(?P<frame>\d{3})\.jpg")
 _MARS_INFO = ("test_name.txt", "tracks_test_info.mat", "query_IDX.mat")
 
-def _mat(file: Path, name: str) -> np.ndarray:
-    "Whole numbers of a MATLAB file's variable; ValueError that names the file where it is damaged or has no such variable."
-    from scipy.io import loadmat
-    try: found = loadmat(file)
-    except Exception as e: raise ValueError(f"{file} is no readable MATLAB file ({type(e).__name__}: {e}): unpack it again") from e
-    if name not in found: raise ValueError(f"{file} has no {name}, but {', '.join(k for k in found if not k.startswith('__')) or 'nothing'}")
-    return found[name].astype(np.int64)
+def read_mars(
+    root, # the data set's folder or one above it
+) -> pd.DataFrame: # a row an image; `tracklet` is unique; `attrs`: dataset, unlisted, junk, junk_tracklets (dropped)
+    """MARS: train, query and gallery tracklets; the official gallery is query and gallery (`protocols.sides`).
+    FileNotFoundError for missing lists and missing listed images, ValueError for lists that disagree;
+    a warning where images are in no list, or the counts are not the published."""
+    root = Path(root)
+    home = find_home(root, "MARS", "mars", ("bbox_train", "bbox_test"))
+    for file in (home/"info"/name for name in _MARS_INFO):
+        if not file.is_file(): raise FileNotFoundError(f"{file} is missing: MARS's queries are defined there")
+    test, unlisted = _mars_part(home, "test")
+    has_lists = all((home/"info"/n).is_file() for n in ("train_name.txt", "tracks_train_info.mat"))
+    train, more = _mars_part(home, "train") if has_lists else (_mars_unlisted_train(home), 0)
+    test["split"] = np.where(test.row.isin(_mars_queries(home, test)), "query", "gallery")
+    t = pd.concat([train.assign(split="train"), test.assign(row=test.row + train.row.max() + 1)], ignore_index=True)
+    nobody = t.split.eq("query") & t.pid.isin(["00-1", "0000"])
+    if nobody.any():
+        raise ValueError(f"{home/'info/query_IDX.mat'} asks for junk or distractors: {first_few(t.path[nobody])}")
+    junk = t.pid == "00-1"
+    seen = dict(junk=int(junk.sum()), junk_tracklets=int(t.row[junk].nunique()), unlisted=unlisted + more)
+    t = t[~junk].reset_index(drop=True)
+    table = make_samples(_prefix(home, root) + t.path, t.pid, t.camid, tracklet=t.row, frame=t.frame, split=t.split,
+                         video="c" + t.camid)
+    return compared(stamp(table, "mars", **seen))
 
-def _mars_names(names: list, where: Path) -> pd.DataFrame:
-    "What the names say, as text."
-    matches = _match_names(names, _MARS_NAME, "0001C1T0001F001.jpg", where)
-    return pd.DataFrame([m.groupdict() for m in matches], columns=["pid", "camid", "tracklet", "frame"])
-
+# %% ../../nbs/1_data/01_datasets.ipynb #1734cc16
 def _mars_part(
     home: Path, part: str,       # "train" or "test"
-) -> tuple[pd.DataFrame, int]:   # a row a listed image: path below `home`, pid (text), camid, frame, row (of the tracks); images left out
-    "A part of MARS by its lists. FileNotFoundError for listed images that are missing, ValueError where lists disagree."
-    file, tracks = home/"info"/f"{part}_name.txt", _mat(home/"info"/f"tracks_{part}_info.mat", f"track_{part}_info")
+) -> tuple[pd.DataFrame, int]:   # path below `home`, pid (text), camid, frame, row (of the tracks); images left out
+    "The listed images of a part. FileNotFoundError for those that are missing, ValueError where lists disagree."
+    file, info = home/"info"/f"{part}_name.txt", home/"info"/f"tracks_{part}_info.mat"
+    tracks = _mat(info, f"track_{part}_info")
     names = [n.replace("\\", "/").rpartition("/")[2] for n in read_text(file).split()]
-    t = _mars_names(names, file)
+    t = _fields(names, _MARS_NAME, "0001C1T0001F001.jpg", file)
     t["path"] = [f"bbox_{part}/{n[:4]}/{n}" for n in names]
     twice = t.path[t.path.duplicated()]
     if len(twice): raise ValueError(f"{file} lists {counted(len(twice), 'image')} twice: {first_few(twice)}")
     unlisted = _require_files(home, t.path, (f"bbox_{part}",))
-    kept = _mars_tracks(t, tracks, f"{home/'info'/f'tracks_{part}_info.mat'}")
+    kept = _mars_tracks(t, tracks, str(info))
     return kept, unlisted + len(t) - len(kept)
 
+def _mars_unlisted_train(home: Path) -> pd.DataFrame:
+    "The training part where its lists are not there, by its names."
+    names = _images_in(home/"bbox_train")
+    t = _fields(names, _MARS_NAME, "0001C1T0001F001.jpg", home/"bbox_train")
+    row = pd.factorize(t.pid + "C" + t.camid + "T" + t.tracklet)[0]
+    return t.assign(path=[f"bbox_train/{n}" for n in names], row=row)
+
+# %% ../../nbs/1_data/01_datasets.ipynb #2d444148
 def _mars_tracks(t: pd.DataFrame, tracks: np.ndarray, what: str) -> pd.DataFrame:
     """The listed images with the row of their tracklet; those of none are left out with a warning.
     ValueError where rows overlap, leave the list, or name another person or camera."""
     first, last = tracks[:, 0] - 1, tracks[:, 1]
-    bad = (first < 0) | (last > len(t)) | (last <= first)
-    if bad.any(): raise ValueError(f"{what}, row {int(bad.argmax()) + 1}: images {first[bad][0] + 1} to {last[bad][0]} of a list of {len(t):,}")
-    order = np.argsort(first, kind="stable")
-    twice = np.flatnonzero(first[order][1:] < last[order][:-1])
-    if len(twice): raise ValueError(f"{what}, rows {order[twice[0]] + 1} and {order[twice[0] + 1] + 1} both hold image {first[order][twice[0] + 1] + 1}")
+    _refuse_ranges(first, last, len(t), what)
     row, length = np.full(len(t), -1), last - first
-    row[np.arange(length.sum()) - np.repeat(np.cumsum(length) - length - first, length)] = np.repeat(np.arange(len(tracks)), length)
+    images = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length - first, length)   # of row 0, of row 1, ...
+    row[images] = np.repeat(np.arange(len(tracks)), length)
     lost = t.path[row < 0]
-    if len(lost): warnings.warn(f"{what}: {counted(len(lost), 'listed image is', 'listed images are')} in no tracklet and left out: {first_few(lost)}")
+    if len(lost):
+        those = counted(len(lost), "listed image is", "listed images are")
+        warnings.warn(f"{what}: {those} in no tracklet and left out: {first_few(lost)}")
     t = t.assign(row=row)[row >= 0]
     other = (tracks[t.row, 2] != t.pid.replace("00-1", "-1").astype(int)) | (tracks[t.row, 3] != t.camid.astype(int))
     if other.any():
         image = t[other].iloc[0]
-        raise ValueError(f"{what}, row {image.row + 1}: person {tracks[image.row, 2]} in camera {tracks[image.row, 3]}, but its images are named like {image.path}")
+        pid, camid = tracks[image.row, 2:4]
+        raise ValueError(f"{what}, row {image.row + 1}: person {pid} in camera {camid}, "
+                         f"but its images are named like {image.path}")
     return t
 
-def _mars_unlisted_train(home: Path) -> pd.DataFrame:
-    "The training part where its lists are not there: by names, which number tracklets within a person and a camera."
-    names = _images_in(home/"bbox_train")
-    t = _mars_names(names, home/"bbox_train")
-    return t.assign(path=[f"bbox_train/{n}" for n in names], row=pd.factorize(t.pid + "C" + t.camid + "T" + t.tracklet)[0])
+def _refuse_ranges(first: np.ndarray, last: np.ndarray, n: int, what: str) -> None:
+    "ValueError for the first row (counted from 1) that leaves a list of `n` images or shares one with another row."
+    bad = (first < 0) | (last > n) | (last <= first)
+    if bad.any(): raise ValueError(f"{what}, row {int(bad.argmax()) + 1}: "
+                                   f"images {first[bad][0] + 1} to {last[bad][0]} of a list of {n:,}")
+    order = np.argsort(first, kind="stable")
+    twice = np.flatnonzero(first[order][1:] < last[order][:-1])
+    if len(twice):
+        one, two = order[twice[0]], order[twice[0] + 1]
+        raise ValueError(f"{what}, rows {one + 1} and {two + 1} both hold image {first[two] + 1}")
 
-# %% ../../nbs/1_data/01_datasets.ipynb #cc5ae53f
-def read_mars(
-    root, # the data set's folder or one above it
-) -> pd.DataFrame: # a row an image; `tracklet` is unique; `attrs`: dataset, junk (images dropped), junk_tracklets, unlisted
-    """MARS: train, query and gallery tracklets; the official gallery is query and gallery (`protocols.sides`). FileNotFoundError for missing lists and
-    missing listed images, ValueError for lists that disagree; a warning where images are in no list, or the counts are not the published."""
-    root = Path(root)
-    home = find_home(root, "MARS", "mars", ("bbox_train", "bbox_test"))
-    for name in _MARS_INFO:
-        if not (home/"info"/name).is_file(): raise FileNotFoundError(f"{home/'info'/name} is missing: MARS's queries are defined there")
-    test, unlisted = _mars_part(home, "test")
-    has_lists = all((home/"info"/n).is_file() for n in ("train_name.txt", "tracks_train_info.mat"))
-    train, more = _mars_part(home, "train") if has_lists else (_mars_unlisted_train(home), 0)
-    asked = _mat(home/"info/query_IDX.mat", "query_IDX").ravel() - 1
+# %% ../../nbs/1_data/01_datasets.ipynb #453fa702
+def _mat(file: Path, name: str) -> np.ndarray:
+    "Whole numbers of a MATLAB file's variable; ValueError naming the file where it is damaged or has no such variable."
+    from scipy.io import loadmat
+    try: found = loadmat(file)
+    except Exception as e:
+        raise ValueError(f"{file} is no readable MATLAB file ({type(e).__name__}: {e}): unpack it again") from e
+    if name not in found:
+        others = ", ".join(k for k in found if not k.startswith("__")) or "nothing"
+        raise ValueError(f"{file} has no {name}, but {others}")
+    return found[name].astype(np.int64)
+
+def _mars_queries(home: Path, test: pd.DataFrame) -> np.ndarray:
+    "The rows of tracks that are queries, counted from 0. ValueError for one that is not there."
+    file = home/"info/query_IDX.mat"
+    asked = _mat(file, "query_IDX").ravel() - 1
     bad = (asked < 0) | (asked > test.row.max())
-    if bad.any(): raise ValueError(f"{home/'info/query_IDX.mat'} asks for row {asked[bad][0] + 1} of {test.row.max() + 1:,} tracklets")
-    test["split"] = np.where(test.row.isin(asked), "query", "gallery")
-    t = pd.concat([train.assign(split="train"), test.assign(row=test.row + train.row.max() + 1)], ignore_index=True)
-    nobody = t.split.eq("query") & t.pid.isin(["00-1", "0000"])
-    if nobody.any(): raise ValueError(f"{home/'info/query_IDX.mat'} asks for junk or distractors: {first_few(t.path[nobody])}")
-    junk = t.pid == "00-1"
-    prefix = "" if home == root else home.relative_to(root).as_posix() + "/"
-    seen = dict(junk=int(junk.sum()), junk_tracklets=int(t.row[junk].nunique()), unlisted=unlisted + more)
-    t = t[~junk].reset_index(drop=True)
-    table = make_samples(prefix + t.path, t.pid, t.camid, tracklet=t.row, frame=t.frame, split=t.split, video="c" + t.camid)
-    return compared(stamp(table, "mars", **seen))
+    if bad.any(): raise ValueError(f"{file} asks for row {asked[bad][0] + 1} of {test.row.max() + 1:,} tracklets")
+    return asked
 
 # %% ../../nbs/1_data/01_datasets.ipynb #938ca4c9
-READERS = dict(market1501=read_market1501, msmt17=read_msmt17, cion_al=read_cion_al, viper=read_viper, ltcc=read_ltcc, mars=read_mars,
-               **{f"viper_{h}": lambda root, h=h: read_viper(root, h) for h in range(10)}, **{f"prcc_{q}": lambda root, q=q: read_prcc(root, q) for q in ("same", "other")},
-               **{f"cuhk03np_{b}": lambda root, b=b: read_cuhk03np(root, b) for b in ("labeled", "detected")})     # data= of a recipe
+READERS = dict(market1501=read_market1501, msmt17=read_msmt17, cion_al=read_cion_al,
+               viper=read_viper, ltcc=read_ltcc, mars=read_mars)                             # data= of a recipe
+READERS |= {f"viper_{half}": lambda root, half=half: read_viper(root, half) for half in range(10)}
+READERS |= {f"prcc_{queries}": lambda root, queries=queries: read_prcc(root, queries) for queries in ("same", "other")}
+READERS |= {f"cuhk03np_{boxes}": lambda root, boxes=boxes: read_cuhk03np(root, boxes)
+            for boxes in ("labeled", "detected")}
 
 # %% ../../nbs/1_data/01_datasets.ipynb #98422a47
-SUBSETS = dict(tracklets="unlabelled tracklets or pre-training images", train="the train split", test="query and gallery")
+SUBSETS = dict(tracklets="unlabelled tracklets or pre-training images", train="the train split",
+               test="query and gallery")
 
 def read_data(
-    recipe: dict,   # has `data` (a world's recipe, "market1501", "msmt17", "cion_al", or a samples .parquet), `data_root`, `annotation`
+    recipe: dict,   # with `data` (a world's recipe, a name of `READERS`, a samples .parquet), `data_root`, `annotation`
     subset: str,    # one of `SUBSETS`
 ) -> tuple[pd.DataFrame, Path]:  # samples, and the root their paths start from
     "The images that a recipe's `data` names."
@@ -354,14 +431,18 @@ def read_data(
         samples, root = read_samples(file), resolve(recipe.get("data_root") or file.parent)
     else: samples, root = _read_known(data, recipe)
     if subset != "tracklets":
-        samples = samples[samples.split.isin(["train"] if subset == "train" else ["query", "gallery"])].reset_index(drop=True)
+        splits = ["train"] if subset == "train" else ["query", "gallery"]
+        samples = samples[samples.split.isin(splits)].reset_index(drop=True)
     if not len(samples): raise ValueError(f"{data}: there is no image for {SUBSETS[subset]} under {root}")
     return samples, root
 
 def _read_known(data, recipe):
-    if data not in READERS: raise ValueError(f"data {data!r}: choose one of {', '.join(READERS)}, a samples .parquet file, or a world's recipe")
+    "Samples and root of a data set by its reader's name."
+    if data not in READERS: raise ValueError(
+        f"data {data!r}: choose one of {', '.join(READERS)}, a samples .parquet file, or a world's recipe")
     if not recipe.get("data_root"): raise ValueError(f"data {data!r} needs data_root: the folder that holds it")
     root = resolve(recipe["data_root"])
     if data != "cion_al": return READERS[data](root), root
-    if not recipe.get("annotation"): raise ValueError("data 'cion_al' needs annotation: the JSON list of {id, file_path}")
+    if not recipe.get("annotation"):
+        raise ValueError("data 'cion_al' needs annotation: the JSON list of {id, file_path}")
     return read_cion_al(resolve(recipe["annotation"]), root), root
