@@ -17,12 +17,17 @@ def stream(*keys) -> np.random.Generator:
     "A generator that depends on `keys` alone: each thing of the world draws from its own stream."
     return np.random.default_rng([zlib.crc32(str(k).encode()) for k in keys])
 
+# %% ../../nbs/1_data/03_cameras.ipynb #3fd6e383
 def linear_light(hex_colour: str) -> np.ndarray:
     "`'#rrggbb'` -> (3,) linear light."
     c = np.array([int(hex_colour[i:i + 2], 16) for i in (1, 3, 5)]) / 255
     return np.where(c <= .04045, c / 12.92, ((c + .055) / 1.055) ** 2.4).astype(np.float32)
 
-def jittered(rng, colour, amount=.12) -> tuple:
+def jittered(
+    rng: np.random.Generator,
+    colour,               # (3,) linear light
+    amount: float = .12,  # standard deviation of the lightness, in powers of e
+) -> tuple:               # (3,) linear light
     "A colour a little lighter or darker, and a little off in hue."
     c = np.clip(np.asarray(colour) * np.exp(rng.normal(0, amount, 3) * .5 + rng.normal(0, amount)), .008, .9)
     return tuple(float(x) for x in c)
@@ -56,7 +61,7 @@ class Camera:
 
     @property
     def near(self) -> float:
-        "Where the ground enters the picture at the bottom, metres: people who cross are seen from head to (almost) foot."
+        "Where the ground enters the picture at the bottom, metres: people are seen from head to (almost) foot."
         return .95 * self.mount / np.tan(self.pitch + np.arctan(self.size[1] / 2 / self.focal))
 
     @property
@@ -91,7 +96,8 @@ def rays(
     x, y = np.broadcast_arrays((x - cam.size[0] / 2) / cam.focal, (y - cam.size[1] / 2) / cam.focal)
     u, v = x, y
     for _ in range(4):
-        s = 1 + cam.bend * (u * u + v * v); u, v = x / s, y / s
+        s = 1 + cam.bend * (u * u + v * v)
+        u, v = x / s, y / s
     return np.tensordot(axes_of(cam).T, np.stack([u, v, np.ones_like(u)]), 1).astype(np.float32)
 
 # %% ../../nbs/1_data/03_cameras.ipynb #c64d81ad
@@ -108,7 +114,8 @@ class Canvas:
         x0, x1 = max(int(np.floor(x0)), self.x), min(int(np.ceil(x1)), self.x + self.w)
         y0, y1 = max(int(np.floor(y0)), self.y), min(int(np.ceil(y1)), self.y + self.h)
         if x0 >= x1 or y0 >= y1: return None
-        X = np.arange(x0, x1, dtype=np.float32) + np.float32(.5); Y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(.5)
+        X = np.arange(x0, x1, dtype=np.float32) + np.float32(.5)
+        Y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(.5)
         return (slice(y0 - self.y, y1 - self.y), slice(x0 - self.x, x1 - self.x)), X, Y
 
 # %% ../../nbs/1_data/03_cameras.ipynb #74d4c679
@@ -116,8 +123,11 @@ class Canvas:
 def noise_tile(size: int, power: float, seed: int) -> np.ndarray:
     "(size, size) periodic noise with a 1/f^power spectrum, standard deviation 1."
     f = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)[: size // 2 + 1], indexing="ij"))
-    f[0, 0] = 1; f = f ** -power; f[0, 0] = 0
-    x = np.fft.irfft2(np.fft.rfft2(np.random.default_rng(seed).normal(size=(size, size))) * f, s=(size, size))
+    f[0, 0] = 1
+    f = f ** -power
+    f[0, 0] = 0
+    white = np.fft.rfft2(np.random.default_rng(seed).normal(size=(size, size)))
+    x = np.fft.irfft2(white * f, s=(size, size))
     return (x / x.std()).astype(np.float32)
 
 def cloth_folds(u, v) -> np.ndarray:
@@ -133,7 +143,8 @@ class Light:
     sky: np.ndarray
 
 def light_of(cam: Camera) -> Light:
+    "The sun and sky of a camera, in its own axes."
     s = np.array(cam.sun) / np.linalg.norm(cam.sun)
     right, down, forward = axes_of(cam)
-    col = lambda c: np.array(c, np.float32)[:, None, None]
-    return Light((s @ right, s @ down, -s @ forward), col(cam.sunlight), col(cam.sky))
+    colour = lambda c: np.array(c, np.float32)[:, None, None]
+    return Light((s @ right, s @ down, -s @ forward), colour(cam.sunlight), colour(cam.sky))

@@ -10,6 +10,20 @@ import numpy as np
 import pandas as pd
 from ..core.samples import make_samples
 
+# %% ../../nbs/1_data/07_feature_worlds.ipynb #35713660
+def _directions(rng, n: int, dim: int, dtype=np.float32) -> np.ndarray:
+    "(n, dim) random directions of length about 1."
+    return rng.standard_normal((n, dim), dtype=dtype) / dtype(np.sqrt(dim))
+
+def _write_features(x, rng, directions, nobody, scatter: float) -> None:
+    "Fill `x` (N, D) block by block: `directions(rows)` plus noise, unit length; rows of nobody are noise alone."
+    dim = x.shape[1]
+    for at in np.array_split(np.arange(len(x)), len(x) * dim // 2**24 + 1):
+        y = directions(at)
+        y[nobody[at]] = 0
+        y += np.where(nobody[at], 1, scatter).astype(np.float32)[:, None] * _directions(rng, len(at), dim)
+        x[at] = y / np.linalg.norm(y, axis=1, keepdims=True)
+
 # %% ../../nbs/1_data/07_feature_worlds.ipynb #a6302617
 def feature_world(
     n_tracklets: int = 600,     # tracklets over all videos
@@ -24,33 +38,32 @@ def feature_world(
     scatter: float = 0.5,       # length of an image's own noise, likewise
     dtype=np.float16,
     seed: int = 0,
-    path=None,                  # write the features to this .npy and return a memory map of it: for sets larger than memory
+    path=None,                  # write the features to this .npy and return a memory map: for sets larger than memory
 ) -> tuple:                     # (N, D) unit features, samples table with the truth in `pid`
     "Features of a tracked world with truth, without pixels."
     rng = np.random.default_rng(seed)
-    def directions(n): return rng.standard_normal((n, dim), dtype=np.float32) / np.float32(np.sqrt(dim))
     n_people, cast = max(2, n_tracklets // per_person), max(1, per_video // fragments)
     video = np.arange(n_tracklets) // per_video
     appearance = video * cast + rng.integers(0, cast, n_tracklets)             # a person in a video
     person_of = rng.integers(0, n_people, (video[-1] + 1) * cast)
-    person, offset = directions(n_people), directions(len(person_of))
+    person, offset = _directions(rng, n_people, dim), _directions(rng, len(person_of), dim)
     tracklet = np.repeat(np.arange(n_tracklets), 1 + rng.poisson(images - 1, n_tracklets))
-    frame = np.arange(len(tracklet)) - np.searchsorted(tracklet, tracklet) + rng.integers(0, 500, n_tracklets)[tracklet]
+    first = rng.integers(0, 500, n_tracklets)
+    frame = np.arange(len(tracklet)) - np.searchsorted(tracklet, tracklet) + first[tracklet]
     shown = appearance[tracklet]
     switched = rng.random(len(tracklet)) < switches
     shown[switched] = video[tracklet[switched]] * cast + rng.integers(0, cast, switched.sum())
     nobody = rng.random(len(tracklet)) < personless
     shape = (len(tracklet), dim)
-    x = np.empty(shape, dtype) if path is None else np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    for at in np.array_split(np.arange(len(x)), len(x) * dim // 2**24 + 1):
-        y = person[person_of[shown[at]]] + shift * offset[shown[at]]
-        y[nobody[at]] = 0
-        y += np.where(nobody[at], 1, scatter).astype(np.float32)[:, None] * directions(len(at))
-        x[at] = y / np.linalg.norm(y, axis=1, keepdims=True)
+    x = np.empty(shape, dtype) if path is None else np.lib.format.open_memmap(path, "w+", dtype, shape)
+    _write_features(x, rng, lambda at: person[person_of[shown[at]]] + shift * offset[shown[at]], nobody, scatter)
+    if path is not None:
+        x.flush()
+        x = np.load(path, mmap_mode="r")
     names = pd.Series(video).map("video{:05d}".format).to_numpy()[tracklet]
-    if path is not None: x.flush(); x = np.load(path, mmap_mode="r")
     paths = [f"{v}/{t:06d}_{f:05d}.jpg" for v, t, f in zip(names, tracklet, frame)]
-    return x, make_samples(paths, pid=np.where(nobody, -1, person_of[shown]), video=names, tracklet=tracklet, frame=frame)
+    pid = np.where(nobody, -1, person_of[shown])
+    return x, make_samples(paths, pid=pid, video=names, tracklet=tracklet, frame=frame)
 
 # %% ../../nbs/1_data/07_feature_worlds.ipynb #adbba15f
 def street_world(
@@ -60,23 +73,27 @@ def street_world(
     fragments: int = 2,      # tracklets of a person in a video
     images: int = 8,         # of a tracklet
     dim: int = 64,
-    light: float = 0.7,      # length of what the images of a video have in common, relative to a person's own direction
-    view: float = 0.7,       # of what a person's images in one video have in common
+    light: float = 0.7,      # length of what the images of a video share, relative to a person's own direction
+    view: float = 0.7,       # of what a person's images in one video share
     noise: float = 0.9,      # of an image's own noise
     switches: float = 0.08,  # share of images that show another person of the video
     seed: int = 0,
 ) -> tuple:                  # (N, D) float32 unit features, samples table with boxes, and the truth in `pid`
-    "Features of people who walk through videos in frames: tracklets of one person follow each other, those of different people overlap."
+    "Features of people who walk through videos in frames."
     rng = np.random.default_rng(seed)
-    def directions(*shape): return rng.standard_normal((*shape, dim)) / np.sqrt(dim)
+    directions = lambda n: _directions(rng, n, dim, np.float64)
     cast = min(cast, n_people)
-    who = np.concatenate([rng.choice(n_people, cast, replace=False) for _ in range(videos)])             # (videos * cast,) walks
+    who = np.concatenate([rng.choice(n_people, cast, replace=False) for _ in range(videos)])             # of each walk
     walk = np.repeat(np.arange(len(who)), fragments * images)
-    frame = rng.integers(0, 20, len(who))[walk] + np.tile(np.arange(fragments * images) + np.repeat(np.arange(fragments) * 3, images), len(who))
+    step = np.arange(fragments * images) + np.repeat(np.arange(fragments) * 3, images)    # 3 frames between tracklets
+    frame = rng.integers(0, 20, len(who))[walk] + np.tile(step, len(who))
     tracklet, video = np.arange(len(walk)) // images, walk // cast
     shown = np.where(rng.random(len(walk)) < switches, video * cast + rng.integers(0, cast, len(walk)), walk)
-    x = directions(n_people)[who[shown]] + light * directions(videos)[video] + view * directions(len(who))[shown] + noise * directions(len(walk))
+    x = (directions(n_people)[who[shown]] + light * directions(videos)[video] + view * directions(len(who))[shown]
+         + noise * directions(len(walk)))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
+    paths = [f"v{v:03d}/{t:06d}_{f:04d}.jpg" for v, t, f in zip(video, tracklet, frame)]
     lane = (walk % cast) * 90.0
-    return x.astype(np.float32), make_samples([f"v{v:03d}/{t:06d}_{f:04d}.jpg" for v, t, f in zip(video, tracklet, frame)], pid=who[shown], video=[f"v{v:03d}" for v in video],
-                                              tracklet=tracklet, frame=frame, x=lane, y=0.0, w=60.0, h=160.0)
+    return x.astype(np.float32), make_samples(
+        paths, pid=who[shown], video=[f"v{v:03d}" for v in video], tracklet=tracklet, frame=frame,
+        x=lane, y=0.0, w=60.0, h=160.0)

@@ -14,20 +14,10 @@ from PIL import Image, ImageDraw
 from .cameras import axes_of, Camera, Canvas, cloth_folds, jittered, Light, light_of, linear_light, project
 from .scenery import expose, MARGIN, response_of, Scenery, shadow_contrast, sun_shadow, without_margin
 
-# %% ../../nbs/1_data/05_people.ipynb #4e15cdc8
-FABRICS = {name: linear_light(c) for name, c in dict(
-    black="#18181b", charcoal="#36383d", grey="#8b8d92", silver="#c3c5c8", white="#efeeea", cream="#e5dcc3", beige="#c0a67c",
-    brown="#6a4a32", rust="#a5502a", red="#b5212b", wine="#641a2b", pink="#e08fa6", magenta="#a9307c", purple="#553a80",
-    navy="#1d2748", denim="#46618c", blue="#2a5db0", sky="#86b4dc", teal="#1f7a7c", mint="#9fcfb6", green="#2f7a45",
-    olive="#5d6035", khaki="#8f8a5e", lime="#a8c040", yellow="#e2b92c", orange="#e07a22").items()}
-TEXTURES = ("plain", "stripes", "pinstripes", "checks", "dots", "block", "band", "logo", "open", "raglan")
-SKINS = [linear_light(c) for c in ("#f3d3bd", "#e8bd9c", "#d6a17a", "#b67e55", "#8a5a3a", "#5f3c28", "#432a1e")]
-HAIRS = [linear_light(c) for c in ("#14110f", "#2a1d15", "#4a3020", "#7a5230", "#b58b4f", "#8d8a86", "#c9c6c0", "#6b2c1a")]
-
 # %% ../../nbs/1_data/05_people.ipynb #2b9ddd7d
 @dataclass(frozen=True)
 class Garment:
-    "One piece of clothing: two linear colours, how they are arranged, and how far it reaches along its limb (0..2 segments)."
+    "One piece of clothing: two linear colours, how they are arranged, and how far it reaches along its limb."
     kind: str       # shirt, jacket, coat, dress; trousers, shorts, skirt
     colour: tuple   # linear RGB
     second: tuple   # linear RGB of stripes, logo, inner shirt ...
@@ -61,79 +51,116 @@ class Person:
     speed: float      # metres a second
     group: int        # look-alikes share a group; -1 none
 
+# %% ../../nbs/1_data/05_people.ipynb #4e15cdc8
+FABRICS = {name: linear_light(c) for name, c in dict(
+    black="#18181b", charcoal="#36383d", grey="#8b8d92", silver="#c3c5c8", white="#efeeea", cream="#e5dcc3",
+    beige="#c0a67c", brown="#6a4a32", rust="#a5502a", red="#b5212b", wine="#641a2b", pink="#e08fa6", magenta="#a9307c",
+    purple="#553a80", navy="#1d2748", denim="#46618c", blue="#2a5db0", sky="#86b4dc", teal="#1f7a7c", mint="#9fcfb6",
+    green="#2f7a45", olive="#5d6035", khaki="#8f8a5e", lime="#a8c040", yellow="#e2b92c", orange="#e07a22").items()}
+TEXTURES = ("plain", "stripes", "pinstripes", "checks", "dots", "block", "band", "logo", "open", "raglan")
+SKINS = [linear_light(c) for c in ("#f3d3bd", "#e8bd9c", "#d6a17a", "#b67e55", "#8a5a3a", "#5f3c28", "#432a1e")]
+HAIRS = [linear_light(c) for c in ("#14110f", "#2a1d15", "#4a3020", "#7a5230", "#b58b4f", "#8d8a86", "#c9c6c0",
+                                   "#6b2c1a")]
+
 # %% ../../nbs/1_data/05_people.ipynb #451df396
 def _wardrobe(rng, shape: float) -> tuple[Garment, Garment]:
     "A top and a bottom that one person might put on together."
-    names = list(FABRICS)
-    pick = lambda p: jittered(rng, FABRICS[p[int(rng.integers(len(p)))]])
+    names, womanly = list(FABRICS), shape > .5
+    pick = lambda of: jittered(rng, FABRICS[of[int(rng.integers(len(of)))]])
+    choose = lambda of, p: str(rng.choice(of, p=p))
     colour, second = pick(names), pick(names)
-    if abs(np.sum(colour) - np.sum(second)) < .35: second = pick(["white", "cream"] if np.sum(colour) < 1 else ["black", "navy", "charcoal"])
-    texture = str(rng.choice(TEXTURES, p=[.3, .12, .04, .1, .06, .1, .08, .1, .06, .04]))
-    kind = str(rng.choice(["shirt", "jacket", "coat", "dress"], p=[.55, .27, .1, .08] if shape > .5 else [.62, .3, .08, 0]))
-    reach = {"shirt": rng.choice([.55, .7, 1.05, 2], p=[.35, .2, .1, .35]), "dress": rng.choice([.35, .6, 2])}.get(kind, 2.)
-    upper = Garment(kind, colour, second, texture, float(rng.uniform(.07, .16)), float(reach))
-    low = str(rng.choice(["trousers", "shorts", "skirt"], p=[.66, .14, .2] if shape > .5 else [.8, .2, 0]))
-    base = ["denim", "navy", "black", "charcoal", "grey", "khaki", "beige", "brown", "white", "olive", "wine", "sky", "red", "teal"]
-    legs = {"trousers": 1.97, "shorts": rng.uniform(.65, .95), "skirt": rng.uniform(.55, 1.3)}[low]
-    lower = Garment(low, pick(base), pick(names), str(rng.choice(["plain", "checks", "pinstripes", "side"], p=[.74, .08, .06, .12])), .11, float(legs))
-    return upper, lower
+    if abs(np.sum(colour) - np.sum(second)) < .35:        # a pattern that nobody would see
+        second = pick(["white", "cream"] if np.sum(colour) < 1 else ["black", "navy", "charcoal"])
+    texture = choose(TEXTURES, [.3, .12, .04, .1, .06, .1, .08, .1, .06, .04])
+    kind = choose(["shirt", "jacket", "coat", "dress"], [.55, .27, .1, .08] if womanly else [.62, .3, .08, 0])
+    sleeves = {"shirt": rng.choice([.55, .7, 1.05, 2], p=[.35, .2, .1, .35]), "dress": rng.choice([.35, .6, 2])}
+    upper = Garment(kind, colour, second, texture, float(rng.uniform(.07, .16)), float(sleeves.get(kind, 2.)))
+    kind = choose(["trousers", "shorts", "skirt"], [.66, .14, .2] if womanly else [.8, .2, 0])
+    base = ["denim", "navy", "black", "charcoal", "grey", "khaki", "beige", "brown", "white", "olive", "wine", "sky",
+            "red", "teal"]
+    reach = {"trousers": 1.97, "shorts": rng.uniform(.65, .95), "skirt": rng.uniform(.55, 1.3)}[kind]
+    colour, second = pick(base), pick(names)
+    texture = choose(["plain", "checks", "pinstripes", "side"], [.74, .08, .06, .12])
+    return upper, Garment(kind, colour, second, texture, .11, float(reach))
 
 # %% ../../nbs/1_data/05_people.ipynb #d1b4e41d
+_BRIGHT = [FABRICS[c] for c in ("red", "blue", "green", "yellow", "white", "black", "navy", "orange", "pink", "brown",
+                                "grey", "beige", "teal")]
+_CUTS = ["bald", "short", "crop", "bob", "long", "tail", "bun", "cap", "hood"]
+
 def random_person(rng, pid: int, clothes=None, group: int = -1) -> Person:
     "One person; `clothes` dresses a look-alike."
+    pick = lambda of, p: of[int(rng.choice(len(of), p=p))]
+    any_bright = lambda: _BRIGHT[int(rng.integers(13))]
+    around = lambda mean, sd, least, most: float(np.clip(rng.normal(mean, sd), least, most))
     shape = float(np.clip(rng.choice([.2, .8]) + rng.normal(0, .12), 0, 1))
+    womanly = shape > .5
     upper, lower = clothes or _wardrobe(rng, shape)
-    hair = str(rng.choice(["bald", "short", "crop", "bob", "long", "tail", "bun", "cap", "hood"],
-                          p=[.0, .08, .06, .24, .3, .16, .1, .04, .02] if shape > .5 else [.08, .42, .26, .04, .03, .03, .0, .1, .04]))
-    bright = [FABRICS[c] for c in ("red", "blue", "green", "yellow", "white", "black", "navy", "orange", "pink", "brown", "grey", "beige", "teal")]
+    hair = str(rng.choice(_CUTS, p=[.0, .08, .06, .24, .3, .16, .1, .04, .02] if womanly else
+                                   [.08, .42, .26, .04, .03, .03, .0, .1, .04]))
     bag = str(rng.choice(["none", "backpack", "shoulder", "hand"], p=[.4, .26, .2, .14]))
-    tall = rng.normal(1.66, .065) if shape > .5 else rng.normal(1.77, .075)
-    return Person(pid, float(np.clip(tall, 1.46, 2.02)), float(np.clip(rng.normal(1, .11), .82, 1.32)), shape,
-        float(np.clip(rng.normal(1, .03), .93, 1.07)), float(np.clip(rng.normal(1, .05), .9, 1.12)),
-        jittered(rng, SKINS[int(rng.choice(7, p=[.17, .24, .2, .14, .1, .09, .06]))], .06), hair,
-        jittered(rng, bright[int(rng.integers(13))] if hair in ("cap", "hood") else HAIRS[int(rng.choice(8, p=[.3, .22, .16, .1, .08, .07, .03, .04]))], .1),
-        bool(shape < .5 and rng.random() < .25), upper, lower, float(rng.choice([.004, .012, .022], p=[.4, .4, .2])),
-        jittered(rng, bright[int(rng.choice(13, p=[.06, .07, .02, .03, .25, .25, .06, .03, .04, .07, .06, .04, .02]))], .1), bool(shape > .5 and rng.random() < .2),
-        bag, jittered(rng, bright[int(rng.integers(13))]), float(rng.uniform(.74, .88)), float(rng.uniform(.24, .58)),
-        float(rng.normal(.04, .04)), float(rng.uniform(1.05, 1.6)), group)
+    def on_head():
+        if hair in ("cap", "hood"): return any_bright()
+        return pick(HAIRS, [.3, .22, .16, .1, .08, .07, .03, .04])
+    mean, sd = (1.66, .065) if womanly else (1.77, .075)
+    return Person(
+        pid=pid, height=around(mean, sd, 1.46, 2.02), build=around(1, .11, .82, 1.32), shape=shape,
+        legs=around(1, .03, .93, 1.07), head=around(1, .05, .9, 1.12),
+        skin=jittered(rng, pick(SKINS, [.17, .24, .2, .14, .1, .09, .06]), .06),
+        hair=hair, hair_colour=jittered(rng, on_head(), .1), beard=bool(shape < .5 and rng.random() < .25),
+        upper=upper, lower=lower, loose=float(rng.choice([.004, .012, .022], p=[.4, .4, .2])),
+        shoes=jittered(rng, pick(_BRIGHT, [.06, .07, .02, .03, .25, .25, .06, .03, .04, .07, .06, .04, .02]), .1),
+        boots=bool(womanly and rng.random() < .2), bag=bag, bag_colour=jittered(rng, any_bright()),
+        stride=float(rng.uniform(.74, .88)), swing=float(rng.uniform(.24, .58)), lean=float(rng.normal(.04, .04)),
+        speed=float(rng.uniform(1.05, 1.6)), group=group)
 
 # %% ../../nbs/1_data/05_people.ipynb #a45e6f9a
 JOINTS = ("head_top", "head", "neck", "pelvis", "r_shoulder", "r_elbow", "r_wrist", "l_shoulder", "l_elbow", "l_wrist",
           "r_hip", "r_knee", "r_ankle", "r_toe", "l_hip", "l_knee", "l_ankle", "l_toe")
-PARTS = ("background", "hair", "face", "torso", "right arm", "left arm", "right leg", "left leg", "right foot", "left foot",
-         "skirt", "bag", "other person", "occluder")
+PARTS = ("background", "hair", "face", "torso", "right arm", "left arm", "right leg", "left leg", "right foot",
+         "left foot", "skirt", "bag", "other person", "occluder")
 
 # %% ../../nbs/1_data/05_people.ipynb #8f50607d
 def _bump(x, width):
     "A smooth, periodic pulse of height 1 at x = 0 (radians)."
     return np.exp((np.cos(x) - 1) / width ** 2)
 
+def _leg_angles(p: Person, phase) -> tuple:
+    "Radians of hip (thigh forward of vertical), knee and foot (toes up)."
+    step = .93 * np.arcsin(np.clip(p.stride / (2 * p.legs), 0, .62))
+    hip = .05 + step * np.cos(phase)
+    knee = .08 + .18 * _bump(phase - .35 * np.pi, .5) + 1.02 * _bump(phase - 1.36 * np.pi, .62)
+    foot = .28 * _bump(phase, .4) - .75 * _bump(phase - 1.14 * np.pi, .5)   # up at heel strike, down at push-off
+    return hip, knee, foot
+
 def _leg(p: Person, phase, side: int) -> dict:
     "Hip, knee, ankle, heel and toe of one leg, relative to the pelvis: (n, 3) as (right, forward, up) in metres."
-    H, f = p.height, phase + (0 if side > 0 else np.pi)
-    A = .93 * np.arcsin(np.clip(p.stride / (2 * p.legs), 0, .62))
-    hip = .05 + A * np.cos(f)                                       # thigh forward of vertical
-    knee = .08 + .18 * _bump(f - .35 * np.pi, .5) + 1.02 * _bump(f - 1.36 * np.pi, .62)
-    foot = .28 * _bump(f, .4) - .75 * _bump(f - 1.14 * np.pi, .5)   # toes up at heel strike, down at push-off
-    z = np.zeros_like(f)
-    at = lambda base, length, angle: base + length * np.stack([z, np.sin(angle), -np.cos(angle)], -1)
-    h = np.stack([z + side * (.047 + .012 * p.shape) * H, z, z], -1)
-    k = at(h, .245 * H * p.legs, hip); a = at(k, .245 * H * p.legs, hip - knee)
-    ahead, down = np.stack([z, np.cos(foot), np.sin(foot)], -1), np.stack([z, np.sin(foot), -np.cos(foot)], -1)
+    H = p.height
+    phase = phase + (0 if side > 0 else np.pi)
+    hip, knee, foot = _leg_angles(p, phase)
+    zero = np.zeros_like(phase)
+    at = lambda base, length, angle: base + length * np.stack([zero, np.sin(angle), -np.cos(angle)], -1)
+    h = np.stack([zero + side * (.047 + .012 * p.shape) * H, zero, zero], -1)
+    k = at(h, .245 * H * p.legs, hip)
+    a = at(k, .245 * H * p.legs, hip - knee)
+    ahead = np.stack([zero, np.cos(foot), np.sin(foot)], -1)
+    down = np.stack([zero, np.sin(foot), -np.cos(foot)], -1)
     heel = a + .028 * H * down - .018 * H * ahead
     return dict(hip=h, knee=k, ankle=a, heel=heel, toe=heel + .118 * H * ahead + side * np.array([.012 * H, 0, 0]))
 
 # %% ../../nbs/1_data/05_people.ipynb #3e0c0c81
 def _arm(p: Person, phase, side: int, shoulder) -> dict:
-    "Elbow, wrist and hand of one arm; it swings against the leg of its side and less when it carries a bag."
+    "Elbow, wrist and hand of one arm."
     H, carries = p.height, p.bag == "hand" and side > 0
     swing = p.swing * (.25 if carries else 1)
-    f = phase + (np.pi if side > 0 else 0)
-    a = .02 + swing * np.cos(f); bend = (.08 if carries else .16) + .32 * swing * (1 + np.cos(f))
+    phase = phase + (np.pi if side > 0 else 0)
+    angle = .02 + swing * np.cos(phase)
+    bend = (.08 if carries else .16) + .32 * swing * (1 + np.cos(phase))
     out = side * (.10 + .10 * (p.build - 1))
-    seg = lambda base, length, angle: base + length * np.stack([out + 0 * f, np.sin(angle), -np.cos(angle)], -1)
-    e = seg(shoulder, .168 * H, a); w = seg(e, .142 * H, a + bend)
-    return dict(elbow=e, wrist=w, hand=seg(w, .048 * H, a + bend + .15))
+    at = lambda base, length, angle: base + length * np.stack([out + 0 * phase, np.sin(angle), -np.cos(angle)], -1)
+    elbow = at(shoulder, .168 * H, angle)
+    wrist = at(elbow, .142 * H, angle + bend)
+    return dict(elbow=elbow, wrist=wrist, hand=at(wrist, .048 * H, angle + bend + .15))
 
 # %% ../../nbs/1_data/05_people.ipynb #db98049a
 def skeleton(
@@ -141,81 +168,109 @@ def skeleton(
     phase: np.ndarray,   # (n,) gait phase in radians; 2 pi is two steps
 ) -> dict:               # name -> (n, 3) metres as (right, forward, up); the sole of the lower foot is at 0
     "Joints and the anchors of clothes, hair and bags, for `n` moments of a walk (no heading yet)."
-    phase = np.atleast_1d(np.asarray(phase, float)); z = np.zeros_like(phase); H = person.height
-    legs = {s: _leg(person, phase, s) for s in (1, -1)}
-    lift = .012 * H - np.minimum.reduce([legs[s][j][:, 2] for s in (1, -1) for j in ("heel", "toe")])
-    pelvis = np.stack([z, z, lift], -1)
-    J = {f"{'r' if s > 0 else 'l'}_{k}": v + pelvis for s in (1, -1) for k, v in legs[s].items()}
+    phase = np.atleast_1d(np.asarray(phase, float))
+    zero, H = np.zeros_like(phase), person.height
+    legs = {side: _leg(person, phase, side) for side in (1, -1)}
+    lift = .012 * H - np.minimum.reduce([legs[side][j][:, 2] for side in (1, -1) for j in ("heel", "toe")])
+    pelvis = np.stack([zero, zero, lift], -1)
+    J = {f"{'r' if side > 0 else 'l'}_{k}": v + pelvis for side in (1, -1) for k, v in legs[side].items()}
     trunk = .828 * H - .52 * H * person.legs
-    up = np.stack([z, z + np.sin(person.lean), z + np.cos(person.lean)], -1)
-    fwd = np.stack([z, z + np.cos(person.lean), z - np.sin(person.lean)], -1)
+    up = np.stack([zero, zero + np.sin(person.lean), zero + np.cos(person.lean)], -1)
+    forward = np.stack([zero, zero + np.cos(person.lean), zero - np.sin(person.lean)], -1)
     J["pelvis"], J["neck"] = pelvis, pelvis + (trunk + .02 * H) * up
-    J["head"] = J["neck"] + .098 * H * up + .018 * H * fwd
+    J["head"] = J["neck"] + .098 * H * up + .018 * H * forward
     J["head_top"] = J["head"] + .072 * H * person.head * up
     twist = .14 * np.cos(phase)                                     # shoulders turn against the hips
-    for s, n in ((1, "r_"), (-1, "l_")):
-        across = np.stack([np.cos(twist), -np.sin(twist), z], -1) * s
-        J[n + "shoulder"] = J["neck"] - .050 * H * up + (.096 - .012 * person.shape) * H * (.6 + .4 * person.build) * across
-        for k, v in _arm(person, phase, s, J[n + "shoulder"]).items(): J[n + k] = v
-    return {**J, **_anchors(person, J, up, fwd, trunk)}
+    for side, n in ((1, "r_"), (-1, "l_")):
+        across = np.stack([np.cos(twist), -np.sin(twist), zero], -1) * side
+        wide = (.096 - .012 * person.shape) * H * (.6 + .4 * person.build)
+        J[n + "shoulder"] = J["neck"] - .050 * H * up + wide * across
+        for k, v in _arm(person, phase, side, J[n + "shoulder"]).items(): J[n + k] = v
+    return {**J, **_anchors(person, J, up, forward)}
 
 # %% ../../nbs/1_data/05_people.ipynb #29f0ccf2
-def _anchors(p: Person, J: dict, up, fwd, trunk) -> dict:
+def _anchors(p: Person, J: dict, up, forward) -> dict:
     "Ends of the things a person wears: hem, skirt, bag, strap, hair."
-    H, side = p.height, np.array([1., 0, 0])
-    A = dict(hem=J["pelvis"] - {"shirt": .03, "jacket": .05, "coat": .06, "dress": .05}[p.upper.kind] * H * up,
-             waist=J["pelvis"] + .06 * H * up, crotch=J["pelvis"] - .045 * H * up)
+    H, pelvis = p.height, J["pelvis"]
+    drop = {"shirt": .03, "jacket": .05, "coat": .06, "dress": .05}[p.upper.kind]
+    A = dict(hem=pelvis - drop * H * up, waist=pelvis + .06 * H * up, crotch=pelvis - .045 * H * up)
     knees, ankles = (J["r_knee"] + J["l_knee"]) / 2, (J["r_ankle"] + J["l_ankle"]) / 2
     reach = {"coat": .8, "dress": .95}.get(p.upper.kind, p.lower.reach if p.lower.kind == "skirt" else 0)
-    A["skirt"] = J["pelvis"] + min(reach, 1) * (knees - J["pelvis"]) + max(reach - 1, 0) * (ankles - knees)
-    A["pack_top"] = J["neck"] - .06 * H * up - .115 * H * fwd
+    A["skirt"] = pelvis + min(reach, 1) * (knees - pelvis) + max(reach - 1, 0) * (ankles - knees)
+    A["pack_top"] = J["neck"] - .06 * H * up - .115 * H * forward
     A["pack_low"] = A["pack_top"] - .2 * H * up
-    hip = J["pelvis"] + (.125 + .02 * p.build) * H * side
+    hip = pelvis + (.125 + .02 * p.build) * H * np.array([1., 0, 0])
     A["bag_top"] = hip + .07 * H * up if p.bag == "shoulder" else J["r_hand"] - np.array([0, 0, .07 * H])
     A["bag_low"] = A["bag_top"] - np.array([0, 0, .1 * H])
-    for n, d in (("front", 1), ("back", -1)):
-        A[n + "_high"] = J["l_shoulder"] * .75 + J["neck"] * .25 + d * .055 * H * fwd
-        A[n + "_low"] = hip * .8 + J["pelvis"] * .2 + d * .06 * H * fwd + .05 * H * up
-    A["hair_top"] = J["head"] - .03 * H * fwd
+    for n, sign in (("front", 1), ("back", -1)):                    # a strap across the chest and the back
+        A[n + "_high"] = J["l_shoulder"] * .75 + J["neck"] * .25 + sign * .055 * H * forward
+        A[n + "_low"] = hip * .8 + pelvis * .2 + sign * .06 * H * forward + .05 * H * up
+    A["hair_top"] = J["head"] - .03 * H * forward
     drop = {"long": .17, "bob": .075, "tail": .13, "hood": .06}.get(p.hair, .02)
-    A["hair_end"] = J["head"] - (.055 if p.hair != "hood" else .03) * H * fwd - drop * H * up
-    A["tail_top"] = J["head"] - .07 * H * fwd + (.03 if p.hair == "tail" else .05) * H * up
+    A["hair_end"] = J["head"] - (.055 if p.hair != "hood" else .03) * H * forward - drop * H * up
+    A["tail_top"] = J["head"] - .07 * H * forward + (.03 if p.hair == "tail" else .05) * H * up
     return A
 
+# %% ../../nbs/1_data/05_people.ipynb #0212f567
+def _in_tube(X, Y, a, axis: tuple, length: float, radius, flat: tuple) -> tuple:
+    "Of each pixel: share of the way along a tube that starts at `a`, place across it (-1..1), distance to its edge."
+    dx, dy = axis
+    X = X - np.float32(a[0])
+    Y = Y - np.float32(a[1])
+    along = X * np.float32(dx) + Y * np.float32(dy)
+    across = X * np.float32(dy) - Y * np.float32(dx)
+    inside = np.clip(along, 0, np.float32(length))
+    t = inside * np.float32(1 / length)
+    r = radius(t)
+    over = along - inside
+    distance = np.sqrt(across * across + over * over) - r
+    if flat[0]: distance = np.maximum(distance, -along)
+    if flat[1]: distance = np.maximum(distance, along - np.float32(length))
+    return t, np.clip(across / np.maximum(r, np.float32(.3)), -1, 1), distance
+
+def _on_tube(u, axis: tuple, light: Light) -> tuple:
+    "How much of the sun and of the sky a tube sends back at `u` across."
+    dx, dy = axis
+    nz = np.sqrt(1 - u * u)
+    lx, ly, lz = light.direction
+    sun = np.maximum(u * np.float32(dy * lx - dx * ly) + nz * np.float32(lz), 0)
+    return sun, np.float32(.62) + np.float32(.38) * nz - np.float32(.12 * dx) * u
+
 # %% ../../nbs/1_data/05_people.ipynb #2d2004ff
-def _tube(c: Canvas, own, a, b, ra, rb, paint, light, label, flat=(0, 0), bulge=0., profile=None, soft=0., onto=None, fold=.1, fade=False):
+def _tube(c: Canvas, own, a, b, ra, rb, paint, light, label, flat=(0, 0), bulge=0., profile=None, soft=0., onto=None,
+          fold=.1, fade=False):
     """Paint a tapered limb from `a` to `b` (frame pixels) with end radii `ra`, `rb` (or `profile` = (t, radius)).
     `paint(t, u)` gives its colour at t in 0..1 along and u in -1..1 across; `flat` ends are cut instead of rounded;
-    `soft` pixels around it a shadow falls on what the same person shows already (on the pixels `onto`, where given); `fade` lets the far half melt into what is there."""
-    R = max(ra, rb) + abs(bulge) if profile is None else float(max(profile[1]))
-    m = R + soft + 1.5
+    `soft` pixels around it a shadow falls on what the same person shows already (on the pixels `onto`, where given);
+    `fade` lets the far half melt into what is there."""
+    def radius(t):
+        if profile is not None: return np.interp(t, *profile).astype(np.float32)
+        r = np.float32(ra) + np.float32(rb - ra) * t
+        return r + np.float32(4 * bulge) * t * (1 - t) if bulge else r
+    widest = max(ra, rb) + abs(bulge) if profile is None else float(max(profile[1]))
+    m = widest + soft + 1.5
     hit = c.box(min(a[0], b[0]) - m, min(a[1], b[1]) - m, max(a[0], b[0]) + m, max(a[1], b[1]) + m)
     if hit is None: return
     at, X, Y = hit
-    dx, dy = b[0] - a[0], b[1] - a[1]; L = float(np.hypot(dx, dy)); dx, dy, L = (dx / L, dy / L, L) if L > 1e-3 else (0., 1., 1e-3)
-    X = X - np.float32(a[0]); Y = Y - np.float32(a[1])
-    along = X * np.float32(dx) + Y * np.float32(dy); across = X * np.float32(dy) - Y * np.float32(dx)
-    inside = np.clip(along, 0, np.float32(L)); t = inside * np.float32(1 / L)
-    if profile is not None: r = np.interp(t, *profile).astype(np.float32)
-    else:
-        r = np.float32(ra) + np.float32(rb - ra) * t
-        if bulge: r = r + np.float32(4 * bulge) * t * (1 - t)
-    over = along - inside
-    dist = np.sqrt(across * across + over * over) - r
-    if flat[0]: dist = np.maximum(dist, -along)
-    if flat[1]: dist = np.maximum(dist, along - np.float32(L))
-    alpha = np.clip(.5 - dist, 0, 1)
+    dx, dy = b[0] - a[0], b[1] - a[1]
+    length = float(np.hypot(dx, dy))
+    dx, dy, length = (dx / length, dy / length, length) if length > 1e-3 else (0., 1., 1e-3)
+    t, u, distance = _in_tube(X, Y, a, (dx, dy), length, radius, flat)
+    alpha = np.clip(.5 - distance, 0, 1)
     if fade: alpha = alpha * np.clip((1 - t) * 2.5, 0, 1)
     rgb, mine = c.rgb[:, at[0], at[1]], own[at]
-    if soft: rgb *= 1 - np.float32(.4) * np.clip(1 - dist * np.float32(1 / soft), 0, 1) ** 2 * np.minimum(t * 3, 1) * (mine if onto is None else onto[at])
-    u = np.clip(across / np.maximum(r, np.float32(.3)), -1, 1); nz = np.sqrt(1 - u * u)
-    lx, ly, lz = light.direction
-    lam = np.maximum(u * np.float32(dy * lx - dx * ly) + nz * np.float32(lz), 0)
-    amb = np.float32(.62) + np.float32(.38) * nz - np.float32(.12 * dx) * u
-    if fold: f = 1 + np.float32(fold) * cloth_folds(u * 9 + a[0] % 7 * 13, t * np.float32(L / max(R, 1) * 7)); lam = lam * f; amb = amb * f
-    rgb += alpha * (paint(t, u) * (light.sky * amb + light.sun * lam) - rgb)
+    if soft:
+        near = np.clip(1 - distance * np.float32(1 / soft), 0, 1)
+        rgb *= 1 - np.float32(.4) * near ** 2 * np.minimum(t * 3, 1) * (mine if onto is None else onto[at])
+    sun, sky = _on_tube(u, (dx, dy), light)
+    if fold:
+        folds = cloth_folds(u * 9 + a[0] % 7 * 13, t * np.float32(length / max(widest, 1) * 7))
+        f = 1 + np.float32(fold) * folds
+        sun, sky = sun * f, sky * f
+    rgb += alpha * (paint(t, u) * (light.sky * sky + light.sun * sun) - rgb)
     solid = alpha > .5
-    mine |= solid; c.part[at][solid] = label
+    mine |= solid
+    c.part[at][solid] = label
 
 # %% ../../nbs/1_data/05_people.ipynb #894f243b
 def _weave(g: Garment, az, v) -> np.ndarray:
@@ -228,7 +283,9 @@ def _weave(g: Garment, az, v) -> np.ndarray:
     if g.texture == "dots": return edge(wave(v) * .5 + wave(az * .16) * .5 - .55, 8)
     if g.texture == "block": return edge(v - np.float32(.16 + g.scale), 40)
     if g.texture == "band": return edge(np.float32(.05) - np.abs(v - np.float32(.14 + g.scale)), 40)
-    if g.texture == "logo": return edge(np.float32(.5) - np.abs(az), 8) * edge(np.float32(.35 * g.scale + .045) - np.abs(v - np.float32(.2)), 60)
+    if g.texture == "logo":
+        tall = np.float32(.35 * g.scale + .045) - np.abs(v - np.float32(.2))
+        return edge(np.float32(.5) - np.abs(az), 8) * edge(tall, 60)
     if g.texture == "open": return edge(np.float32(.22 + 2 * g.scale) - np.abs(az), 8)
     if g.texture == "side": return edge(np.float32(.35) - np.abs(np.abs(az) - np.float32(1.57)), 5)
     return np.zeros((), np.float32)
@@ -242,171 +299,228 @@ def _mix(one, two, m) -> np.ndarray:
 def _limb_paint(g: Garment, skin, start: int, length: float, yaw: float, boots=None):
     "Colour along a limb segment that is the `start`-th (0, 1) of two: cloth as far as the garment reaches, then skin."
     cut = g.reach - start
-    second = g.texture in ("raglan",)
     plain = g.texture in ("plain", "open", "logo", "block", "raglan")
+    one = g.second if g.texture == "raglan" else g.colour
+    as_light = lambda colour: np.asarray(colour, np.float32)[:, None, None]
     def paint(t, u):
-        base = np.asarray(g.second if second else g.colour, np.float32)[:, None, None]
-        if not plain: base = _mix(g.colour, g.second, _weave(g, yaw - np.arcsin(u), t * np.float32(length) + np.float32(start * length)))
-        if cut < 1: base = base + (np.asarray(skin, np.float32)[:, None, None] - base) * np.clip((t - np.float32(cut)) * 40, 0, 1)
-        if boots is not None: base = base + (np.asarray(boots, np.float32)[:, None, None] - base) * np.clip((t - np.float32(.35)) * 40, 0, 1)
+        base = as_light(one)
+        if not plain:
+            v = t * np.float32(length) + np.float32(start * length)
+            base = _mix(g.colour, g.second, _weave(g, yaw - np.arcsin(u), v))
+        if cut < 1: base = base + (as_light(skin) - base) * np.clip((t - np.float32(cut)) * 40, 0, 1)
+        if boots is not None: base = base + (as_light(boots) - base) * np.clip((t - np.float32(.35)) * 40, 0, 1)
         return base
     return paint
 
 # %% ../../nbs/1_data/05_people.ipynb #a4a699c2
-def _head(c: Canvas, own, at, r, p: Person, basis, light):
-    "Paint a head: `at` centre and `r` radius in pixels, `basis` rows right, forward, up of the person in camera axes (right, down, near)."
-    hit = c.box(at[0] - 1.3 * r - 2, at[1] - 1.5 * r - 2, at[0] + 1.3 * r + 2, at[1] + 1.5 * r + 2)
-    if hit is None: return
-    sl, X, Y = hit
-    wide = {"bob": 1.2, "long": 1.17, "hood": 1.24, "bald": 1.0, "crop": 1.04}.get(p.hair, 1.1)
-    X = (X - np.float32(at[0])) / np.float32(.80 * r); Y = (Y - np.float32(at[1])) / np.float32(1.06 * r)
-    rho = np.sqrt(X * X + Y * Y); nz = np.sqrt(np.clip(1 - (rho * rho), 0, 1)); k = np.minimum(1 / np.maximum(rho, 1e-3), 1)
-    n = (X * k, Y * k, nz)
-    side, front, up = (sum(np.float32(q) * m for q, m in zip(row, n)) for row in basis)
-    line = {"bald": 9., "hood": -.6, "bob": -.55, "long": -.5}.get(p.hair, -.22)
-    is_hair = np.clip((up - np.float32(line) - np.float32(.62 - line) * np.clip(front + .08, 0, 1) ** .7) * 7 + .5, 0, 1)
-    if p.hair in ("cap",): is_hair = np.clip((up - .3 - .12 * front) * 9 + .5, 0, 1)
-    skin = np.asarray(p.skin, np.float32)[:, None, None] * np.ones_like(rho)
+def _face(p: Person, side, front, up) -> np.ndarray:
+    "(3, h, w) skin with eyes, brows, nose, mouth and beard; `side`, `front`, `up` are directions on the head."
+    skin = np.asarray(p.skin, np.float32)[:, None, None] * np.ones_like(front)
     ahead = front > .2
     spot = lambda s, h, ws, hs: np.exp(-((np.abs(side) - s) / ws) ** 2 - ((up - h) / hs) ** 2) * ahead
     skin *= 1 - .75 * spot(.36, .1, .13, .07) - .4 * spot(.36, .24, .2, .045) - .25 * spot(.09, -.16, .07, .1)
     skin *= 1 - np.float32([.15, .5, .45])[:, None, None] * spot(0, -.46, .24, .06)
-    if p.beard: skin = skin + (np.asarray(p.hair_colour, np.float32)[:, None, None] - skin) * np.clip((-.22 - up + .1 * np.abs(side)) * 6, 0, .8) * (front > -.1)
+    if p.beard:
+        beard = np.clip((-.22 - up + .1 * np.abs(side)) * 6, 0, .8)
+        skin = skin + (np.asarray(p.hair_colour, np.float32)[:, None, None] - skin) * beard * (front > -.1)
+    return skin
+
+def _hair(p: Person, front, up) -> np.ndarray:
+    "(h, w) where a head is covered by hair, cap or hood, 0 to 1."
+    if p.hair == "cap": return np.clip((up - .3 - .12 * front) * 9 + .5, 0, 1)
+    line = {"bald": 9., "hood": -.6, "bob": -.55, "long": -.5}.get(p.hair, -.22)
+    forehead = np.float32(.62 - line) * np.clip(front + .08, 0, 1) ** .7
+    return np.clip((up - np.float32(line) - forehead) * 7 + .5, 0, 1)
+
+# %% ../../nbs/1_data/05_people.ipynb #4888522a
+def _head(c: Canvas, own, at, r, p: Person, basis, light):
+    "Paint a head: `at` and `r` in pixels; `basis` rows are the person's right, forward, up as (right, down, near)."
+    hit = c.box(at[0] - 1.3 * r - 2, at[1] - 1.5 * r - 2, at[0] + 1.3 * r + 2, at[1] + 1.5 * r + 2)
+    if hit is None: return
+    window, X, Y = hit
+    X = (X - np.float32(at[0])) / np.float32(.80 * r)
+    Y = (Y - np.float32(at[1])) / np.float32(1.06 * r)
+    rho = np.sqrt(X * X + Y * Y)
+    nz = np.sqrt(np.clip(1 - (rho * rho), 0, 1))
+    k = np.minimum(1 / np.maximum(rho, 1e-3), 1)
+    n = (X * k, Y * k, nz)
+    side, front, up = (sum(np.float32(q) * m for q, m in zip(row, n)) for row in basis)
+    is_hair = _hair(p, front, up)
+    skin = _face(p, side, front, up)
     strand = 1 + np.float32(.22) * cloth_folds(side * 14 + 40, up * 3 + 40)
     base = skin + (np.asarray(p.hair_colour, np.float32)[:, None, None] * strand - skin) * is_hair
-    scale = np.float32(.8 * r)
-    alpha = np.maximum(np.clip(.5 - (rho - 1) * scale, 0, 1), np.clip(.5 - (rho - np.float32(wide)) * scale, 0, 1) * is_hair)
-    lam = np.maximum(sum(np.float32(l) * m for l, m in zip(light.direction, n)), 0)
-    rgb = c.rgb[:, sl[0], sl[1]]
-    rgb += alpha * (base * (light.sky * (.62 + .38 * nz - .1 * n[1]) + light.sun * lam) - rgb)
+    wide = {"bob": 1.2, "long": 1.17, "hood": 1.24, "bald": 1.0, "crop": 1.04}.get(p.hair, 1.1)
+    edge = lambda size: np.clip(.5 - (rho - size) * np.float32(.8 * r), 0, 1)
+    alpha = np.maximum(edge(1), edge(np.float32(wide)) * is_hair)
+    lit = np.maximum(sum(np.float32(l) * m for l, m in zip(light.direction, n)), 0)
+    rgb = c.rgb[:, window[0], window[1]]
+    rgb += alpha * (base * (light.sky * (.62 + .38 * nz - .1 * n[1]) + light.sun * lit) - rgb)
     solid = alpha > .5
-    own[sl] |= solid; c.part[sl][solid] = np.where(is_hair > .5, 1, 2)[solid]
+    own[window] |= solid
+    c.part[window][solid] = np.where(is_hair > .5, 1, 2)[solid]
 
 # %% ../../nbs/1_data/05_people.ipynb #23b4fd8e
 _T = np.array([0, .04, .10, .17, .30, .46, .60, .80, 1.])   # shares of the way from neck to hem
 _FRONT = np.array([.038, .080, .103, .107, .104, .092, .086, .096, .098])
 _SIDE = np.array([.034, .042, .054, .062, .068, .062, .060, .068, .066])
+_HIPS = np.array([0, 0, -.06, -.08, -.06, -.06, -.04, .02, .03])          # what broad hips change in front,
+_SHOULDERS = np.array([.0, .0, .02, .02, .0, .02, .03, -.03, -.04])       # what broad shoulders do,
+_CHEST = np.array([0, 0, 0, .002, .009, .003, 0, 0, 0])
+_BELLY = np.array([0, 0, 0, 0, .0, .012, .022, .012, 0])
+_AIR = np.array([0, .5, .7, .8, 1, 1.1, 1.2, 1.2, 1.2])                   # and how far cloth stands off
 
 @lru_cache(4096)
 def _silhouette(p: Person) -> tuple:
     "Half widths of a torso from the front and from the side, metres, at `_T`."
-    s, b = p.shape, p.build
-    front = _FRONT * (1 + np.array([0, 0, -.06, -.08, -.06, -.06, -.04, .02, .03]) * s + np.array([.0, .0, .02, .02, .0, .02, .03, -.03, -.04]) * (1 - s))
-    side = _SIDE + np.array([0, 0, 0, .002, .009, .003, 0, 0, 0]) * s + np.array([0, 0, 0, 0, .0, .012, .022, .012, 0]) * max(b - 1, 0) * 3
-    air = {"shirt": .006, "jacket": .016, "coat": .018, "dress": .002}[p.upper.kind] * np.array([0, .5, .7, .8, 1, 1.1, 1.2, 1.2, 1.2])
-    grow = .35 + .65 * b
+    front = _FRONT * (1 + _HIPS * p.shape + _SHOULDERS * (1 - p.shape))
+    side = _SIDE + _CHEST * p.shape + _BELLY * max(p.build - 1, 0) * 3
+    air = {"shirt": .006, "jacket": .016, "coat": .018, "dress": .002}[p.upper.kind] * _AIR
+    grow = .35 + .65 * p.build
     return p.height * front * grow + air, p.height * side * grow + air
 
 # %% ../../nbs/1_data/05_people.ipynb #34997918
 def _draw_leg(c, own, p: Person, P: dict, n: str, yaw, light, s):
-    "Thigh, shin and shoe of leg `n`; `s` pixels a metre."
-    H, b, air = p.height, .5 + .5 * p.build, p.loose if p.lower.kind == "trousers" else .003
+    "Thigh, shin and shoe of leg `n`."
+    H, b = p.height, .5 + .5 * p.build
+    air = p.loose if p.lower.kind == "trousers" else .003
     label, before = 6 if n == "r_" else 7, own.copy()
     skirted = p.lower.kind == "skirt" or p.upper.kind == "dress"
     g = replace(p.lower, reach=0.) if skirted else p.lower
-    boots = p.shoes if p.boots else None
-    paint = lambda k: _limb_paint(g, p.skin, k, .245 * H, yaw, boots if k else None)
-    foot = dict(light=light, label=label + 2, fold=0, soft=0)
+    paint = lambda k: _limb_paint(g, p.skin, k, .245 * H, yaw, p.shoes if p.boots and k else None)
     covered = g.reach > 1.5
-    shoe = np.asarray(p.shoes, np.float32)[:, None, None]
-    _tube(c, own, P[n + "heel"], P[n + "toe"], .021 * H * s, .0165 * H * s, lambda t, u: shoe * np.where(u < .55, 1, .55), **foot)
-    _tube(c, own, P[n + "knee"], P[n + "ankle"], (.031 * H * b + air) * s, (.021 * H * b + (1.5 * air if covered else 0) + (.006 if p.boots else 0)) * s, paint(1), light, label,
+    leather = np.asarray(p.shoes, np.float32)[:, None, None]
+    shoe = lambda t, u: leather * np.where(u < .55, 1, .55)
+    _tube(c, own, P[n + "heel"], P[n + "toe"], .021 * H * s, .0165 * H * s, shoe, light, label + 2, fold=0)
+    thigh, knee = (.052 * H * b + air) * s, (.033 * H * b + air) * s
+    shin = (.031 * H * b + air) * s
+    ankle = (.021 * H * b + (1.5 * air if covered else 0) + (.006 if p.boots else 0)) * s
+    _tube(c, own, P[n + "knee"], P[n + "ankle"], shin, ankle, paint(1), light, label,
           flat=(0, covered), bulge=.006 * H * s * (1 - .4 * covered), soft=.05 * s, onto=before)
-    _tube(c, own, P[n + "hip"], P[n + "knee"], (.052 * H * b + air) * s, (.033 * H * b + air) * s, paint(0), light, label, soft=.05 * s, onto=before)
+    _tube(c, own, P[n + "hip"], P[n + "knee"], thigh, knee, paint(0), light, label, soft=.05 * s, onto=before)
 
 # %% ../../nbs/1_data/05_people.ipynb #114eab92
 def _draw_arm(c, own, p: Person, P: dict, n: str, yaw, light, s):
     "Upper arm, forearm and hand of arm `n`, and the handbag it may carry."
-    H, b, label, before = p.height, .45 + .55 * p.build, 4 if n == "r_" else 5, own.copy()
+    H, b = p.height, .45 + .55 * p.build
+    label, before = 4 if n == "r_" else 5, own.copy()
     air = {"jacket": .014, "coat": .016}.get(p.upper.kind, .005)
     sleeve = lambda k: air if p.upper.reach > k + .6 else 0
     paint = lambda k: _limb_paint(p.upper, p.skin, k, .168 * H, yaw)
     skin = np.asarray(p.skin, np.float32)[:, None, None]
-    _tube(c, own, P[n + "wrist"], P[n + "hand"], .0155 * H * s, .0125 * H * s, lambda t, u: skin, light, label, fold=0, soft=.02 * s, onto=before)
-    _tube(c, own, P[n + "elbow"], P[n + "wrist"], (.0215 * H * b + sleeve(1)) * s, (.0155 * H * b + sleeve(1)) * s, paint(1), light, label, soft=.04 * s, onto=before, flat=(0, p.upper.reach > 1.6))
-    _tube(c, own, P[n + "shoulder"], P[n + "elbow"], (.0285 * H * b + sleeve(0)) * s, (.0225 * H * b + sleeve(0)) * s, paint(0), light, label, soft=.045 * s, onto=before)
+    shoulder, elbow = (.0285 * H * b + sleeve(0)) * s, (.0225 * H * b + sleeve(0)) * s
+    forearm, wrist = (.0215 * H * b + sleeve(1)) * s, (.0155 * H * b + sleeve(1)) * s
+    _tube(c, own, P[n + "wrist"], P[n + "hand"], .0155 * H * s, .0125 * H * s, lambda t, u: skin, light, label,
+          fold=0, soft=.02 * s, onto=before)
+    _tube(c, own, P[n + "elbow"], P[n + "wrist"], forearm, wrist, paint(1), light, label,
+          soft=.04 * s, onto=before, flat=(0, p.upper.reach > 1.6))
+    _tube(c, own, P[n + "shoulder"], P[n + "elbow"], shoulder, elbow, paint(0), light, label,
+          soft=.045 * s, onto=before)
     if p.bag == "hand" and n == "r_": _draw_bag(c, own, p, P, light, s, .07, .035)
 
 # %% ../../nbs/1_data/05_people.ipynb #485cccca
 def _draw_bag(c, own, p: Person, P: dict, light, s, wide, deep):
-    "The bag itself: a pouch with a flap between the anchors `bag_top` and `bag_low`, `wide` from the side, `deep` from the front."
+    "A pouch with a flap between the anchors `bag_top` and `bag_low`, `wide` from the side, `deep` from the front."
     w = float(np.hypot(wide * P["side_on"], deep * P["front_on"])) * p.height * s
     leather = np.asarray(p.bag_colour, np.float32)[:, None, None]
-    _tube(c, own, P["bag_top"], P["bag_low"], w * .82, w, lambda t, u: leather * (np.float32(.72) + np.float32(.28) * (t > .38)), light, 11,
+    paint = lambda t, u: leather * (np.float32(.72) + np.float32(.28) * (t > .38))
+    _tube(c, own, P["bag_top"], P["bag_low"], w * .82, w, paint, light, 11,
           profile=(np.array([0, .12, .85, 1]), np.array([.78, .95, 1, .9]) * w), flat=(1, 1), soft=.03 * s)
 
-# %% ../../nbs/1_data/05_people.ipynb #a8ee82ef
 def _draw_pack(c, own, p: Person, P: dict, light, s):
     "A backpack with a front pocket."
     w = float(np.hypot(.082 * P["front_on"], .052 * P["side_on"])) * p.height * s
     leather = np.asarray(p.bag_colour, np.float32)[:, None, None]
-    paint = lambda t, u: leather * (1 - np.float32(.35) * ((np.abs(t - .5) < .03) | ((np.abs(np.abs(u) - .72) < .06) & (t > .5))))
-    _tube(c, own, P["pack_top"], P["pack_low"], w, w, paint, light, 11, profile=(np.array([0, .1, .5, .9, 1]), np.array([.72, .9, 1, 1, .93]) * w), soft=.05 * s, fold=.06)
+    seam = lambda t, u: (np.abs(t - .5) < .03) | ((np.abs(np.abs(u) - .72) < .06) & (t > .5))
+    paint = lambda t, u: leather * (1 - np.float32(.35) * seam(t, u))
+    _tube(c, own, P["pack_top"], P["pack_low"], w, w, paint, light, 11,
+          profile=(np.array([0, .1, .5, .9, 1]), np.array([.72, .9, 1, 1, .93]) * w), soft=.05 * s, fold=.06)
+
+def _draw_strap(c, own, p: Person, P: dict, light, s, front: bool):
+    "Straps over the shoulders (backpack) or across the chest (shoulder bag)."
+    leather = np.asarray(p.bag_colour, np.float32)[:, None, None] * np.float32(.8)
+    r = .012 * s * p.height * .8
+    line = lambda a, b: _tube(c, own, a, b, r, r, lambda t, u: leather, light, 11, fold=0, soft=.02 * s)
+    if p.bag == "shoulder": line(*((P["front_high"], P["front_low"]) if front else (P["back_high"], P["back_low"])))
+    if p.bag == "backpack" and front:
+        for n in ("r_", "l_"):
+            at = lambda f, d: tuple(f * a + (1 - f) * b + e for a, b, e in zip(P[n + "shoulder"], P["neck"], (0, d)))
+            line(at(.62, .0 * s), at(.8, .17 * p.height * s))
 
 # %% ../../nbs/1_data/05_people.ipynb #4bb9311d
 def _draw_torso(c, own, p: Person, P: dict, yaw, light, s):
-    "Hips, skirt or coat tail, trunk, straps."
+    "Hips, skirt or coat tail, trunk."
     H, g = p.height, p.upper
     front, side = _silhouette(p)
     w = np.hypot(front * P["front_on"], side * P["side_on"]) * s
     lower = p.upper if g.kind == "dress" else p.lower
-    az = lambda u: np.float32(yaw) - np.arcsin(u)
-    hips, cloth = w[7] * .97, lambda g, az, v: _mix(g.colour, g.second, _weave(g, az, v))
-    _tube(c, own, P["waist"], P["crotch"], hips, hips * .8, lambda t, u: cloth(lower, az(u), t * np.float32(.1 * H)), light, 10 if lower.kind == "skirt" else 3,
-          profile=(np.array([0, .5, 1]), np.array([.9, 1, .9]) * hips), flat=(0, 1), fade=True)
+    azimuth = lambda u: np.float32(yaw) - np.arcsin(u)
+    cloth = lambda g, u, v: _mix(g.colour, g.second, _weave(g, azimuth(u), v))
+    hips = w[7] * .97
+    _tube(c, own, P["waist"], P["crotch"], hips, hips * .8, lambda t, u: cloth(lower, u, t * np.float32(.1 * H)), light,
+          10 if lower.kind == "skirt" else 3, profile=(np.array([0, .5, 1]), np.array([.9, 1, .9]) * hips),
+          flat=(0, 1), fade=True)
     tail = p.upper if g.kind in ("coat", "dress") else p.lower if p.lower.kind == "skirt" else None
     if tail is not None:
         spread = abs(P["r_knee"][0] - P["l_knee"][0]) / 2 * min(1., P["skirt_share"]) + .055 * H * s
         end = max(hips * (1.04 if tail.kind == "coat" else 1.16), spread)
-        _tube(c, own, P["waist"], P["skirt"], hips, end, lambda t, u: cloth(tail, az(u), np.float32(.5) + t * np.float32(P["skirt_share"] * .3 * H)), light, 10,
+        down = np.float32(P["skirt_share"] * .3 * H)
+        paint = lambda t, u: cloth(tail, u, np.float32(.5) + t * down)
+        _tube(c, own, P["waist"], P["skirt"], hips, end, paint, light, 10,
               profile=(np.array([0, .25, 1]), np.array([w[6], hips * 1.02, end])), flat=(1, 1), soft=.05 * s, fold=.16)
-    L = np.float32(.36 * H)
-    _tube(c, own, P["neck"], P["hem"], 0, 0, lambda t, u: cloth(g, az(u), t * L), light, 3, profile=(_T, w), flat=(1, 1), soft=.05 * s)
+    length = np.float32(.36 * H)
+    _tube(c, own, P["neck"], P["hem"], 0, 0, lambda t, u: cloth(g, u, t * length), light, 3, profile=(_T, w),
+          flat=(1, 1), soft=.05 * s)
 
-# %% ../../nbs/1_data/05_people.ipynb #45448b8a
-def _draw_strap(c, own, p: Person, P: dict, light, s, front: bool):
-    "Straps over the shoulders (backpack) or across the chest (shoulder bag)."
-    leather = np.asarray(p.bag_colour, np.float32)[:, None, None] * np.float32(.8)
-    line = lambda a, b: _tube(c, own, a, b, .012 * s * p.height * .8, .012 * s * p.height * .8, lambda t, u: leather, light, 11, fold=0, soft=.02 * s)
-    if p.bag == "shoulder": line(*(P[k] for k in (("front_high", "front_low") if front else ("back_high", "back_low"))))
-    if p.bag == "backpack" and front:
-        for n in ("r_", "l_"):
-            q = lambda f, d: tuple(f * a + (1 - f) * b + e for a, b, e in zip(P[n + "shoulder"], P["neck"], (0, d)))
-            line(q(.62, .0 * s), q(.8, .17 * p.height * s))
+# %% ../../nbs/1_data/05_people.ipynb #729c9711
+def _draw_locks(c, own, p: Person, P: dict, light, s):
+    "Hair that hangs from the head."
+    r = {"long": .062, "bob": .064, "tail": .022, "hood": .05, "bun": .034}.get(p.hair)
+    if r is None: return
+    colour = np.asarray(p.hair_colour, np.float32)[:, None, None]
+    top = P["tail_top"] if p.hair in ("tail", "bun") else P["hair_top"]
+    end = P["tail_top"] if p.hair == "bun" else P["hair_end"]
+    r = r * p.height * p.head * s
+    _tube(c, own, top, end, r, r * (.75 if p.hair == "tail" else 1), lambda t, u: colour, light, 1,
+          flat=(0, p.hair in ("long", "bob")), fold=.3 * (p.hair != "bun"))
 
 # %% ../../nbs/1_data/05_people.ipynb #bfae1972
-def draw_person(c: Canvas, p: Person, P: dict, light: Light) -> np.ndarray:
-    "Paint one person, far parts first. `P` holds anchors in frame pixels and the view (`seen_from`). Returns the pixels that are theirs, occluded or not."
+def draw_person(
+    c: Canvas,
+    p: Person,
+    P: dict,       # anchors in frame pixels and the view, as `seen_from` gives them
+    light: Light,
+) -> np.ndarray:   # (h, w) bool: the pixels that are theirs, hidden or not
+    "Paint one person, far parts first."
     own = np.zeros((c.h, c.w), bool)
-    s, cf, cr, yaw = P["scale"], P["front"], P["right"], P["yaw"]
-    sideways, near, far = abs(cr) > .4, *(("r_", "l_") if cr > 0 else ("l_", "r_"))
-    hair = np.asarray(p.hair_colour, np.float32)[:, None, None]
+    s, front, right, yaw = P["scale"], P["front"], P["right"], P["yaw"]
+    sideways = abs(right) > .4
+    near, far = ("r_", "l_") if right > 0 else ("l_", "r_")
+    arm = lambda n: _draw_arm(c, own, p, P, n, yaw, light, s)
     pack = lambda: p.bag == "backpack" and _draw_pack(c, own, p, P, light, s)
     bag = lambda: p.bag == "shoulder" and _draw_bag(c, own, p, P, light, s, .066, .032)
-    def locks():
-        r = {"long": .062, "bob": .064, "tail": .022, "hood": .05, "bun": .034}.get(p.hair)
-        if r is None: return
-        a = P["tail_top"] if p.hair in ("tail", "bun") else P["hair_top"]
-        b = P["tail_top"] if p.hair == "bun" else P["hair_end"]
-        r = r * p.height * p.head * s
-        _tube(c, own, a, b, r, r * (.75 if p.hair == "tail" else 1), lambda t, u: hair, light, 1, flat=(0, p.hair in ("long", "bob")), fold=.3 * (p.hair != "bun"))
-    if cf > .1: pack()
-    if cf > -.1: locks()
-    if sideways: _draw_arm(c, own, p, P, far, yaw, light, s)
-    if p.bag == "shoulder" and cr < -.4: bag()
+    throat = np.asarray(p.skin, np.float32)[:, None, None] * np.float32(.85)
+    if front > .1: pack()
+    if front > -.1: _draw_locks(c, own, p, P, light, s)
+    if sideways: arm(far)
+    if right < -.4: bag()
     for n in sorted(("r_", "l_"), key=lambda n: -P[n + "ankle"][2]): _draw_leg(c, own, p, P, n, yaw, light, s)
-    if -.1 >= cf and sideways or abs(cf) <= .1: pack()
-    _tube(c, own, P["head"], P["neck"], .032 * p.height * s, .036 * p.height * s, lambda t, u: np.asarray(p.skin, np.float32)[:, None, None] * np.float32(.85), light, 2, fold=0)
+    if -.1 >= front and sideways or abs(front) <= .1: pack()
+    _tube(c, own, P["head"], P["neck"], .032 * p.height * s, .036 * p.height * s, lambda t, u: throat, light, 2, fold=0)
     _draw_torso(c, own, p, P, yaw, light, s)
-    if p.bag in ("shoulder", "backpack"): _draw_strap(c, own, p, P, light, s, cf > 0)
-    if cf < -.1: pack()
-    if p.bag == "shoulder" and cr >= -.4: bag()
-    for n in ((near,) if sideways else (far, near)): _draw_arm(c, own, p, P, n, yaw, light, s)
+    if p.bag in ("shoulder", "backpack"): _draw_strap(c, own, p, P, light, s, front > 0)
+    if front < -.1: pack()
+    if right >= -.4: bag()
+    for n in ((near,) if sideways else (far, near)): arm(n)
     _head(c, own, P["head"], .064 * p.height * p.head * s, p, P["basis"], light)
-    if cf <= -.1: locks()
+    if front <= -.1: _draw_locks(c, own, p, P, light, s)
     return own
 
 # %% ../../nbs/1_data/05_people.ipynb #a4f16449
+def _bezier(path, t) -> np.ndarray:
+    "(n, 2) points of a quadratic Bezier curve at `t`, (n, 1) in 0..1."
+    a, b, c = (np.array(q) for q in path)
+    return (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t ** 2 * c
+
 @dataclass(frozen=True)
 class Walk:
     "One person crossing one camera's view: a curved path walked at constant speed."
@@ -420,69 +534,76 @@ class Walk:
         "Positions (n, 2), headings (n,), distance walked (n,) at `seconds` after the start."
         a, b, c = (np.array(q) for q in self.path)
         t = np.linspace(0, 1, 65)[:, None]
-        curve = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t ** 2 * c
-        walked = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(curve, axis=0).T))])
+        walked = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(_bezier(self.path, t), axis=0).T))])
         d = np.asarray(seconds) * self.speed
         t = np.interp(d, walked, t[:, 0])[..., None]
         v = 2 * (1 - t) * (b - a) + 2 * t * (c - b)
-        return (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t ** 2 * c, np.arctan2(v[..., 1], v[..., 0]), d
+        return _bezier(self.path, t), np.arctan2(v[..., 1], v[..., 0]), d
 
     @property
     def length(self) -> float:
         "Metres from end to end."
-        a, b, c = (np.array(q) for q in self.path); t = np.linspace(0, 1, 65)[:, None]
-        return float(np.hypot(*np.diff((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t ** 2 * c, axis=0).T).sum())
+        return float(np.hypot(*np.diff(_bezier(self.path, np.linspace(0, 1, 65)[:, None]), axis=0).T).sum())
 
 # %% ../../nbs/1_data/05_people.ipynb #8e28dc5e
 def stand(person: Person, position, heading, phase) -> dict:
     "Anchors in world metres: `skeleton` turned to `heading` (radians from +X) and put at `position`; (n, 3) each."
     c, s = np.cos(heading)[:, None], np.sin(heading)[:, None]
     def turn(v):
-        r, f, u = v[:, :1], v[:, 1:2], v[:, 2:]
-        return np.concatenate([r * s + f * c, -r * c + f * s, u], -1)
+        right, forward, up = v[:, :1], v[:, 1:2], v[:, 2:]
+        return np.concatenate([right * s + forward * c, -right * c + forward * s, up], -1)
     base = np.concatenate([position, np.zeros((len(position), 1))], -1)
     return {k: turn(v) + base for k, v in skeleton(person, phase).items()}
 
 # %% ../../nbs/1_data/05_people.ipynb #121d7856
-def seen_from(cam: Camera, person: Person, position, heading, phase) -> list:
-    "For each of n moments what `draw_person` needs: anchors in frame pixels, scale, and how the person is turned to the camera."
+def seen_from(
+    cam: Camera,
+    person: Person,
+    position, heading, phase,   # (n, 2) metres, (n,) and (n,) radians
+) -> list:                      # n dicts: anchors in frame pixels, scale, and how the person is turned to the camera
+    "For each of n moments what `draw_person` needs."
     A = stand(person, position, heading, phase)
-    names = list(A); pix = project(cam, np.stack([A[k] for k in names], 1))           # (n, A, 3)
-    to = -position / np.linalg.norm(position, axis=1, keepdims=True)
-    f = np.stack([np.cos(heading), np.sin(heading)], -1); r = np.stack([f[:, 1], -f[:, 0]], -1)
-    front, right = (f * to).sum(1), (r * to).sum(1)
-    z = np.zeros(len(f)); frame = np.stack([np.c_[r, z], np.c_[f, z], np.c_[z, z, z + 1]], 1)  # (n, 3, 3)
+    names = list(A)
+    pixels = project(cam, np.stack([A[k] for k in names], 1))             # (n, anchors, 3)
+    to_camera = -position / np.linalg.norm(position, axis=1, keepdims=True)
+    f = np.stack([np.cos(heading), np.sin(heading)], -1)
+    r = np.stack([f[:, 1], -f[:, 0]], -1)
+    front, right = (f * to_camera).sum(1), (r * to_camera).sum(1)
+    zero = np.zeros(len(f))
+    frame = np.stack([np.c_[r, zero], np.c_[f, zero], np.c_[zero, zero, zero + 1]], 1)  # (n, 3, 3)
     basis = frame @ axes_of(cam).T * [1, 1, -1]
     share = {"coat": .8, "dress": .95}.get(person.upper.kind, person.lower.reach)
-    hip = names.index("pelvis"); out = []
-    for i, P in enumerate(pix.tolist()):
-        d = dict(zip(names, P))
-        d.update(scale=cam.focal / P[hip][2], front=float(front[i]), right=float(right[i]), yaw=float(np.arctan2(right[i], front[i])),
-                 front_on=abs(float(front[i])), side_on=abs(float(right[i])), basis=basis[i].astype(np.float32), skirt_share=share)
-        out.append(d)
-    return out
+    hip = names.index("pelvis")
+    return [dict(zip(names, P), scale=cam.focal / P[hip][2], front=float(front[i]), right=float(right[i]),
+                 yaw=float(np.arctan2(right[i], front[i])), front_on=abs(float(front[i])), side_on=abs(float(right[i])),
+                 basis=basis[i].astype(np.float32), skirt_share=share) for i, P in enumerate(pixels.tolist())]
 
 # %% ../../nbs/1_data/05_people.ipynb #ea1d2b41
+_BONES = {("r_heel", "r_knee"): .045, ("r_knee", "r_hip"): .06, ("l_heel", "l_knee"): .045, ("l_knee", "l_hip"): .06,
+          ("pelvis", "neck"): .14, ("neck", "head"): .1,                         # ends, and radius in metres
+          ("r_shoulder", "r_wrist"): .045, ("l_shoulder", "l_wrist"): .045}
+
 def cast_shadow(c: Canvas, cam: Camera, p: Person, A: dict, i: int) -> None:
-    "Darken the ground where a person keeps the sun away, and softly under the feet."
-    pairs = (("r_heel", "r_knee"), ("r_knee", "r_hip"), ("l_heel", "l_knee"), ("l_knee", "l_hip"), ("pelvis", "neck"), ("neck", "head"), ("r_shoulder", "r_wrist"), ("l_shoulder", "l_wrist"))
-    radii = (.045, .06, .045, .06, .14, .1, .045, .045)
-    ends = np.stack([[A[a][i], A[b][i]] for a, b in pairs])
+    "Darken the ground where a person keeps the sun away, and softly under the feet; `A` as of `stand`, at moment `i`."
+    radii = tuple(_BONES.values())
+    ends = np.stack([[A[a][i], A[b][i]] for a, b in _BONES])
     g = project(cam, np.concatenate([sun_shadow(cam, ends), ends[[0, 2]] * [1, 1, 0]]))
-    dark = np.ones((1, 1), np.float32); hit = c.box(g[..., 0].min() - 40, g[..., 1].min() - 20, g[..., 0].max() + 40, g[..., 1].max() + 20)
+    hit = c.box(g[..., 0].min() - 40, g[..., 1].min() - 20, g[..., 0].max() + 40, g[..., 1].max() + 20)
     if hit is None: return
-    at, X, Y = hit; squash = np.float32(min(max(cam.mount / float(np.hypot(*A["pelvis"][i][:2])), .15), 1))
-    light = 0
+    at, X, Y = hit
+    squash = np.float32(min(max(cam.mount / float(np.hypot(*A["pelvis"][i][:2])), .15), 1))
+    shade = 0
     for k, (a, b) in enumerate(g.tolist()):
-        s = cam.focal / a[2]; feet = k >= len(radii)
+        s, feet = cam.focal / a[2], k >= len(radii)
         r, soft = (.11 * s, .22 * s) if feet else (radii[k] * s, (.03 + .035 * k) * s)
-        dx, dy = b[0] - a[0], (b[1] - a[1]) / float(squash); L2 = max(dx * dx + dy * dy, 1e-3)
+        dx, dy = b[0] - a[0], (b[1] - a[1]) / float(squash)
+        length2 = max(dx * dx + dy * dy, 1e-3)
         px, py = X - np.float32(a[0]), (Y - np.float32(a[1])) / squash
-        t = np.clip((px * np.float32(dx) + py * np.float32(dy)) * np.float32(1 / L2), 0, 1)
+        t = np.clip((px * np.float32(dx) + py * np.float32(dy)) * np.float32(1 / length2), 0, 1)
         d2 = (px - t * np.float32(dx)) ** 2 + (py - t * np.float32(dy)) ** 2
         q = np.clip(1 - (np.sqrt(d2) - np.float32(r)) * np.float32(1 / soft), 0, 1)
-        light = np.maximum(light, q * q * np.float32(.55 if feet else shadow_contrast(cam)))
-    c.rgb[:, at[0], at[1]] *= 1 - light
+        shade = np.maximum(shade, q * q * np.float32(.55 if feet else shadow_contrast(cam)))
+    c.rgb[:, at[0], at[1]] *= 1 - shade
 
 # %% ../../nbs/1_data/05_people.ipynb #d891d923
 def portrait(
@@ -492,21 +613,37 @@ def portrait(
     size: tuple = (160, 320),    # width, height in pixels
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (h, w, 3) uint8, (h, w) part labels, (K, 2) joints
     "One person in a studio: soft light from the left, no lens, no noise."
-    cam = Camera(0, "studio", "plaza", size=size, focal=size[1] * 3.1, mount=1.25, pitch=.045, bend=0, vignette=0, sun=(-.55, -.7, .75), sunlight=(.75, .73, .7), sky=(.5, .51, .53), blur=.3, noise=0)
-    pose = (np.array([[0., 6.1]]), np.array([heading]), np.array([phase])); light = light_of(cam)
-    y = np.linspace(0, 1, size[1] + 2 * MARGIN, dtype=np.float32)[:, None]; floor = 1 / (1 + np.exp(-(y - .8) * 30))
+    cam = Camera(0, "studio", "plaza", size=size, focal=size[1] * 3.1, mount=1.25, pitch=.045, bend=0, vignette=0,
+                 sun=(-.55, -.7, .75), sunlight=(.75, .73, .7), sky=(.5, .51, .53), blur=.3, noise=0)
+    pose = (np.array([[0., 6.1]]), np.array([heading]), np.array([phase]))
+    light = light_of(cam)
+    y = np.linspace(0, 1, size[1] + 2 * MARGIN, dtype=np.float32)[:, None]
+    floor = 1 / (1 + np.exp(-(y - .8) * 30))
     c = Canvas(-MARGIN, -MARGIN, np.ones((3, 1, size[0] + 2 * MARGIN), np.float32) * (.62 + .1 * floor))
-    cast_shadow(c, cam, person, stand(person, *pose), 0); view = seen_from(cam, person, *pose)[0]; draw_person(c, person, view, light)
-    scene = Scenery(c.rgb, [], light, response_of(cam), np.zeros((512, 512, 3), np.float32), np.ones(size[::-1], np.float32))
-    return expose(cam, scene, c, 0), without_margin(c.part).copy(), np.array([view[j][:2] for j in JOINTS], np.float32)
+    cast_shadow(c, cam, person, stand(person, *pose), 0)
+    view = seen_from(cam, person, *pose)[0]
+    draw_person(c, person, view, light)
+    grain, falloff = np.zeros((512, 512, 3), np.float32), np.ones(size[::-1], np.float32)
+    image = expose(cam, Scenery(c.rgb, [], light, response_of(cam), grain, falloff), c, 0)
+    return image, without_margin(c.part).copy(), np.array([view[j][:2] for j in JOINTS], np.float32)
 
 # %% ../../nbs/1_data/05_people.ipynb #279ecd01
-def overlay(image, parts, joints=None, seen=None, zoom=1):
+_PART_COLOURS = np.array([[0, 0, 0], [90, 60, 30], [250, 200, 160], [230, 60, 60], [250, 160, 30], [250, 220, 60],
+                          [40, 110, 220], [60, 190, 230], [20, 50, 130], [30, 90, 120], [190, 70, 200], [70, 190, 90],
+                          [150, 150, 150], [90, 90, 90]])
+
+def overlay(
+    image: np.ndarray,  # (h, w, 3) uint8
+    parts: np.ndarray,  # (h, w) indices of PARTS
+    joints=None,        # (K, 2) pixels; nan where there is none
+    seen=None,          # (K,) bool: drawn full, else hollow
+    zoom: int = 1,
+) -> np.ndarray:        # (h * zoom, w * zoom, 3) uint8
     "An image with its part masks in colours and its joints as dots (hollow where they are hidden)."
-    colours = np.array([[0, 0, 0], [90, 60, 30], [250, 200, 160], [230, 60, 60], [250, 160, 30], [250, 220, 60], [40, 110, 220], [60, 190, 230],
-                        [20, 50, 130], [30, 90, 120], [190, 70, 200], [70, 190, 90], [150, 150, 150], [90, 90, 90]])[parts]
-    mixed = np.where(parts[..., None] > 0, .35 * image + .65 * colours, image * .8).astype(np.uint8)
-    out = Image.fromarray(mixed).resize((mixed.shape[1] * zoom, mixed.shape[0] * zoom), Image.BICUBIC); draw = ImageDraw.Draw(out)
+    mixed = np.where(parts[..., None] > 0, .35 * image + .65 * _PART_COLOURS[parts], image * .8).astype(np.uint8)
+    out = Image.fromarray(mixed).resize((mixed.shape[1] * zoom, mixed.shape[0] * zoom), Image.BICUBIC)
+    draw = ImageDraw.Draw(out)
     for k, (x, y) in enumerate([] if joints is None else joints * zoom):
-        if np.isfinite(x): draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="white" if seen is None or seen[k] else None, outline="black" if seen is None or seen[k] else "white")
+        fill, outline = ("white", "black") if seen is None or seen[k] else (None, "white")
+        if np.isfinite(x): draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=fill, outline=outline)
     return np.asarray(out)

@@ -6,14 +6,15 @@
 __all__ = ['DISTRACTORS', 'BENCHMARKS', 'TrackingScores', 'tracking_scores', 'match_truth', 'tracklets_to_mot']
 
 # %% ../../nbs/1_data/11_tracking_scores.ipynb #96429888
-import re, warnings
+import re
+import warnings
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from ..core.files import atomic
-from .videos import optional
 from .detectors import box_iou, class_counts, class_numbers, read_mot
+from .videos import optional
 
 # %% ../../nbs/1_data/11_tracking_scores.ipynb #ceff5c46
 DISTRACTORS = (2, 7, 8, 12)    # MOT16 and later: person on vehicle, static person, distractor, reflection
@@ -30,7 +31,8 @@ def _match(
 
 def _ltrb(table):
     "(n, 4) left, top, right, bottom of a table with x, y, w, h."
-    return np.column_stack([table["x"], table["y"], table["x"] + table["w"], table["y"] + table["h"]]).astype(float).reshape(-1, 4)
+    right, bottom = table["x"] + table["w"], table["y"] + table["h"]
+    return np.column_stack([table["x"], table["y"], right, bottom]).astype(float).reshape(-1, 4)
 
 # %% ../../nbs/1_data/11_tracking_scores.ipynb #4cf4647a
 def _where(table) -> str: return f"{table.attrs['path']}: " if table.attrs.get("path") else ""
@@ -40,28 +42,33 @@ def _check_ids(table: pd.DataFrame, key: str, what: str) -> None:
     where = f"{_where(table)}{what}: "
     ids, frames = table[key].to_numpy(), table["frame"].to_numpy()
     if (none := ids < 0).any():
-        raise ValueError(f"{where}id {ids[none][0]} in frame {frames[none][0] + 1} (from 1) stands for no track: these are "
-                         "detections, or crops without a tracklet; scores need an id for every box")
+        raise ValueError(f"{where}id {ids[none][0]} in frame {frames[none][0] + 1} (from 1) stands for no track: these "
+                         "are detections, or crops without a tracklet; scores need an id for every box")
     twice = table.duplicated(["frame", key]).to_numpy()
     if twice.any():
         f, i = frames[twice][0], ids[twice][0]
-        raise ValueError(f"{where}id {i} stands more than once in frame {f + 1} (counted from 1; {f} from 0), {twice.sum()} such "
-                         "boxes in all: two people share an id, or the lines are there twice; give every person one id")
+        raise ValueError(f"{where}id {i} stands more than once in frame {f + 1} (counted from 1; {f} from 0), "
+                         f"{twice.sum()} such boxes in all: two people share an id, or the lines are there twice; "
+                         "give every person one id")
 
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #fbd701e0
 def _boxes_of(table, key: str, what: str) -> pd.DataFrame:
     "A table, or the table of a MOT file, with whole frames, finite boxes, one id a box: what every score starts from."
     table = table if isinstance(table, pd.DataFrame) else read_mot(table)
     other = {"id": "tracklet", "tracklet": "id"}[key]
     if key not in table and other in table: table = table.rename(columns={other: key})
     if lacks := [c for c in ("frame", key, "x", "y", "w", "h") if c not in table]:
-        raise ValueError(f"{_where(table)}{what}: no column {', '.join(lacks)}; pass a MOT file or a table of `read_mot` or `track`")
+        raise ValueError(f"{_where(table)}{what}: no column {', '.join(lacks)}; pass a MOT file or a table of "
+                         "`read_mot` or `track`")
     if "video" in table and table["video"].nunique() > 1:
-        raise ValueError(f"scores are of one video; {what} holds {table['video'].nunique()}: take one with table[table['video'] == NAME]")
+        raise ValueError(f"scores are of one video; {what} holds {table['video'].nunique()}: take one with "
+                         "table[table['video'] == NAME]")
     values = table[["frame", key, "x", "y", "w", "h"]].to_numpy(float)
-    wrong = ~np.isfinite(values).all(1) | (values[:, :2] % 1 != 0).any(1) | (values[:, 0] < 0) | (values[:, 4:] <= 0).any(1)
+    odd_number = (values[:, :2] % 1 != 0).any(1) | (values[:, 0] < 0)
+    wrong = ~np.isfinite(values).all(1) | odd_number | (values[:, 4:] <= 0).any(1)
     if wrong.any():
-        raise ValueError(f"{_where(table)}{what}: row {int(wrong.argmax())} (from 0) is no box: frame, {key}, x, y, w, h = "
-                         f"{values[wrong][0].tolist()}; frames and ids are whole, frames from 0, w and h above 0")
+        raise ValueError(f"{_where(table)}{what}: row {int(wrong.argmax())} (from 0) is no box: frame, {key}, x, y, w, "
+                         f"h = {values[wrong][0].tolist()}; frames and ids are whole, frames from 0, w and h above 0")
     table = table.assign(**{c: table[c].to_numpy(np.int64) for c in ("frame", key)})
     _check_ids(table, key, what)
     return table.reset_index(drop=True)
@@ -72,58 +79,75 @@ def _guess_benchmark(table, classes, flag) -> tuple[str, str]:
     if classes is None or len(classes) == 0: return "MOT15", ""
     others = classes != 1
     if not others.any(): return "MOT17", ""
-    named = {m[1] for p in Path(table.attrs.get("path", "")).parts if (m := re.fullmatch(r"(MOT(16|17|20))(-.*)?", p))}
+    parts = Path(table.attrs.get("path", "")).parts
+    named = {m[1] for p in parts if (m := re.fullmatch(r"(MOT(16|17|20))(-.*)?", p))}
     name = named.pop() if len(named) == 1 else "MOT17"
     alike = not flag[others].any() and not others.all() and np.isin(classes, range(1, 14)).all()
     settled = name in _where(table) or 6 not in classes          # class 6 counts differently in MOT20
     if alike and settled and table.attrs.get("columns", 9) == 9:
         return name, f"classes {class_counts(classes)} are taken for {name}'s; `benchmark` or `classes` says otherwise"
-    raise ValueError(f"{_where(table)}truth: classes {class_counts(classes)} may be a benchmark's or an annotation tool's. Pass "
-                     'benchmark="MOT16", "MOT17" or "MOT20" (1 is the pedestrian), benchmark="MOT15" (every box is a person), or '
-                     "classes=(…) with the numbers that are people (VisDrone: classes=(1, 2))")
+    raise ValueError(f"{_where(table)}truth: classes {class_counts(classes)} may be a benchmark's or an annotation "
+                     'tool\'s. Pass benchmark="MOT16", "MOT17" or "MOT20" (1 is the pedestrian), benchmark="MOT15" '
+                     "(every box is a person), or classes=(…) with the numbers that are people (VisDrone: classes=(1, 2))")
 
 def _flags(table) -> np.ndarray:
     "(N,) whether a truth row is to be scored."
     flag = table["score"].to_numpy(float) if "score" in table else np.ones(len(table))
-    if (flag % 1 != 0).any(): raise ValueError(
-        f"{_where(table)}truth: the 7th column (`score`) is a flag there, 1 scored and 0 not, but holds {flag[flag % 1 != 0][0]:g}: "
-        "set it to 1 or 0, or is this a file of detections or results?")
+    if (odd := flag % 1 != 0).any():
+        raise ValueError(f"{_where(table)}truth: the 7th column (`score`) is a flag there, 1 scored and 0 not, but "
+                         f"holds {flag[odd][0]:g}: set it to 1 or 0, or is this a file of detections or results?")
     return flag != 0
 
-# %% ../../nbs/1_data/11_tracking_scores.ipynb #34517387
 def _known_benchmark(name: str) -> str:
+    "A key of `BENCHMARKS`, from any spelling."
     known = str(name).upper().replace("-", "")
-    if known not in BENCHMARKS: raise ValueError(f"benchmark {name!r} is not known; known: {', '.join(BENCHMARKS)}, or pass classes=(…)")
-    return known
+    if known in BENCHMARKS: return known
+    raise ValueError(f"benchmark {name!r} is not known; known: {', '.join(BENCHMARKS)}, or pass classes=(…)")
 
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #34517387
+def _by_classes(gt, own, classes) -> tuple:
+    "People are the classes that were named: how that is called, who is a person, what to say."
+    if own is None and len(gt): raise ValueError(f"{_where(gt)}truth: has no class numbers; leave out `classes`")
+    there = own if len(gt) else np.zeros(0, np.int64)
+    lacks = sorted(set(classes.tolist()) - set(there.tolist()))
+    return f"classes {classes.tolist()}", np.isin(there, classes), f"no truth box has class {lacks}" if lacks else ""
+
+def _by_benchmark(gt, own, flag, benchmark: str | None) -> tuple:
+    "People as a benchmark has them: its name, who is a person, what to say."
+    note = ""
+    if benchmark is None: benchmark, note = _guess_benchmark(gt, own, flag)
+    benchmark = _known_benchmark(benchmark)
+    if BENCHMARKS[benchmark] is None or not len(gt): return benchmark, np.ones(len(gt), bool), note
+    if own is None or not np.isin(own, range(1, 14)).all():
+        raise ValueError(f"{_where(gt)}truth: {benchmark} has classes 1 to 13, the file "
+                         f"{class_counts(own) if own is not None else 'none'}; "
+                         'pass benchmark="MOT15" where every box is a person, or classes=(…)')
+    return benchmark, own == 1, note
+
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #b16f6e19
 def _truth(gt, benchmark: str | None = None, classes=None) -> pd.DataFrame:
-    "A truth table with `counts` (is scored), `person` and `distracts` (boxes on it are not scored); `attrs` say how it was read."
+    "A truth table with `counts` (is scored), `person`, `distracts` (boxes on it are not scored); `attrs` say how read."
     gt = _boxes_of(gt, "id", "truth")
-    own, flag, note, distract = class_numbers(gt), _flags(gt), "", ()
+    own, flag, distract = class_numbers(gt), _flags(gt), ()
     if classes is not None and benchmark is not None: raise ValueError("pass `benchmark` or `classes`, not both")
-    if classes is not None:
-        classes = np.atleast_1d(classes)
-        if own is None and len(gt): raise ValueError(f"{_where(gt)}truth: has no class numbers; leave out `classes`")
-        benchmark, person = f"classes {classes.tolist()}", np.isin(own, classes) if len(gt) else np.zeros(0, bool)
-        if lacks := sorted(set(classes.tolist()) - set(own.tolist() if len(gt) else [])): note = f"no truth box has class {lacks}"
+    if classes is not None: benchmark, person, note = _by_classes(gt, own, np.atleast_1d(classes))
     else:
-        if benchmark is None: benchmark, note = _guess_benchmark(gt, own, flag)
-        benchmark = _known_benchmark(benchmark)
+        benchmark, person, note = _by_benchmark(gt, own, flag, benchmark)
         distract = BENCHMARKS[benchmark] or ()
-        person = np.ones(len(gt), bool) if BENCHMARKS[benchmark] is None or not len(gt) else own == 1
-        if distract and len(gt) and (own is None or not np.isin(own, range(1, 14)).all()): raise ValueError(
-            f"{_where(gt)}truth: {benchmark} has classes 1 to 13, the file {class_counts(own) if own is not None else 'none'}; "
-            'pass benchmark="MOT15" where every box is a person, or classes=(…)')
-    out = gt.assign(counts=flag & person, person=person, distracts=np.isin(own, distract) if own is not None and len(gt) else False)
+    distracts = np.isin(own, distract) if own is not None and len(gt) else False
+    out = gt.assign(counts=flag & person, person=person, distracts=distracts)
     by_class = {} if own is None else {int(k): int(n) for k, n in zip(*np.unique(own[~person], return_counts=True))}
-    out.attrs.update(benchmark=benchmark, note=note, left_out=dict(truth_of_class=by_class, truth_with_flag_0=int((person & ~flag).sum())))
+    left_out = dict(truth_of_class=by_class, truth_with_flag_0=int((person & ~flag).sum()))
+    out.attrs.update(benchmark=benchmark, note=note, left_out=left_out)
     return out
 
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #47c8c377
 def _need_some(gt: pd.DataFrame, left: np.ndarray) -> None:
     "ValueError where a truth that has boxes has none left."
-    if len(gt) and not left.any(): raise ValueError(
-        f"{_where(gt)}truth: none of its {len(gt)} boxes is left to score, read as {gt.attrs['benchmark']}: {gt.attrs['left_out']}; "
-        "`benchmark` or `classes` says how its class numbers are meant")
+    if not len(gt) or left.any(): return
+    raise ValueError(f"{_where(gt)}truth: none of its {len(gt)} boxes is left to score, read as "
+                     f"{gt.attrs['benchmark']}: {gt.attrs['left_out']}; `benchmark` or `classes` says how its class "
+                     "numbers are meant")
 
 def _result(samples, classes=None) -> pd.DataFrame:
     "A result table; rows of a file that are of other classes are left out, and counted in `attrs`."
@@ -131,13 +155,20 @@ def _result(samples, classes=None) -> pd.DataFrame:
     own = class_numbers(table)
     if own is None or len(np.unique(own)) < 2: return table        # one number for all says nothing
     wanted = np.isin(own, np.atleast_1d(classes if classes is not None else ()))
-    if not wanted.any(): raise ValueError(
-        f"{_where(table)}result: has classes {class_counts(own)}; only people are scored: classes=(…) gives their numbers")
+    if not wanted.any():
+        raise ValueError(f"{_where(table)}result: has classes {class_counts(own)}; only people are scored: classes=(…) "
+                         "gives their numbers")
     out = table[wanted].reset_index(drop=True)
     out.attrs["left_out"] = dict(boxes_of_other_classes=int((~wanted).sum()))
     return out
 
 # %% ../../nbs/1_data/11_tracking_scores.ipynb #5badb98b
+def _numbered(table, column: str, rows: list) -> tuple:
+    "The ids of each frame's rows, numbered from 0, and how many there are."
+    everywhere = np.concatenate([*rows, np.zeros(0, np.int64)])
+    ids, number = np.unique(table[column].to_numpy()[everywhere], return_inverse=True)
+    return np.split(number, np.cumsum([len(r) for r in rows])[:-1]) if rows else [], len(ids)
+
 def _sequence(samples: pd.DataFrame, gt: pd.DataFrame, frames) -> dict:
     "What trackeval's metrics take: per frame the ids (numbered from 0) and the overlaps."
     of, truth_of = samples.groupby("frame").indices, gt.groupby("frame").indices
@@ -149,70 +180,90 @@ def _sequence(samples: pd.DataFrame, gt: pd.DataFrame, frames) -> dict:
         iou = box_iou(true[t], mine[m])
         r, c = _match(iou) if distracts[t].any() else (none, none)
         stay = np.setdiff1d(np.arange(len(m)), c[distracts[t][r]])
-        kept.append(m[stay]); wanted.append(t[counts[t]]); overlaps.append(iou[counts[t]][:, stay])
-    def numbered(table, column, rows):
-        ids, number = np.unique(table[column].to_numpy()[np.concatenate([*rows, none])], return_inverse=True)
-        return np.split(number, np.cumsum([len(r) for r in rows])[:-1]) if rows else [], len(ids)
-    gt_ids, n_gt = numbered(gt, "id", wanted)
-    tracker_ids, n_ids = numbered(samples, "tracklet", kept)
-    return dict(num_timesteps=len(overlaps), gt_ids=gt_ids, tracker_ids=tracker_ids, similarity_scores=overlaps, num_gt_ids=n_gt, num_tracker_ids=n_ids,
-                num_gt_dets=sum(map(len, gt_ids)), num_tracker_dets=sum(map(len, tracker_ids)))
+        kept.append(m[stay])
+        wanted.append(t[counts[t]])
+        overlaps.append(iou[counts[t]][:, stay])
+    gt_ids, n_gt = _numbered(gt, "id", wanted)
+    tracker_ids, n_ids = _numbered(samples, "tracklet", kept)
+    return dict(num_timesteps=len(overlaps), gt_ids=gt_ids, tracker_ids=tracker_ids, similarity_scores=overlaps,
+                num_gt_ids=n_gt, num_tracker_ids=n_ids, num_gt_dets=sum(map(len, gt_ids)),
+                num_tracker_dets=sum(map(len, tracker_ids)))
 
-# %% ../../nbs/1_data/11_tracking_scores.ipynb #34ae70fd
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #c9e20cb6
 class TrackingScores(dict):
-    "Scores by name. `benchmark`: how classes were read; `left_out`: counts by reason; `notes`: what was guessed or looks wrong."
+    "Scores by name; `benchmark`: how classes were read; `left_out`: counts by reason; `notes`: what looks wrong."
     def __init__(self, scores, benchmark: str = "", left_out: dict | None = None, notes: list | None = None):
         super().__init__(scores)
         self.benchmark, self.left_out, self.notes = benchmark, left_out or {}, notes or []
 
+def _metrics(metrics, data) -> dict:
+    "trackeval's figures of one sequence."
+    quiet = dict(PRINT_CONFIG=False)
+    clear, identity = metrics.CLEAR(quiet).eval_sequence(data), metrics.Identity(quiet).eval_sequence(data)
+    hota = metrics.HOTA().eval_sequence(data)
+    shares = dict(MOTA=clear["MOTA"], IDF1=identity["IDF1"], HOTA=np.mean(hota["HOTA"]), DetA=np.mean(hota["DetA"]),
+                  AssA=np.mean(hota["AssA"]), precision=clear["CLR_Pr"], recall=clear["CLR_Re"])
+    counts = dict(switches=int(clear["IDSW"]), truth_boxes=data["num_gt_dets"], boxes=data["num_tracker_dets"],
+                  people=data["num_gt_ids"], tracklets=data["num_tracker_ids"])
+    return {k: float(v) for k, v in shares.items()} | counts
+
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #34ae70fd
 def _step(frames: np.ndarray) -> int:
     "The stride of frame numbers; 1 where there are too few to tell."
     return int(np.gcd.reduce(np.diff(np.unique(frames)))) if len(np.unique(frames)) > 2 else 1
 
 def _moved(mine: pd.DataFrame, true: pd.DataFrame, most: int = 200) -> tuple[int, float, float] | None:
-    "The move of one frame that fits a result to its truth clearly better than none, with both mean overlaps; else None."
+    "The move by a frame that fits a result to its truth clearly better than none, with both mean overlaps; else None."
     of, truth_of = mine.groupby("frame").indices, true.groupby("frame").indices
     shared = [f for f in of if {f - 1, f, f + 1} <= truth_of.keys()]
     shared = shared[::-(-len(shared) // most) or 1]
     if sum(len(of[f]) for f in shared) < 20: return None
     a, b = _ltrb(mine), _ltrb(true)
-    fit = {s: np.concatenate([box_iou(a[of[f]], b[truth_of[f + s]]).max(1) for f in shared]).mean() for s in (-1, 0, 1)}
+    overlap = lambda s: np.concatenate([box_iou(a[of[f]], b[truth_of[f + s]]).max(1) for f in shared]).mean()
+    fit = {s: overlap(s) for s in (-1, 0, 1)}
     best = max((-1, 1), key=fit.get)
     return (best, fit[0], fit[best]) if fit[best] > fit[0] + .02 and fit[-best] < fit[0] else None
 
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #98c7c5ad
 def _fit_notes(mine: pd.DataFrame, true: pd.DataFrame, strided: bool) -> list[str]:
     "What looks wrong between a result and its truth, one line each. ValueError where they share no frame."
     if not len(true): return ["the truth holds no box"]
     if not len(mine): return ["the result holds no box"]
     (a, z), (c, d) = ((t["frame"].min(), t["frame"].max()) for t in (mine, true))
-    if z < c or d < a: raise ValueError(f"result and truth share no frame: {a} to {z} against {c} to {d} (from 0); are they of one video?")
+    if z < c or d < a:
+        raise ValueError(f"result and truth share no frame: {a} to {z} against {c} to {d} (from 0); are they of one "
+                         "video?")
     notes, step = [], _step(mine["frame"].to_numpy())
     if not strided and step > _step(true["frame"].to_numpy()):
-        notes.append(f"the result has every {step}th frame only, the rest count as missed: pass frames=range(0, n, {step})")
+        notes.append(f"the result has every {step}th frame only, the rest count as missed: pass "
+                     f"frames=range(0, n, {step})")
     if (min(z, d) - max(a, c) + 1) < .8 * (max(z, d) - min(a, c) + 1):
-        notes.append(f"the result covers frames {a} to {z}, the truth {c} to {d} (from 0): are they of the same part of one video?")
+        notes.append(f"the result covers frames {a} to {z}, the truth {c} to {d} (from 0): are they of the same part "
+                     "of one video?")
     if moved := _moved(mine, true):
-        notes.append(f"moved by {moved[0]:+d} frame the result overlaps the truth by {moved[2]:.2f} instead of {moved[1]:.2f}: "
-                     "does one count frames from 0 and the other from 1?")
+        notes.append(f"moved by {moved[0]:+d} frame the result overlaps the truth by {moved[2]:.2f} instead of "
+                     f"{moved[1]:.2f}: does one count frames from 0 and the other from 1?")
     return notes
 
-# %% ../../nbs/1_data/11_tracking_scores.ipynb #e59be3d7
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #9d356356
 def _within(table: pd.DataFrame, frames, what: str) -> pd.DataFrame:
     "Rows that lie in `frames`. ValueError where none does."
     stay = table["frame"].isin(list(frames)).to_numpy()
     if len(table) and not stay.any():
-        raise ValueError(f"{what}: no box lies in the frames to score; its own go from {table['frame'].min()} to {table['frame'].max()} (from 0)")
+        raise ValueError(f"{what}: no box lies in the frames to score; its own go from {table['frame'].min()} to "
+                         f"{table['frame'].max()} (from 0)")
     return table[stay].reset_index(drop=True)
 
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #e59be3d7
 def tracking_scores(
     samples,                # table of one video, of `track` or `read_mot`; or a MOT file of results
     gt,                     # truth: MOT file, or a table of `read_mot`
-    frames=None,            # frame numbers to score; None: all from the first to the last of truth and table. With a stride: `range(0, n, stride)`
-    benchmark: str | None = None,  # whose class numbers the truth has, one of `BENCHMARKS`; None: as its file shows, or an error
+    frames=None,            # frame numbers to score; None: first to last; with a stride: `range(0, n, stride)`
+    benchmark: str | None = None,  # whose class numbers the truth has, one of `BENCHMARKS`; None: as its file shows
     classes=None,           # instead: the truth's class numbers that are people
-) -> TrackingScores:        # MOTA, IDF1, HOTA, DetA, AssA, precision, recall (fractions), switches, truth_boxes, boxes, people, tracklets, truth_left_out, boxes_left_out
-    """How well tracklets follow people, by `trackeval`. ValueError where an id stands twice in a frame, where class numbers may
-    mean several things, and where nothing is left to score; what looks wrong is warned of."""
+) -> TrackingScores:        # MOTA, IDF1, HOTA, DetA, AssA, precision, recall (fractions), switches, and counts of boxes
+    """How well tracklets follow people, by `trackeval`. ValueError where an id stands twice in a frame, where class
+    numbers may mean several things, and where nothing is left to score; what looks wrong is warned of."""
     trackeval = optional("trackeval", "track")
     mine, gt = _result(samples, classes), _truth(gt, benchmark, classes)
     _need_some(gt, gt["counts"].to_numpy())
@@ -225,22 +276,15 @@ def tracking_scores(
     notes = [n for n in (gt.attrs["note"], *_fit_notes(seen, true[true["counts"]], strided)) if n]
     scores = _metrics(trackeval.metrics, data)
     if len(true) and len(seen) and not scores["recall"]:
-        notes.append("no box overlaps its truth by half: another video or resolution, or right and bottom in place of width and height?")
+        notes.append("no box overlaps its truth by half: another video or resolution, or right and bottom in place of "
+                     "width and height?")
     for note in notes: warnings.warn(f"{_where(gt)}{note}", stacklevel=2)
     left_out = gt.attrs["left_out"] | mine.attrs.get("left_out", {}) | dict(
-        truth_outside_frames=len(gt) - len(true), boxes_outside_frames=len(mine) - len(seen), boxes_on_distractors=len(seen) - scores["boxes"])
+        truth_outside_frames=len(gt) - len(true), boxes_outside_frames=len(mine) - len(seen),
+        boxes_on_distractors=len(seen) - scores["boxes"])
     others = left_out.get("boxes_of_other_classes", 0)
     scores |= dict(truth_left_out=len(gt) - scores["truth_boxes"], boxes_left_out=len(mine) - scores["boxes"] + others)
     return TrackingScores(scores, gt.attrs["benchmark"], left_out, notes)
-
-def _metrics(metrics, data) -> dict:
-    "trackeval's figures of one sequence."
-    quiet = dict(PRINT_CONFIG=False)
-    clear, identity, hota = metrics.CLEAR(quiet).eval_sequence(data), metrics.Identity(quiet).eval_sequence(data), metrics.HOTA().eval_sequence(data)
-    scores = dict(MOTA=clear["MOTA"], IDF1=identity["IDF1"], HOTA=np.mean(hota["HOTA"]), DetA=np.mean(hota["DetA"]), AssA=np.mean(hota["AssA"]),
-                  precision=clear["CLR_Pr"], recall=clear["CLR_Re"])
-    return {k: float(v) for k, v in scores.items()} | dict(switches=int(clear["IDSW"]), truth_boxes=data["num_gt_dets"], boxes=data["num_tracker_dets"],
-                                                           people=data["num_gt_ids"], tracklets=data["num_tracker_ids"])
 
 # %% ../../nbs/1_data/11_tracking_scores.ipynb #33b66b6a
 def match_truth(
@@ -249,9 +293,10 @@ def match_truth(
     iou: float = 0.5,       # a crop shows the person whose box it overlaps by this much
     benchmark: str | None = None, classes=None,  # as in `tracking_scores`
 ) -> np.ndarray:            # (N,) int64 true person of each row, -1 where the box is on nobody
-    "The person in each crop, by the best one-to-one matching of boxes in every frame. Rows that scoring ignores name people too."
+    "The person in each crop, by the best one-to-one matching of boxes. Rows that scoring ignores name people too."
     if "video" in samples and samples["video"].nunique() > 1:
-        raise ValueError(f"the truth is of one video; the table holds {samples['video'].nunique()}: take one with table[table['video'] == NAME]")
+        raise ValueError(f"the truth is of one video; the table holds {samples['video'].nunique()}: take one with "
+                         "table[table['video'] == NAME]")
     gt = _truth(gt, benchmark, classes)
     _need_some(gt, gt["person"].to_numpy())
     if gt.attrs["note"]: warnings.warn(f"{_where(gt)}{gt.attrs['note']}", stacklevel=2)
@@ -264,9 +309,11 @@ def match_truth(
         person[rows[r]] = ids[t[c]]
     return person
 
+# %% ../../nbs/1_data/11_tracking_scores.ipynb #480dacb6
 def tracklets_to_mot(samples: pd.DataFrame, path) -> Path:
     "Write a table of one video as MOT results (frames from 1), the format that other tools and challenges read."
     rows = _boxes_of(samples, "tracklet", "result").sort_values(["frame", "tracklet"])
-    lines = (f"{f + 1},{t},{x:.8g},{y:.8g},{w:.8g},{h:.8g},{s:.8g},-1,-1,-1" for f, t, x, y, w, h, s in zip(*(rows[c].tolist() for c in ("frame", "tracklet", "x", "y", "w", "h", "score"))))
+    columns = (rows[c].tolist() for c in ("frame", "tracklet", "x", "y", "w", "h", "score"))
+    lines = (f"{f + 1},{t},{x:.8g},{y:.8g},{w:.8g},{h:.8g},{s:.8g},-1,-1,-1" for f, t, x, y, w, h, s in zip(*columns))
     with atomic(path) as tmp: tmp.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return Path(path)
