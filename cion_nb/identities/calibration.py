@@ -11,31 +11,47 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
-from .neighbours import jaccard, knn
-from .pairs import cosine_distance, group_sums, unit_centroids, unit_rows
-from .noise import check_thresholds
 from .levels import clean_and_sum, closure, frames_restart, lay_out, reallocate
 from .linking import centre_on_videos, link_by_reciprocal, link_within, seen_together
+from .neighbours import jaccard, knn
+from .noise import check_thresholds
+from .pairs import cosine_distance, group_sums, unit_centroids, unit_rows
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #7b13934a
 def _part(layout, max_tracklets, max_images, runs=8):
-    "Positions of the tracklets that are looked at: all, or `runs` runs of whole videos spread over the table; a video that is too large is cut."
+    "Positions of the tracklets looked at: all, or `runs` runs of whole videos; a video that is too large is cut."
     t, offsets = len(layout.tracklets), layout.offsets
     if t <= max_tracklets and offsets[-1] <= max_images: return np.arange(t)
     starts, chosen = np.flatnonzero(np.r_[True, layout.video[1:] != layout.video[:-1]]), []
-    for r in range(runs):
-        first = starts[min(np.searchsorted(starts, r * t // runs), len(starts) - 1)]
+    for run in range(runs):
+        first = starts[min(np.searchsorted(starts, run * t // runs), len(starts) - 1)]
         by_images = np.searchsorted(offsets, offsets[first] + max_images // runs, side="right") - 1
         end = max(first + 1, min(first + max_tracklets // runs, by_images))
         whole = starts[(starts > first) & (starts <= end)]
         chosen.append(np.arange(first, whole[-1] if len(whole) else min(end, t)))
     return np.unique(np.concatenate(chosen))
 
+# %% ../../nbs/3_identities/06_calibration.ipynb #152e7a63
+def _look(features, samples, max_tracklets, max_images):
+    "The part that is looked at: table, unit features in layout order, layout, and how much of the whole it is."
+    layout = lay_out(samples, features)
+    part = _part(layout, max_tracklets, max_images)
+    rows = np.sort(np.concatenate([layout.rows[layout.offsets[t]:layout.offsets[t + 1]] for t in part]))
+    features = np.asanyarray(features)
+    x = np.empty((len(rows), features.shape[1]), np.float32)
+    for i in range(0, len(rows), 2**14):                                    # float64 of a block at a time
+        x[i:i + 2**14] = unit_rows(features, rows[i:i + 2**14])
+    table = samples.iloc[rows].reset_index(drop=True)
+    layout_of_part = lay_out(table, x)
+    facts = dict(tracklets=len(part), of_tracklets=len(layout.tracklets), images=len(rows), of_images=len(samples),
+                 videos=len(layout_of_part.videos))
+    return table, x[layout_of_part.rows], layout_of_part, facts
+
 # %% ../../nbs/3_identities/06_calibration.ipynb #a185ff20
 ALIKE = 0.05   # "seen together" is trusted while at most this share of such tracklets looks like one person
 
 def _own_and_other(x, layout, together, rng):
-    "Distances of images to the mean of the others of their tracklet, and to the mean of a tracklet of somebody else; and who that was taken from."
+    "Distances of images to the mean of the others of their tracklet, and to somebody else's; and whose that was."
     n, count = len(layout.tracklets), np.diff(layout.offsets)
     of = np.repeat(np.arange(n), count)
     sums = group_sums(x, of, n)
@@ -45,6 +61,7 @@ def _own_and_other(x, layout, together, rng):
     rows = np.flatnonzero(partner[of] >= 0)
     return own, cosine_distance(x[rows], unit_centroids(sums, count)[partner[of[rows]]]), source
 
+# %% ../../nbs/3_identities/06_calibration.ipynb #02e451e5
 def _partners(layout, together, rng):
     "For each tracklet one of (mostly) somebody else, -1 if the table has no other; and how many came from where."
     n = len(layout.tracklets)
@@ -54,9 +71,13 @@ def _partners(layout, together, rng):
     inside = end - first > 1
     partner = np.where(inside, first + (np.arange(n) - first + 1 + shift) % np.maximum(end - first, 1), partner)
     a, b = np.r_[together.a, together.b], np.r_[together.b, together.a]
-    mixed = rng.permutation(len(a)); met = np.zeros(n, bool)
-    partner[a[mixed]] = b[mixed]; met[a] = True                   # the last of a random order: any of them
-    return partner, {"seen together": int(met.sum()), "same video": int((inside & ~met).sum()), "another video": int((~inside & ~met).sum()) if n > 1 else 0}
+    mixed = rng.permutation(len(a))
+    met = np.zeros(n, bool)
+    partner[a[mixed]] = b[mixed]                   # the last of a random order: any of them
+    met[a] = True
+    elsewhere = int((~inside & ~met).sum()) if n > 1 else 0
+    return partner, {"seen together": int(met.sum()), "same video": int((inside & ~met).sum()),
+                     "another video": elsewhere}
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #2c8e695f
 @dataclass(frozen=True)
@@ -68,61 +89,117 @@ class _Separation:
     wrong: float      # share of the first sample that is of other people
     alike: float      # share of the second that is of the same person
 
+def _unmixed(above_same, below_same, above_different, below_different, wrong, alike):
+    "Shares lost and kept: two mixtures, solved for their two parts."
+    scale = 1 - wrong - alike
+    lost = ((1 - alike) * above_same - wrong * above_different) / scale
+    return lost, ((1 - wrong) * below_different - alike * below_same) / scale
+
+def _least_ratio(part, whole):
+    "The smallest ratio of two tails, of those that hold at least a tenth."
+    tail = whole >= 0.1
+    return float(min((part[tail] / whole[tail]).min(initial=1), 1)) if tail.any() else 0.
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #d48a2b49
 def _separate(same, different):
     "The threshold of equal errors between (mostly) one person's distances and (mostly) two people's."
     grid = np.unique(np.r_[same, different])
     below_same, below_different = (np.searchsorted(np.sort(d), grid) / len(d) for d in (same, different))
-    def least(part, whole): tail = whole >= 0.1; return float(min((part[tail] / whole[tail]).min(initial=1), 1)) if tail.any() else 0.
-    wrong, alike = least(1 - below_same, 1 - below_different), least(below_different, below_same)
-    if wrong + alike > 0.95: wrong = alike = 0.                           # the two samples are one: nothing to take apart
-    scale = 1 - wrong - alike                                             # two mixtures, solved for their two parts
-    lost, kept = ((1 - alike) * (1 - below_same) - wrong * (1 - below_different)) / scale, ((1 - wrong) * below_different - alike * below_same) / scale
+    wrong, alike = _least_ratio(1 - below_same, 1 - below_different), _least_ratio(below_different, below_same)
+    if wrong + alike > 0.95: wrong = alike = 0.                       # the two samples are one: nothing to take apart
+    lost, kept = _unmixed(1 - below_same, below_same, 1 - below_different, below_different, wrong, alike)
     larger = np.maximum(np.maximum(lost, kept), 0)
     unsure = 3 / min(len(same), len(different)) + 2 * np.sqrt(alike * (1 - alike) / len(different))      # of the curves
     best = np.flatnonzero(larger <= larger.min() + unsure)
-    at = min(np.searchsorted(grid, (grid[best[0]] + grid[best[-1]]) / 2), len(grid) - 1)                # a gap between the two: its middle
-    return _Separation(float(grid[at]), float(np.clip(lost[at], 0, 1)), float(np.clip(kept[at], 0, 1)), wrong, alike)
+    middle = (grid[best[0]] + grid[best[-1]]) / 2                         # of a gap between the two
+    at = min(np.searchsorted(grid, middle), len(grid) - 1)
+    lost, kept = (float(np.clip(curve[at], 0, 1)) for curve in (lost, kept))
+    return _Separation(float(grid[at]), lost, kept, wrong, alike)
+
+def _errors_at(same, different, at):
+    """Share of one person's distances at or above `at`, and of two people's below it; NaN where a sample is empty.
+
+    Each sample is freed of the other's part."""
+    if not len(same) or not len(different): return np.nan, np.nan
+    parts, above, below = _separate(same, different), float((same >= at).mean()), float((different < at).mean())
+    errors = _unmixed(above, 1 - above, 1 - below, below, parts.wrong, parts.alike)
+    return tuple(float(np.clip(error, 0, 1)) for error in errors)
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #1fc85dfe
-def _errors_at(same, different, at):
-    "Share of one person's distances at or above `at`, and of two people's below it, each sample freed of the other's part; NaN where a sample is empty."
-    if not len(same) or not len(different): return np.nan, np.nan
-    s, above, below = _separate(same, different), float((same >= at).mean()), float((different < at).mean())
-    lost, kept = (1 - s.alike) * above - s.wrong * (1 - below), (1 - s.wrong) * below - s.alike * (1 - above)
-    return tuple(float(np.clip(e / (1 - s.wrong - s.alike), 0, 1)) for e in (lost, kept))
-
 def _sure(same, different, share=0.002):
-    "The largest distance below which lies at most this share of two people's pairs, those of `different` that are one person taken off."
-    s = _separate(same, different)
-    grid = np.sort(different)
-    below = (np.arange(len(grid)) - s.alike * len(grid) * np.searchsorted(np.sort(same), grid, side="right") / len(same)) / (len(grid) * max(1 - s.alike, 1e-9))
-    unsure = 2 * np.sqrt(s.alike * (1 - s.alike) / len(grid))                     # of the share that was taken off
-    few = np.flatnonzero((below <= share + unsure) & (grid <= s.threshold))
+    "The largest distance below which lies at most this share of two people's pairs, once freed of one person's."
+    parts, grid = _separate(same, different), np.sort(different)
+    of_one = parts.alike * len(grid) * np.searchsorted(np.sort(same), grid, side="right") / len(same)
+    below = (np.arange(len(grid)) - of_one) / (len(grid) * max(1 - parts.alike, 1e-9))
+    unsure = 2 * np.sqrt(parts.alike * (1 - parts.alike) / len(grid))             # of the share that was taken off
+    few = np.flatnonzero((below <= share + unsure) & (grid <= parts.threshold))
     return float(grid[few[-1]]) if len(few) else 0.
 
-# %% ../../nbs/3_identities/06_calibration.ipynb #7a29d362
-OF_PEOPLE = 0.25   # the least share of merged pairs that certain strangers must leave
-NARROW = 8         # where there are none to ask, fewer directions than these are too few to link in
-SUPPORT, PRECISION, NEAR = 0.97, 0.85, 0.75    # what a candidate must reach, and what counts as nearly the most pairs; chosen on the development sets below
+# %% ../../nbs/3_identities/06_calibration.ipynb #16f472e7
+def _propose_cst(own, other, has_frames, warnings, notes, least=100):
+    "sigma_cst by equal errors, or the paper's where there is nothing to read it from; and what was read."
+    n = min(len(own), len(other))
+    if n < least:
+        notes.append(f"sigma_cst = 0.2 is the paper's: it takes {least} images with others in their tracklet "
+                     f"and with another tracklet, there are {n}")
+        return 0.2, None
+    parts = _separate(own, other)
+    if parts.lost > 0.2:
+        warnings.append(f"the extractor does not separate people: at sigma_cst = {parts.threshold:.3f}, "
+                        f"{parts.lost:.0%} of a tracklet's own images and of other people's are on the wrong side")
+    if parts.alike > ALIKE:
+        doubt = ": do frame numbers count the frames of the video? Frames are not used to judge linking"
+        warnings.append(f"of the tracklets that should be other people's {parts.alike:.0%} look like the same person"
+                        + (doubt if has_frames else ""))
+    return round(parts.threshold, 3), parts
 
+# %% ../../nbs/3_identities/06_calibration.ipynb #7a29d362
 def _levels(state, half_width, link, centre=None, sigma_drm=None, **lists):
     "Video identity and identity of every tracklet by the two levels of one candidate."
     def links(sums, counts, origin, video):
         units = unit_centroids(sums, counts)
         if centre: units = centre_on_videos(units, origin)
-        return link_within(units, video, half_width, sigma_drm) if link == "threshold" else link_by_reciprocal(units, video, half_width, device=state["device"], origin=origin, **lists)
+        if link == "threshold": return link_within(units, video, half_width, sigma_drm)
+        return link_by_reciprocal(units, video, half_width, device=state["device"], origin=origin, **lists)
     sums, counts, video = state["sums"], state["counts"], state["video"]
     n = len(counts)
     a, b, _ = links(sums, counts, video, video)
     one = closure(n, a, b)
     first = np.unique(one, return_index=True)[1]
-    a, b, _ = links(group_sums(sums, one, len(first)), group_sums(counts, one, len(first)), video[first], None)
+    merged = group_sums(sums, one, len(first)), group_sums(counts, one, len(first))
+    a, b, _ = links(*merged, video[first], None)
     return one, closure(len(first), a, b)[one]
 
 def _pairs(counts): return float((counts * (counts - 1.0) / 2).sum())
 
+# %% ../../nbs/3_identities/06_calibration.ipynb #d3a66def
+@dataclass(frozen=True)
+class _Space:
+    "Centroids as they are, or centred, and pairs that share a part of their reciprocal neighbourhood."
+    sigmas: np.ndarray  # thresholds to try
+    near: tuple         # rows and columns of such pairs; none where there are too few tracklets
+    units: np.ndarray
+    sure: float = 0.    # (almost) no two tracklets of two people are nearer
+    alike: float = 0.   # share of the tracklets seen together that look like one person
+
+def _space(units, halves, apart, half_width, device):
+    "Neighbourhoods of the centroids, and the thresholds that are worth a try."
+    reach = len(units) if half_width is None else min(len(units), half_width + 1)
+    k, none = min(10, reach // 4), np.empty(0, np.int64)
+    if k < 3: return _Space(np.empty(0), (none, none), units)
+    found = knn(units, k, half_width=half_width, device=device)
+    d = jaccard(units, k, min(3, k), neighbours=found, max_distance=0.8).tocoo()
+    sigmas, sure, alike = np.quantile(found.distance[:, 1], np.linspace(.02, .8, 8)), 0., 0.
+    if min(len(halves), len(apart)) >= 100:
+        parts, sure = _separate(halves, apart), _sure(halves, apart)
+        wider = np.linspace(sigmas[-1], max(sigmas[-1], parts.threshold), 5)[1:]
+        sigmas, alike = np.r_[sigmas, wider], parts.alike
+    upper = d.row < d.col
+    return _Space(np.unique(np.round(sigmas, 3)), (d.row[upper], d.col[upper]), units, sure, alike)
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #fa8b48d2
 def _supported(labels, counts, space, most=2000):
-    "Merged pairs of images whose tracklets share a neighbourhood, or are nearer than two people are; groups of more than `most` tracklets get no credit for the latter."
+    "Merged pairs of images whose tracklets share a neighbourhood, or are nearer than two people are."
     row, column = space.near
     same = labels[row] == labels[column]
     total = float((counts[row] * counts[column])[same].sum())
@@ -136,45 +213,65 @@ def _supported(labels, counts, space, most=2000):
         total += float(w @ also @ w)
     return total
 
+# %% ../../nbs/3_identities/06_calibration.ipynb #35bc66e7
 def _judge(labels, state, centre):
-    "Merged pairs of images, support, share of the seen-together pairs joined, and the largest precision that these leave."
+    "Merged pairs of images, support, share of the seen-together pairs joined, and the precision that these leave."
     counts, together, space = state["counts"].astype(float), state["together"], state["spaces"][centre]
     merged = _pairs(np.bincount(labels, counts)) - _pairs(counts)
     support = _supported(labels, counts, space) / merged if merged else np.nan
     joined = float(np.mean(labels[together.a] == labels[together.b])) if len(together) else 0.
-    false = max(0., joined - space.alike - np.sqrt(joined / max(len(together), 1)))          # one standard error to the candidate's favour
-    measurable = state["trusts_frames"] and joined * len(together) >= 3
-    return dict(identities=int(labels.max(initial=-1)) + 1, largest=int(np.bincount(labels).max()) if len(labels) else 0, merged=merged, support=support,
-                joined=joined, framed=max(0., 1 - false * _pairs(np.bincount(state["video"])) / _pairs(np.bincount(labels))) if measurable else np.nan)
+    # one standard error to the candidate's favour
+    false = max(0., joined - space.alike - np.sqrt(joined / max(len(together), 1)))
+    framed = np.nan
+    if state["trusts_frames"] and joined * len(together) >= 3:
+        framed = max(0., 1 - false * _pairs(np.bincount(state["video"])) / _pairs(np.bincount(labels)))
+    largest = int(np.bincount(labels).max()) if len(labels) else 0
+    return dict(identities=int(labels.max(initial=-1)) + 1, largest=largest, merged=merged, support=support,
+                joined=joined, framed=framed)
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #30dae456
 def _lonely(state, half_width, how, group, unit, level, rng):
-    "Half of the groups of several units keep one unit, the rest of them go: how many were left alone, and how many of these the rule links again."
+    "How many units were left alone in half of the groups of several, and how many of these the rule links again."
     first = np.unique(unit, return_index=True)[1]
     of = group[first]                                                        # (units,) group of each
-    size = np.bincount(of); several = np.flatnonzero(size > 1)
+    size = np.bincount(of)
+    several = np.flatnonzero(size > 1)
     if not len(several): return 0, 0
-    parted = np.zeros(len(size), bool); parted[rng.permutation(several)[:-(-len(several) // 2)]] = True
-    order = rng.permutation(len(of)); order = order[parted[of[order]]]
+    parted = np.zeros(len(size), bool)
+    parted[rng.permutation(several)[:-(-len(several) // 2)]] = True
+    order = rng.permutation(len(of))
+    order = order[parted[of[order]]]
     left = order[np.unique(of[order], return_index=True)[1]]                 # one unit of each parted group
-    stays = ~parted[of]; stays[left] = True
+    stays = ~parted[of]
+    stays[left] = True
     at = np.flatnonzero(stays[unit])
-    labels = _levels({**state, **{k: state[k][at] for k in ("sums", "counts", "video")}}, half_width, **how)[level]
+    remaining = {k: state[k][at] for k in ("sums", "counts", "video")}
+    labels = _levels({**state, **remaining}, half_width, **how)[level]
     pairs = np.unique(np.stack([labels, unit[at]]), axis=1)
     linked = np.bincount(pairs[0])[labels] > 1                               # its label holds tracklets of another unit
     return len(left), len(np.unique(unit[at][linked & np.isin(unit[at], left)]))
 
+# %% ../../nbs/3_identities/06_calibration.ipynb #f929709a
 @dataclass(frozen=True)
 class _Left:
     "What a rule does at one level."
     m: float     # share of the units that it merges
     tried: int   # lonely ones that were made
     linked: int  # of them it links
+
     @property
     def q(self): return (self.linked + .5) / (self.tried + 1)
-    def lonely(self, errors=0.): return (1 - self.m) / max(1 - self.q - errors * np.sqrt(self.q * (1 - self.q) / (self.tried + 1)), 1e-9)   # at most so many have nobody
-    def mistaken(self, lonely=1.): return min(1., self.q * min(lonely, self.lonely()) / self.m) if self.m else 0.    # share of the merged, at most
 
+    def lonely(self, errors=0.):
+        "At most this share of the units has nobody."
+        q = self.q
+        return (1 - self.m) / max(1 - q - errors * np.sqrt(q * (1 - q) / (self.tried + 1)), 1e-9)
+
+    def mistaken(self, lonely=1.):
+        "At most this share of the merged is there by mistake."
+        return min(1., self.q * min(lonely, self.lonely()) / self.m) if self.m else 0.
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #a3975e88
 def _left(state, half_width, i, enough=100, draws=4):
     "What candidate i does at both levels with those who are left alone; asked once."
     if i in state["left"]: return state["left"][i]
@@ -183,8 +280,8 @@ def _left(state, half_width, i, enough=100, draws=4):
     for level, group, unit in ((0, one, np.arange(len(one))), (1, two, one)):
         tried = linked = 0
         for _ in range(draws):
-            t, l = _lonely(state, half_width, how, group, unit, level, rng)
-            tried += t; linked += l
+            more_tried, more_linked = _lonely(state, half_width, how, group, unit, level, rng)
+            tried, linked = tried + more_tried, linked + more_linked
             if tried == 0 or tried >= enough: break
         units = np.unique(np.stack([group, unit]), axis=1)[0]                # group of each unit
         found.append(_Left(float((np.bincount(units)[units] > 1).mean()), tried, linked))
@@ -192,20 +289,28 @@ def _left(state, half_width, i, enough=100, draws=4):
 
 def _share_lonely(state, half_width, least=20, errors=2.):
     "At both levels the largest share of units that can have nobody, as the widest reciprocal candidates tell."
-    epss = [how["eps"] for how, *_ in state["tried"] if how["link"] == "reciprocal"]
-    widest = [_left(state, half_width, i) for i, (how, *_) in enumerate(state["tried"]) if how.get("eps") == max(epss, default=None) and how["link"] == "reciprocal"]
-    return [min([1.] + [pair[level].lonely(errors) for pair in widest if pair[level].tried >= least]) for level in (0, 1)]
+    reciprocal = {i: how["eps"] for i, (how, *_) in enumerate(state["tried"]) if how["link"] == "reciprocal"}
+    widest = [_left(state, half_width, i) for i, eps in reciprocal.items() if eps == max(reciprocal.values())]
+    def bound(level):
+        told = [pair[level].lonely(errors) for pair in widest if pair[level].tried >= least]
+        return min([1.] + told)
+    return [bound(level) for level in (0, 1)]
 
 def _alone(state, half_width, i, lonely):
     "Precision of candidate i's merged pairs of images, as those who are left alone tell."
+    right = [1 - left.mistaken(share) for left, share in zip(_left(state, half_width, i), lonely)]
+    return _weighed(state, i, right)
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #19374010
+def _weighed(state, i, right):
+    "Precision of candidate i's merged pairs of images, from that of either level."
     counts, (_, one, two) = state["counts"].astype(float), state["tried"][i]
     pairs = [_pairs(c) for c in (counts, np.bincount(one, counts), np.bincount(two, counts))]
-    right = [1 - left.mistaken(share) for left, share in zip(_left(state, half_width, i), lonely)]
     return float(np.dot(np.diff(pairs), right) / max(pairs[2] - pairs[0], 1.))
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #22b6d375
 def _times(frame, layout, rng, samples=100_000):
-    "First and last frame of every tracklet (NaN: unknown), the median gap between two tracklets of a video, and how many pairs are as far apart."
+    "First and last frame of every tracklet (NaN: unknown), the median gap, and how many pairs are as far apart."
     frame = frame[layout.rows].astype(float)
     begin, end = (f.reduceat(frame, layout.offsets[:-1]) for f in (np.minimum, np.maximum))
     begin, end = np.where(begin < 0, np.nan, begin), np.where(begin < 0, np.nan, end)
@@ -227,27 +332,12 @@ def _gap(begin, end, a, b):
 def _inside(labels, video):
     "Pairs of tracklets of one video that share a label."
     order = np.lexsort((video, labels))
-    new = (np.diff(labels[order]) != 0) | (np.diff(video[order]) != 0)
-    pairs = [np.stack([g[i] for i in np.triu_indices(len(g), 1)])
-             for g in np.split(order, np.flatnonzero(new) + 1) if len(g) > 1]
+    is_new = (np.diff(labels[order]) != 0) | (np.diff(video[order]) != 0)
+    groups = [group for group in np.split(order, np.flatnonzero(is_new) + 1) if len(group) > 1]
+    pairs = [np.stack([group[i] for i in np.triu_indices(len(group), 1)]) for group in groups]
     return np.concatenate(pairs, axis=1) if pairs else np.empty((2, 0), np.int64)
 
-# %% ../../nbs/3_identities/06_calibration.ipynb #56359611
-def _why_blind(state):
-    "Why there are no certain strangers to ask; empty where there are."
-    if np.isnan(state["begin"]).all(): return "no frame numbers that count the frames of a video"
-    if not state["trusts_frames"]:
-        return f"{state['alike']:.0%} of the tracklets that should be other people's look alike"
-    if not len(state["together"]) and not state["n_far"]: return "no two tracklets of a video are seen together"
-    return ""
-
-def _directions(units, video):
-    "In how many directions the tracklets of a video differ: the participation ratio of their covariance."
-    x = centre_on_videos(units, video)
-    x = x - x.mean(0)
-    covariance = x.T @ x if len(x) > x.shape[1] else x @ x.T                # the same eigenvalues
-    return float(np.trace(covariance)**2 / max((covariance**2).sum(), 1e-12))
-
+# %% ../../nbs/3_identities/06_calibration.ipynb #d64fd5ba
 def _at_most(groups, tried, errors=2.33):
     "The largest share of `tried` strangers that are joined, from the group of each pair that was."
     joined = np.unique(groups, return_counts=True)[1].astype(float)
@@ -264,15 +354,18 @@ def _without_videos(state, half_width, link, centre=None, sigma_drm=None, **list
     "Labels by the rule of the second level alone, with no tracklet asked to stand out from its video."
     units = unit_centroids(state["sums"], state["counts"])
     if centre: units = centre_on_videos(units, state["video"])
-    a, b, _ = (link_within(units, None, half_width, sigma_drm) if link == "threshold"
-               else link_by_reciprocal(units, None, half_width, device=state["device"], **lists))
+    if link == "threshold": a, b, _ = link_within(units, None, half_width, sigma_drm)
+    else: a, b, _ = link_by_reciprocal(units, None, half_width, device=state["device"], **lists)
     return closure(len(units), a, b)
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #081a4bc5
+OF_PEOPLE = 0.25   # the least share of merged pairs that certain strangers must leave
 
 def _strangers(state, half_width, i):
     "Precision of candidate i's merged pairs of images, as certain strangers tell; NaN where there are none."
     if _why_blind(state): return np.nan
     if i in state["strangers"]: return state["strangers"][i]
-    (how, one, two), video, counts = state["tried"][i], state["video"], state["counts"].astype(float)
+    (how, one, _), video = state["tried"][i], state["video"]
     n, of_one_video = len(one), _pairs(np.bincount(video))
     reach = n - 1 if half_width is None else min(half_width, n - 1)
     of_two = reach * n - reach * (reach + 1) / 2 - of_one_video              # pairs in reach
@@ -280,22 +373,97 @@ def _strangers(state, half_width, i):
     inside, at_one = _inside(blind, video), _inside(one, video)
     wrong = [_joins_strangers(one, at_one, state) * of_one_video / max(at_one.shape[1], 1),
              _joins_strangers(blind, inside, state) * of_two / max(_pairs(np.bincount(blind)) - inside.shape[1], 1)]
-    pairs = [_pairs(c) for c in (counts, np.bincount(one, counts), np.bincount(two, counts))]
-    right = 1 - np.clip(wrong, 0, 1)
-    return state["strangers"].setdefault(i, float(np.dot(np.diff(pairs), right) / max(pairs[2] - pairs[0], 1.)))
+    return state["strangers"].setdefault(i, _weighed(state, i, 1 - np.clip(wrong, 0, 1)))
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #5e5755fd
+def _halves_and_apart(x, layout, state, centre):
+    """Distances between the first and the second half of tracklets, and between tracklets of (mostly) two people.
+
+    Of kept images, at least two in each half; centred if links are."""
+    def units(sums, counts, video):
+        units = unit_centroids(sums, counts)
+        return centre_on_videos(units, video) if centre else units
+    of, keeps = np.repeat(np.arange(len(state["counts"])), np.diff(layout.offsets)), state["rounds"] == 0
+    n = np.bincount(of[keeps], minlength=len(state["counts"]))
+    place = np.cumsum(keeps) - 1 - np.r_[0, np.cumsum(n)][of]                # of a kept image in its tracklet, by frame
+    late, long = 2 * place >= n[of], n >= 4
+    first, second = (group_sums(x, of, len(n), (keeps & side).astype(np.float32)) for side in (~late, late))
+    halves = cosine_distance(*(units(side[long], n[long], layout.video[long]) for side in (first, second)))
+    together, whole = state["together"], units(state["sums"], state["counts"], layout.video)
+    if len(together) >= 100: a, b = together.a, together.b
+    else: a, b = np.arange(len(n)), _partners(layout, together, np.random.default_rng(0))[0]
+    return halves, cosine_distance(whole[a[b >= 0]], whole[b[b >= 0]])
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #242ad8c8
+def _state(x, table, layout, sigma_cst, half_width, device, centres):
+    "The tracklets after Eq. 4 and 5, who was seen with whom, and who is in whose reciprocal neighbourhood."
+    rounds, _, sums, counts = clean_and_sum(x, layout.offsets, sigma_cst)
+    of, out = np.repeat(np.arange(len(counts)), np.diff(layout.offsets)), np.flatnonzero(rounds)
+    to, _ = reallocate(x[out].astype(np.float64), of[out], unit_centroids(sums, counts), layout.video, sigma_cst)
+    kept = np.zeros(len(x), bool)
+    kept[layout.rows[rounds == 0]] = True
+    np.add.at(sums, to[to >= 0], x[out[to >= 0]])
+    np.add.at(counts, to[to >= 0], 1)
+    state = dict(sums=sums, counts=counts, video=layout.video, device=device, rounds=rounds, to=to)
+    state |= dict(together=seen_together(table, layout, kept), spaces={}, tried=[], left={}, strangers={})
+    state |= _times(table["frame"].to_numpy(), layout, np.random.default_rng(0))
+    for centre in centres:
+        units = unit_centroids(sums, counts)
+        if centre: units = centre_on_videos(units, layout.video)
+        state["spaces"][centre] = _space(units, *_halves_and_apart(x, layout, state, centre), half_width, device)
+    return state
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #56359611
+NARROW = 8         # fewer directions than these are too few to link in, where there are no certain strangers
+
+def _why_blind(state):
+    "Why there are no certain strangers to ask; empty where there are."
+    if np.isnan(state["begin"]).all(): return "no frame numbers that count the frames of a video"
+    if not state["trusts_frames"]:
+        return f"{state['alike']:.0%} of the tracklets that should be other people's look alike"
+    if not len(state["together"]) and not state["n_far"]: return "no two tracklets of a video are seen together"
+    return ""
+
+def _directions(units, video):
+    "In how many directions the tracklets of a video differ: the participation ratio of their covariance."
+    x = centre_on_videos(units, video)
+    x = x - x.mean(0)
+    covariance = x.T @ x if len(x) > x.shape[1] else x @ x.T                # the same eigenvalues
+    return float(np.trace(covariance)**2 / max((covariance**2).sum(), 1e-12))
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #df384e5e
 def _candidates(state, half_width, k1s, epss, min_samples):
-    "What is tried: the threshold rule at quantiles of near distances, and the reciprocal rule at lengths of lists and thresholds."
+    "What is tried, as keywords of `_levels`."
     n = len(state["counts"])
     for centre, space in state["spaces"].items():
-        yield from (dict(link="threshold", centre=centre, sigma_drm=float(s)) for s in space.sigmas if 0 < s < 2)
-        for k1 in k1s:
-            if 4 * k1 <= n: yield from (dict(link="reciprocal", centre=centre, k1=k1, k2=max(1, round(.3 * k1)), eps=e, min_samples=min_samples) for e in epss)
+        for sigma in space.sigmas:
+            if 0 < sigma < 2: yield dict(link="threshold", centre=centre, sigma_drm=float(sigma))
+        for k1 in (k1 for k1 in k1s if 4 * k1 <= n):
+            lists = dict(k1=k1, k2=max(1, round(.3 * k1)))
+            for eps in epss:
+                yield dict(link="reciprocal", centre=centre, **lists, eps=eps, min_samples=min_samples)
+
+_COLUMNS = ["link", "centre", "sigma_drm", "k1", "k2", "eps", "min_samples", "identities", "largest", "merged",
+            "support", "joined", "framed", "alone", "strangers", "precision"]
+
+def _try(state, half_width, k1s, epss, min_samples):
+    "The table of candidates, judged."
+    rows, later = [], dict(alone=np.nan, strangers=np.nan, precision=np.nan)
+    for how in _candidates(state, half_width, k1s, epss, min_samples):
+        one, two = _levels(state, half_width, **how)
+        rows.append(how | _judge(two, state, how["centre"]) | later)
+        state["tried"].append((how, one, two))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #b4ddcb1f
+SUPPORT, PRECISION, NEAR = 0.97, 0.85, 0.75    # what must be reached; nearly the most pairs; chosen on the sets below
 
 def _choose(table, asked):
-    "Row of the best candidate, None where no one is good enough. `asked(row)` gives its `alone` and `strangers`; it is asked of those that may win."
-    most = (table["merged"] * table["support"]).where((table["support"] >= SUPPORT) & (table["merged"] > 0), -1.).to_numpy()      # true pairs, if precision were 1
+    """Row of the best candidate, None where no one is good enough.
+
+    `asked(row)` gives its `alone` and `strangers`; it is asked of those that may win."""
+    may_win = (table["support"] >= SUPPORT) & (table["merged"] > 0)
+    most = (table["merged"] * table["support"]).where(may_win, -1.).to_numpy()      # true pairs, if precision were 1
     value = np.full(len(table), -1.)
     for i in np.argsort(-most, kind="stable"):
         if most[i] < 0 or most[i] < NEAR * value.max(initial=-1): break
@@ -313,8 +481,8 @@ def _choose(table, asked):
 class Calibration:
     """Thresholds proposed from unlabelled data, and what they were read from.
 
-    `parameters` goes into `denoise(features, samples, **calibration.parameters)`. `candidates`: every rule that was tried and what it did.
-    `warnings`: what to worry about; `notes`: what the data lack and what was done instead."""
+    `parameters` goes into `denoise(features, samples, **calibration.parameters)`. `candidates`: every rule that was
+    tried and what it did. `warnings`: what to worry about; `notes`: what the data lack and what was done instead."""
     sigma_cst: float
     sigma_drm: float
     link: str
@@ -330,22 +498,36 @@ class Calibration:
     histograms: dict = field(repr=False)   # own, other: of images; halves, apart: of tracklets; cosine distances
 
     @property
-    def parameters(self): return {k: getattr(self, k) for k in ("sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre")} | dict(half_width=self.facts["half_width"])
-    @property
-    def errors(self):
-        "Expected errors of the two thresholds: shares of either side that lie beyond, with what the samples hold of the other side taken off."
-        h = self.histograms
-        return pd.DataFrame([dict(zip(("threshold", "value", "one_person_lost", "two_people_kept"), (name, at, *_errors_at(h[same], h[different], at))))
-                             for name, at, same, different in (("sigma_cst", self.sigma_cst, "own", "other"), ("sigma_drm", self.sigma_drm, "halves", "apart"))]).set_index("threshold")
+    def parameters(self):
+        names = "sigma_cst", "sigma_drm", "link", "k1", "k2", "eps", "min_samples", "centre"
+        return {name: getattr(self, name) for name in names} | dict(half_width=self.facts["half_width"])
+
     def __repr__(self):
         lines = [f"Calibration: {', '.join(f'{k}={v!r}' for k, v in self.parameters.items())}"]
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings] + [f"  note: {n}" for n in self.notes])
 
+# %% ../../nbs/3_identities/06_calibration.ipynb #ec286442
+@patch(as_prop=True)
+def errors(self: Calibration):
+    "Expected errors of the two thresholds: shares of either side that lie beyond, freed of the other side's part."
+    sides = ("sigma_cst", self.sigma_cst, "own", "other"), ("sigma_drm", self.sigma_drm, "halves", "apart")
+    rows = [(name, at, *_errors_at(self.histograms[same], self.histograms[different], at))
+            for name, at, same, different in sides]
+    columns = ["threshold", "value", "one_person_lost", "two_people_kept"]
+    return pd.DataFrame(rows, columns=columns).set_index("threshold")
+
+@patch
+def _repr_html_(self: Calibration):
+    said = [("warning", text) for text in self.warnings] + [("note", text) for text in self.notes]
+    lines = "".join(f"<p><b>{kind}</b>: {text}</p>" for kind, text in said)
+    parameters = pd.DataFrame([self.parameters], index=["proposed"])
+    return parameters.to_html() + self.errors.round(3).to_html() + lines
+
 # %% ../../nbs/3_identities/06_calibration.ipynb #1632210c
 def calibrate(
     features,                       # (N, D) array or memory map, any float type
-    samples: pd.DataFrame,          # (N) samples table; `path`, `video`, `tracklet`, `frame`, and boxes `x`, `y`, `w`, `h` if it has them
-    half_width="auto",              # the range that denoise will be run with; None: all pairs; "auto": all pairs if the whole table is looked at, else 1000
+    samples: pd.DataFrame,          # (N) samples table: `path`, `video`, `tracklet`, `frame`, boxes if there
+    half_width="auto",              # the range of denoise; None: all pairs; "auto": that if all is looked at, else 1000
     sigma_cst: float = None,        # a threshold of Eq. 4-5 to keep; None: propose one
     k1=(5, 10, 20),                 # lengths of lists to try
     eps=(.2, .3, .4, .45, .5, .55), # Jaccard distances to try
@@ -364,150 +546,73 @@ def calibrate(
     directions nothing is linked. Twins that are never in one video are beyond it. Below 100 tracklets linking is not
     judged at all.
 
-    Labels in `samples` are not read. ValueError: an empty table, lengths that differ, what `lay_out` refuses, NaN or zero rows."""
-    if len(features) != len(samples): raise ValueError(f"{len(features)} feature rows but {len(samples)} samples: row i of one must be row i of the other")
-    if len(samples) == 0: raise ValueError("nothing to calibrate on: the table is empty")
-    _check_asked(features, half_width, sigma_cst, k1, eps, centres)
+    ValueError: an empty table, lengths that differ, what `lay_out` refuses, NaN or zero rows."""
+    _check_asked(features, samples, half_width, sigma_cst, k1, eps, centres)
     table, x, layout, facts = _look(features, samples, max_tracklets, max_images)
     warnings, notes = [], []
-    if frames_restart(layout):
-        notes.append("nearly all tracklets of a video begin at one frame: frame numbers seem to count the images of a tracklet, so they are not used")
-        table = table.assign(frame=np.int32(-1))
-    if all(c in table for c in "xywh") and table[list("xywh")].isna().any(axis=1).any(): notes.append("some boxes x, y, w, h are not numbers: they count as apart from all others")
-    if half_width == "auto":
-        half_width = None if len(layout.tracklets) == facts["of_tracklets"] else 1000
+    table = _usable_frames(table, layout, notes)
+    is_whole = len(layout.tracklets) == facts["of_tracklets"]
+    if half_width == "auto": half_width = None if is_whole else 1000
     facts["half_width"] = half_width
     own, other, facts["partners"] = _own_and_other(x, layout, seen_together(table, layout), np.random.default_rng(0))
-    proposed, separation = _propose_cst(own, other, bool((table["frame"] >= 0).any()), warnings, notes)
+    proposed, parts = _propose_cst(own, other, bool((table["frame"] >= 0).any()), warnings, notes)
     sigma_cst = proposed if sigma_cst is None else sigma_cst
     state = _state(x, table, layout, sigma_cst, half_width, device, centres)
-    facts |= dict(seen_together=len(state["together"]), has_boxes=state["together"].has_boxes, **({} if separation is None else dict(wrong_images=separation.wrong, alike=separation.alike)))
-    state["alike"] = 0. if separation is None else separation.alike
+    facts |= dict(seen_together=len(state["together"]), has_boxes=state["together"].has_boxes)
+    if parts is not None: facts |= dict(wrong_images=parts.wrong, alike=parts.alike)
+    state["alike"] = 0. if parts is None else parts.alike
     state["trusts_frames"] = state["alike"] <= ALIKE
     candidates = _try(state, half_width, k1, eps, min_samples)
-    chosen, sigma_drm = _propose_links(candidates, state, half_width, _halves_and_apart(x, layout, state, None)[1], warnings, notes)
+    apart = _halves_and_apart(x, layout, state, None)[1]
+    chosen, sigma_drm = _propose_links(candidates, state, half_width, apart, warnings, notes)
     halves, apart = _halves_and_apart(x, layout, state, chosen["centre"])
-    histograms = dict(own=own, other=other, halves=halves, apart=apart)
-    return Calibration(float(sigma_cst), sigma_drm, **chosen, candidates=candidates, warnings=warnings, notes=notes, facts=facts, histograms=histograms)
+    return Calibration(
+        float(sigma_cst), sigma_drm, **chosen, candidates=candidates, warnings=warnings, notes=notes, facts=facts,
+        histograms=dict(own=own, other=other, halves=halves, apart=apart))
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #07e10769
-def _check_asked(features, half_width, sigma_cst, k1, eps, centres):
+def _check_asked(features, samples, half_width, sigma_cst, k1, eps, centres):
     "ValueError for a request without a meaning."
+    if len(features) != len(samples):
+        raise ValueError(f"{len(features)} feature rows but {len(samples)} samples: "
+                         "row i of one must be row i of the other")
+    if len(samples) == 0: raise ValueError("nothing to calibrate on: the table is empty")
     if np.ndim(features) != 2: raise ValueError(f"features must be an (N, D) matrix, got shape {np.shape(features)}")
     if sigma_cst is not None: check_thresholds(sigma_cst=sigma_cst)
-    if not (half_width is None or half_width == "auto" or isinstance(half_width, (int, np.integer)) and half_width >= 0): raise ValueError(f'half_width must be "auto", None or a whole number of positions, got {half_width!r}')
-    for name, values, right in (("k1", k1, lambda v: isinstance(v, (int, np.integer)) and v >= 3), ("eps", eps, lambda v: isinstance(v, (int, float)) and 0 < v < 1), ("centres", centres, lambda v: v in (None, "video"))):
-        if isinstance(values, str) or not hasattr(values, "__iter__") or not len(values) or not all(map(right, values)):
-            raise ValueError(f"{name} must be a tuple of values to try, got {values!r}: " + dict(k1="whole numbers from 3", eps="distances between 0 and 1", centres='None and "video"')[name])
+    is_number = isinstance(half_width, (int, np.integer)) and half_width >= 0
+    if not (half_width is None or half_width == "auto" or is_number):
+        raise ValueError(f'half_width must be "auto", None or a whole number of positions, got {half_width!r}')
+    _check_tuple("k1", k1, lambda v: isinstance(v, (int, np.integer)) and v >= 3, "whole numbers from 3")
+    _check_tuple("eps", eps, lambda v: isinstance(v, (int, float)) and 0 < v < 1, "distances between 0 and 1")
+    _check_tuple("centres", centres, lambda v: v in (None, "video"), 'None and "video"')
 
-def _look(features, samples, max_tracklets, max_images):
-    "The part of the table that is looked at, its unit features in layout order, its layout, and how much of the whole it is."
-    layout = lay_out(samples, features)
-    part = _part(layout, max_tracklets, max_images)
-    rows = np.sort(np.concatenate([layout.rows[layout.offsets[t]:layout.offsets[t + 1]] for t in part]))
-    features = np.asanyarray(features)
-    x = np.empty((len(rows), features.shape[1]), np.float32)
-    for i in range(0, len(rows), 2**14): x[i:i + 2**14] = unit_rows(features, rows[i:i + 2**14])       # float64 of a block at a time
-    table = samples.iloc[rows].reset_index(drop=True)
-    layout_of_part = lay_out(table, x)
-    return table, x[layout_of_part.rows], layout_of_part, dict(tracklets=len(part), of_tracklets=len(layout.tracklets), images=len(rows), of_images=len(samples), videos=len(layout_of_part.videos))
+def _check_tuple(name, values, is_right, what):
+    are_many = not isinstance(values, str) and hasattr(values, "__iter__") and len(values)
+    if not are_many or not all(map(is_right, values)):
+        raise ValueError(f"{name} must be a tuple of values to try, got {values!r}: {what}")
 
-def _propose_cst(own, other, has_frames, warnings, notes, least=100):
-    "sigma_cst by equal errors, or the paper's where there is nothing to read it from; and what was read."
-    if min(len(own), len(other)) < least:
-        notes.append(f"sigma_cst = 0.2 is the paper's: it takes {least} images with others in their tracklet and with another tracklet, there are {min(len(own), len(other))}")
-        return 0.2, None
-    s = _separate(own, other)
-    if s.lost > 0.2: warnings.append(f"the extractor does not separate people: at sigma_cst = {s.threshold:.3f}, {s.lost:.0%} of a tracklet's own images and of other people's are on the wrong side")
-    if s.alike > ALIKE: warnings.append(f"of the tracklets that should be other people's {s.alike:.0%} look like the same person" + (": do frame numbers count the frames of the video? Frames are not used to judge linking" if has_frames else ""))
-    return round(s.threshold, 3), s
-
-# %% ../../nbs/3_identities/06_calibration.ipynb #d3a66def
-@dataclass(frozen=True)
-class _Space:
-    "Centroids as they are, or centred, and pairs that share a part of their reciprocal neighbourhood; none where there are too few."
-    sigmas: np.ndarray  # thresholds to try
-    near: tuple         # rows and columns
-    units: np.ndarray
-    sure: float = 0.    # (almost) no two tracklets of two people are nearer
-    alike: float = 0.   # share of the tracklets seen together that look like one person
-
-def _space(units, halves, apart, half_width, device):
-    k, none = min(10, (len(units) if half_width is None else min(len(units), half_width + 1)) // 4), np.empty(0, np.int64)
-    if k < 3: return _Space(np.empty(0), (none, none), units)
-    found = knn(units, k, half_width=half_width, device=device)
-    d = jaccard(units, k, min(3, k), neighbours=found, max_distance=0.8).tocoo()
-    sigmas, sure, alike = np.quantile(found.distance[:, 1], np.linspace(.02, .8, 8)), 0., 0.
-    if min(len(halves), len(apart)) >= 100:
-        s, sure = _separate(halves, apart), _sure(halves, apart)
-        sigmas, alike = np.r_[sigmas, np.linspace(sigmas[-1], max(sigmas[-1], s.threshold), 5)[1:]], s.alike
-    return _Space(np.unique(np.round(sigmas, 3)), (d.row[d.row < d.col], d.col[d.row < d.col]), units, sure, alike)
-
-# %% ../../nbs/3_identities/06_calibration.ipynb #242ad8c8
-def _state(x, table, layout, sigma_cst, half_width, device, centres):
-    "The tracklets after Eq. 4 and 5, who was seen with whom, and who is in whose reciprocal neighbourhood."
-    rounds, _, sums, counts = clean_and_sum(x, layout.offsets, sigma_cst)
-    of, out = np.repeat(np.arange(len(counts)), np.diff(layout.offsets)), np.flatnonzero(rounds)
-    to, _ = reallocate(x[out].astype(np.float64), of[out], unit_centroids(sums, counts), layout.video, sigma_cst)
-    kept = np.zeros(len(x), bool); kept[layout.rows[rounds == 0]] = True
-    np.add.at(sums, to[to >= 0], x[out[to >= 0]]); np.add.at(counts, to[to >= 0], 1)
-    state = dict(sums=sums, counts=counts, video=layout.video, together=seen_together(table, layout, kept), device=device, rounds=rounds, to=to, spaces={}, tried=[], left={}, strangers={},
-                 **_times(table["frame"].to_numpy(), layout, np.random.default_rng(0)))
-    for centre in centres:
-        units = unit_centroids(sums, counts)
-        state["spaces"][centre] = _space(centre_on_videos(units, layout.video) if centre else units, *_halves_and_apart(x, layout, state, centre), half_width, device)
-    return state
-
-# %% ../../nbs/3_identities/06_calibration.ipynb #5e5755fd
-def _halves_and_apart(x, layout, state, centre):
-    "Distances between the first and the second half of tracklets (kept images, at least two in each), and between tracklets of (mostly) two people; centred if links are."
-    def units(sums, counts, video): return centre_on_videos(unit_centroids(sums, counts), video) if centre else unit_centroids(sums, counts)
-    of, keeps = np.repeat(np.arange(len(state["counts"])), np.diff(layout.offsets)), state["rounds"] == 0
-    n = np.bincount(of[keeps], minlength=len(state["counts"]))
-    place = np.cumsum(keeps) - 1 - np.r_[0, np.cumsum(n)][of]                 # number of a kept image in its tracklet, by frame
-    late, long = 2 * place >= n[of], n >= 4
-    first, second = (group_sums(x, of, len(n), (keeps & side).astype(np.float32)) for side in (~late, late))
-    halves = cosine_distance(*(units(side[long], n[long], layout.video[long]) for side in (first, second)))
-    together, whole = state["together"], units(state["sums"], state["counts"], layout.video)
-    a, b = (together.a, together.b) if len(together) >= 100 else (np.arange(len(n)), _partners(layout, together, np.random.default_rng(0))[0])
-    return halves, cosine_distance(whole[a[b >= 0]], whole[b[b >= 0]])
-
-def _try(state, half_width, k1s, epss, min_samples):
-    "The table of candidates, judged."
-    rows = []
-    for how in _candidates(state, half_width, k1s, epss, min_samples):
-        one, two = _levels(state, half_width, **how)
-        rows.append(how | _judge(two, state, how["centre"]) | dict(alone=np.nan, strangers=np.nan, precision=np.nan)); state["tried"].append((how, one, two))
-    columns = ["link", "centre", "sigma_drm", "k1", "k2", "eps", "min_samples", "identities", "largest", "merged", "support", "joined", "framed", "alone", "strangers", "precision"]
-    return pd.DataFrame(rows, columns=columns)
+def _usable_frames(table, layout, notes):
+    "The table, without frames where they count the images of a tracklet; and notes on frames and boxes."
+    if frames_restart(layout):
+        notes.append("nearly all tracklets of a video begin at one frame: "
+                     "frame numbers seem to count the images of a tracklet, so they are not used")
+        table = table.assign(frame=np.int32(-1))
+    if all(c in table for c in "xywh") and table[list("xywh")].isna().any(axis=1).any():
+        notes.append("some boxes x, y, w, h are not numbers: they count as apart from all others")
+    return table
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #55b729ba
-BLIND = ("{why}: nothing tells which tracklets are certainly two people, nor look-alikes from people who come back. "
-         "The precision of this proposal rests on those left alone, and where nobody comes back it may link strangers; "
-         "look at sheets of what it merges")
-TOO_NARROW = ("{why}: nothing tells which tracklets are certainly two people, and in features as narrow as these (the "
-              "tracklets of a video differ in {d:.1f} directions, fewer than {least}) strangers are as near as one "
-              "person; "
-              "the proposal links nothing (sigma_drm = 0)")
-
-def _too_narrow(state):
-    "The warning that these features cannot be judged; empty where they can, or may be tried."
-    why = _why_blind(state)
-    d = _directions(unit_centroids(state["sums"], state["counts"]), state["video"]) if why else np.inf
-    return TOO_NARROW.format(why=why, d=d, least=NARROW) if d < NARROW else ""
-
 def _propose_links(table, state, half_width, apart, warnings, notes, least=100):
     "The chosen rule and its parameters, sigma_drm, and the chosen candidate marked in the table."
-    chosen, sigma_drm = dict(link="threshold", k1=10, k2=3, eps=0.4, min_samples=2, centre=None), 0.18
-    n = len(state["counts"])
-    if not len(state["together"]): notes.append("no two tracklets share frames: false merges are judged without them")
-    if len(state["together"]) and not state["together"].has_boxes: notes.append("no boxes x, y, w, h in the table: a person boxed twice counts as two")
-    nearest = float(np.floor(1000 * apart.min()) / 1000) if len(apart) >= 100 else None
+    chosen, n = dict(link="threshold", k1=10, k2=3, eps=0.4, min_samples=2, centre=None), len(state["counts"])
+    _note_what_lacks(state["together"], notes)
+    nearest = float(np.floor(1000 * apart.min()) / 1000) if len(apart) >= 100 else None     # of two people
     if n < least or not len(table):
-        if nearest is not None: sigma_drm = nearest
-        notes.append(f"linking is judged on {least} tracklets or more, there are {n}: the threshold rule, with sigma_drm "
-                     + ("below which no two tracklets of two people were found" if len(apart) >= 100 else "0.18, which is the paper's"))
-        return chosen, sigma_drm
+        which = "below which no two tracklets of two people were found"
+        if nearest is None: which = "0.18, which is the paper's"
+        notes.append(f"linking is judged on {least} tracklets or more, there are {n}: "
+                     f"the threshold rule, with sigma_drm {which}")
+        return chosen, 0.18 if nearest is None else nearest
     if narrow := _too_narrow(state):
         warnings.append(narrow)
         return chosen, 0.
@@ -517,28 +622,64 @@ def _propose_links(table, state, half_width, apart, warnings, notes, least=100):
         return np.nan if strangers < OF_PEOPLE else _alone(state, half_width, i, lonely), strangers
     best = None if any("does not separate" in w for w in warnings) else _choose(table, asked)
     if best is None:
-        warnings.append(f"no rule of linking can be trusted on these features: none reaches support {SUPPORT:g} and precision {PRECISION:g} as far as this can be told without labels"
-                        + (f" (the best precision seen is {table['precision'].max():.2f})" if table["precision"].notna().any() else "") + "; the proposal links nothing (sigma_drm = 0): look at sheets of whatever you merge yourself")
+        warnings.append(_nothing_linked(table))
         return chosen, 0.
-    row = table.iloc[best]
     if why := _why_blind(state): warnings.append(BLIND.format(why=why))
-    centre = row["centre"] if isinstance(row["centre"], str) else None
-    by_threshold = table[(table["link"] == "threshold") & (table["centre"].fillna("") == (centre or ""))]
-    second = _choose(by_threshold.reset_index(drop=True), lambda i: asked(by_threshold.index[i]))
-    sigma_drm = float(row["sigma_drm"]) if row["link"] == "threshold" else float(by_threshold["sigma_drm"].iloc[second]) if second is not None else nearest if nearest is not None else sigma_drm
-    chosen["centre"] = centre
+    sigma_drm = _sigma_beside(table, best, asked, 0.18 if nearest is None else nearest)
+    row = table.iloc[best]
+    chosen["centre"] = row["centre"] if isinstance(row["centre"], str) else None
     table["chosen"] = np.arange(len(table)) == best
-    if row["link"] == "reciprocal": chosen |= dict(link="reciprocal", **{k: int(row[k]) for k in ("k1", "k2", "min_samples")}, eps=float(row["eps"]))
+    if row["link"] == "reciprocal":
+        lists = {name: int(row[name]) for name in ("k1", "k2", "min_samples")}
+        chosen |= dict(link="reciprocal", **lists, eps=float(row["eps"]))
     return chosen, sigma_drm
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #96848fec
+def _sigma_beside(table, best, asked, otherwise):
+    "sigma_drm of the chosen candidate, or of the best threshold rule with its centre, or what there is otherwise."
+    row = table.iloc[best]
+    if row["link"] == "threshold": return float(row["sigma_drm"])
+    centre = row["centre"] if isinstance(row["centre"], str) else ""
+    by_threshold = table[(table["link"] == "threshold") & (table["centre"].fillna("") == centre)]
+    second = _choose(by_threshold.reset_index(drop=True), lambda i: asked(by_threshold.index[i]))
+    return otherwise if second is None else float(by_threshold["sigma_drm"].iloc[second])
+
+def _too_narrow(state):
+    "The warning that these features cannot be judged; empty where they can, or may be tried."
+    why = _why_blind(state)
+    d = _directions(unit_centroids(state["sums"], state["counts"]), state["video"]) if why else np.inf
+    return TOO_NARROW.format(why=why, d=d, least=NARROW) if d < NARROW else ""
+
+# %% ../../nbs/3_identities/06_calibration.ipynb #8849034d
+BLIND = ("{why}: nothing tells which tracklets are certainly two people, nor look-alikes from people who come back. "
+         "The precision of this proposal rests on those left alone, and where nobody comes back it may link strangers; "
+         "look at sheets of what it merges")
+TOO_NARROW = ("{why}: nothing tells which tracklets are certainly two people, and in features as narrow as these (the "
+              "tracklets of a video differ in {d:.1f} directions, fewer than {least}) strangers are as near as one "
+              "person; "
+              "the proposal links nothing (sigma_drm = 0)")
+
+def _note_what_lacks(together, notes):
+    if not len(together): notes.append("no two tracklets share frames: false merges are judged without them")
+    elif not together.has_boxes: notes.append("no boxes x, y, w, h in the table: a person boxed twice counts as two")
+
+def _nothing_linked(table):
+    "The warning that no candidate is good enough."
+    seen = ""
+    if table["precision"].notna().any(): seen = f" (the best precision seen is {table['precision'].max():.2f})"
+    return (f"no rule of linking can be trusted on these features: none reaches support {SUPPORT:g} and precision "
+            f"{PRECISION:g} as far as this can be told without labels{seen}; "
+            "the proposal links nothing (sigma_drm = 0): look at sheets of whatever you merge yourself")
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #8fa2fdff
 def _histogram(ax, same, different, names, at, title):
     "Two distributions and the threshold between them."
-    import matplotlib.pyplot as plt
     end = max([float(np.quantile(d, 0.999)) for d in (same, different) if len(d)] + [at * 1.2])
     for d, name, colour in ((same, names[0], "C0"), (different, names[1], "C3")):
-        if len(d): ax.hist(d, np.linspace(0, end, 60), density=True, alpha=0.5, color=colour, label=f"{name} ({len(d):,})")
-    ax.axvline(at, color="k", lw=1.2); ax.set(title=f"{title} = {at:g}", xlabel="cosine distance", yticks=[])
+        if not len(d): continue
+        ax.hist(d, np.linspace(0, end, 60), density=True, alpha=0.5, color=colour, label=f"{name} ({len(d):,})")
+    ax.axvline(at, color="k", lw=1.2)
+    ax.set(title=f"{title} = {at:g}", xlabel="cosine distance", yticks=[])
     if len(same) or len(different): ax.legend(fontsize=7)
 
 @patch
@@ -546,20 +687,18 @@ def plot(self: Calibration):
     "The histograms with the proposed thresholds, and what every candidate did."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.1), dpi=80)
-    h = self.histograms
-    _histogram(axes[0], h["own"], h["other"], ("image to its own tracklet", "to somebody else's"), self.sigma_cst, "sigma_cst")
-    _histogram(axes[1], h["halves"], h["apart"], ("two halves of a tracklet", "tracklets of two people"), self.sigma_drm, "sigma_drm")
-    for (link, centre), part in self.candidates.fillna({"centre": "not"}).groupby(["link", "centre"]):
-        axes[2].plot(part["merged"], part["support"], ".", label=f"{link}, {'centred' if centre == 'video' else 'as they are'}")
-    if "chosen" in self.candidates and self.candidates["chosen"].any():
-        axes[2].plot(*self.candidates.query("chosen")[["merged", "support"]].to_numpy().T, "k*", ms=11, label="chosen")
-    axes[2].axhline(SUPPORT, color="0.6", lw=1); axes[2].set(xscale="log", xlabel="merged pairs of images", ylabel="support", title="candidates")
-    if len(self.candidates): axes[2].legend(fontsize=7)
-    fig.tight_layout(); plt.close(fig)
+    h, candidates, of_images = self.histograms, self.candidates, ("image to its own tracklet", "to somebody else's")
+    _histogram(axes[0], h["own"], h["other"], of_images, self.sigma_cst, "sigma_cst")
+    of_tracklets = "two halves of a tracklet", "tracklets of two people"
+    _histogram(axes[1], h["halves"], h["apart"], of_tracklets, self.sigma_drm, "sigma_drm")
+    for (link, centre), part in candidates.fillna({"centre": "not"}).groupby(["link", "centre"]):
+        name = f"{link}, {'centred' if centre == 'video' else 'as they are'}"
+        axes[2].plot(part["merged"], part["support"], ".", label=name)
+    if "chosen" in candidates and candidates["chosen"].any():
+        axes[2].plot(*candidates.query("chosen")[["merged", "support"]].to_numpy().T, "k*", ms=11, label="chosen")
+    axes[2].axhline(SUPPORT, color="0.6", lw=1)
+    axes[2].set(xscale="log", xlabel="merged pairs of images", ylabel="support", title="candidates")
+    if len(candidates): axes[2].legend(fontsize=7)
+    fig.tight_layout()
+    plt.close(fig)
     return fig
-
-@patch
-def _repr_html_(self: Calibration):
-    lines = "".join(f"<p><b>{kind}</b>: {text}</p>" for kind, some in (("warning", self.warnings), ("note", self.notes)) for text in some)
-    parameters = pd.DataFrame([self.parameters], index=["proposed"])
-    return parameters.to_html() + self.errors.round(3).to_html() + lines

@@ -37,11 +37,15 @@ def lay_out(
     frame, number = table["frame"].to_numpy(), table["tracklet"].to_numpy()
     if len(number) and number.min() < 0: raise ValueError(_without_tracklet(np.flatnonzero(number < 0)))
     of, names = pd.factorize(number)
-    first_frame = np.full(len(names), np.iinfo(np.int64).max); np.minimum.at(first_frame, of, frame)
-    video = np.zeros(len(names), dtype=np.int64); video[of] = video_of_row
-    if (video[of] != video_of_row).any(): as_samples(_with_defaults(samples))         # a tracklet in two videos: the table's own error names it
+    first_frame = np.full(len(names), np.iinfo(np.int64).max)
+    np.minimum.at(first_frame, of, frame)
+    video = np.zeros(len(names), dtype=np.int64)
+    video[of] = video_of_row
+    if (video[of] != video_of_row).any():
+        as_samples(_with_defaults(samples))         # a tracklet in two videos: the table's own error names it
     order = np.lexsort((names, first_frame, video))
-    position = np.empty(len(names), dtype=np.int64); position[order] = np.arange(len(names))
+    position = np.empty(len(names), dtype=np.int64)
+    position[order] = np.arange(len(names))
     position_of_row = position[of]
     rows = _sorted_rows(position_of_row, frame)
     rows = _settle_ties(rows, position_of_row, frame, table["path"], features)
@@ -57,7 +61,8 @@ def _sorted_rows(position, frame):
 
 def _settle_ties(rows, position, frame, path, features):
     "Sort the rows that agree in tracklet and frame by path, and those that agree in path too by their features."
-    agrees = (position[rows[1:]] == position[rows[:-1]]) & (frame[rows[1:]] == frame[rows[:-1]])      # with the one before
+    before, after = rows[:-1], rows[1:]
+    agrees = (position[after] == position[before]) & (frame[after] == frame[before])
     if not agrees.any(): return rows
     tied = np.flatnonzero(np.r_[False, agrees] | np.r_[agrees, False])
     group = np.cumsum(~np.r_[False, agrees][tied])
@@ -66,23 +71,28 @@ def _settle_ties(rows, position, frame, path, features):
     keys["feature"] = b""
     if same.any() and features is not None:
         keys.loc[same, "feature"] = [np.asarray(features[r], dtype=">f8").tobytes() for r in keys["row"][same]]
-    rows = rows.copy(); rows[tied] = keys.sort_values(["group", "path", "feature", "row"])["row"].to_numpy()
+    rows = rows.copy()
+    rows[tied] = keys.sort_values(["group", "path", "feature", "row"])["row"].to_numpy()
     return rows
 
 # %% ../../nbs/3_identities/04_levels.ipynb #eb4091aa
 def _columns(samples):
-    "The columns that denoising reads; cast and checked as a samples table only where they are not of its types already."
+    "The columns that denoising reads, cast and checked only where they are not of a samples table's types already."
     missing = [c for c in ("path", "video", "tracklet", "frame") if c not in samples]
     if missing: raise ValueError(f"the samples table has no column {', '.join(missing)}")
-    is_text = all(isinstance(samples[c].dtype, (pd.StringDtype, pd.CategoricalDtype)) and not samples[c].hasnans for c in ("path", "video"))
-    is_number = samples["tracklet"].dtype == np.int64 and samples["frame"].dtype == np.int32 and samples["frame"].min() >= -1
-    return samples if is_text and is_number else as_samples(_with_defaults(samples))
+    def is_text(column):
+        return isinstance(column.dtype, (pd.StringDtype, pd.CategoricalDtype)) and not column.hasnans
+    tracklet, frame = samples["tracklet"], samples["frame"]
+    are_text = all(is_text(samples[c]) for c in ("path", "video"))
+    are_numbers = tracklet.dtype == np.int64 and frame.dtype == np.int32 and frame.min() >= -1
+    return samples if are_text and are_numbers else as_samples(_with_defaults(samples))
 
 def _with_defaults(samples):
     return samples[["path", "video", "tracklet", "frame"]].assign(**{c: DEFAULTS[c] for c in ("pid", "camid", "split")})
 
 def _without_tracklet(rows):
-    return (f"{len(rows)} row(s) have no tracklet (-1): rows {', '.join(map(str, rows[:8]))}{' …' if len(rows) > 8 else ''}. "
+    named = ", ".join(map(str, rows[:8])) + (" …" if len(rows) > 8 else "")
+    return (f"{len(rows)} row(s) have no tracklet (-1): rows {named}. "
             "Leave them out, or number each as a tracklet of its own.")
 
 # %% ../../nbs/3_identities/04_levels.ipynb #5aa96e59
@@ -91,10 +101,10 @@ def frames_restart(
     least: int = 10,    # tracklets in videos of several, to say anything
     share: float = 0.9, # of them begin where their video begins
 ) -> bool:
-    "Whether frame numbers seem to count the images of a tracklet instead of the frames of its video, so that they cannot say who was seen together."
+    "Whether frame numbers seem to count the images of a tracklet instead of the frames of its video."
     starts = np.searchsorted(layout.video, np.arange(len(layout.videos)))
     several = np.bincount(layout.video, minlength=len(layout.videos))[layout.video] > 1
-    begins = layout.first_frame == layout.first_frame[starts][layout.video]        # tracklets of a video come by first frame
+    begins = layout.first_frame == layout.first_frame[starts][layout.video]    # they come by first frame
     return several.sum() >= least and layout.first_frame.max() >= 0 and bool(begins[several].mean() >= share)
 
 # %% ../../nbs/3_identities/04_levels.ipynb #fe0e92ad
@@ -106,7 +116,8 @@ def _add_up(x, inverse, rounds, total):
     total[:] = 0
     for i in range(len(x)):
         if rounds[i]: continue
-        for d in range(len(total)): total[d] += np.float64(x[i, d]) * inverse[i]
+        for d in range(len(total)):
+            total[d] += np.float64(x[i, d]) * inverse[i]
 
 @kernel
 def _deviation(x, inverse, rounds, i, n_others):
@@ -125,7 +136,8 @@ def _clean_one(x, inverse, sigma, rounds, deviation, total, k):
     left, step = len(x), 0
     _add_up(x, inverse, rounds, total)
     length2 = dot64(total, total)
-    for i in range(len(x)): k[i] = dot64(x[i], total) * inverse[i]
+    for i in range(len(x)):
+        k[i] = dot64(x[i], total) * inverse[i]
     while left > 1:
         worst = -1.0
         for i in range(len(x)):
@@ -133,11 +145,16 @@ def _clean_one(x, inverse, sigma, rounds, deviation, total, k):
             others2 = length2 - 2 * k[i] + 1                                # squared length of the sum of the others
             d = min(2.0, max(0.0, 1 - (k[i] - 1) / np.sqrt(max(others2, 1e-12))))
             if others2 < 1e-4 * (left - 1)**2 or abs(d - sigma) <= TIE: d = _deviation(x, inverse, rounds, i, left - 1)
-            deviation[i] = d; worst = max(worst, d)
+            deviation[i] = d
+            worst = max(worst, d)
         if worst < sigma: break
-        out = len(x) - 1                                                    # rows are in (frame, path) order: the latest of those that tie
-        while rounds[out] or deviation[out] < worst - TIE: out -= 1
-        step += 1; rounds[out] = step; left -= 1; length2 += 1 - 2 * k[out]
+        out = len(x) - 1
+        while rounds[out] or deviation[out] < worst - TIE:
+            out -= 1
+        step += 1
+        left -= 1
+        rounds[out] = step
+        length2 += 1 - 2 * k[out]
         for i in range(len(x)):
             if not rounds[i]: k[i] -= dot64(x[i], x[out]) * inverse[i] * inverse[out]
     if left == 1:
@@ -161,24 +178,30 @@ def _clean_all(x, offsets, sigma, inverse, rounds, deviation, sums, counts):
     return -1
 
 def clean_and_sum(
-    x: np.ndarray,        # (n, D) float32 or float64 rows of any length, tracklet by tracklet, images by (frame, path)
+    x: np.ndarray,        # (n, D) float32 or float64 rows, tracklet by tracklet, images by (frame, path)
     offsets: np.ndarray,  # (t + 1,) tracklet i is x[offsets[i]:offsets[i + 1]], none empty
     sigma_cst: float,     # remove while the worst deviation is at least this; infinity: only add up
 ) -> tuple:               # as `clean_tracklets`, then (t, D) float64 sums of the kept unit rows and (t,) their numbers
-    "Eq. 4 and what later levels need of it, in one pass. None where a row is zero, NaN or beyond float64's squares: then give it `unit_rows`."
+    """Eq. 4 and what later levels need of it, in one pass.
+
+    None where a row is zero, NaN or beyond float64's squares: then give it `unit_rows`."""
     n, t = len(x), len(offsets) - 1
-    rounds, deviation, sums, counts = np.zeros(n, np.int32), np.full(n, np.nan), np.empty((t, x.shape[1])), np.empty(t, np.int64)
-    if _clean_all(x, offsets, float(sigma_cst), np.empty(n), rounds, deviation, sums, counts) >= 0: return None
+    rounds, deviation = np.zeros(n, np.int32), np.full(n, np.nan)
+    sums, counts = np.empty((t, x.shape[1])), np.empty(t, np.int64)
+    bad = _clean_all(x, offsets, float(sigma_cst), np.empty(n), rounds, deviation, sums, counts)
+    if bad >= 0: return None
     if sigma_cst == np.inf: deviation[:] = np.nan
     return rounds, deviation, sums, counts
 
+# %% ../../nbs/3_identities/04_levels.ipynb #9b3b47c8
 def clean_tracklets(
     x: np.ndarray,        # (n, D) rows, tracklet by tracklet, images by (frame, path)
     offsets: np.ndarray,  # (t + 1,) tracklet i is x[offsets[i]:offsets[i + 1]], none empty
     sigma_cst: float,     # remove while the worst deviation is at least this
-) -> tuple:               # (n,) int32 round in which an image was removed, 0 if kept; (n,) its last deviation, NaN when alone
+) -> tuple:               # (n,) int32 round that removed an image, 0: kept; (n,) its last deviation, NaN when alone
     "Eq. 4: take the image farthest from the mean of the others out of each tracklet, again and again."
-    return (clean_and_sum(np.ascontiguousarray(x, dtype=np.float64), offsets, sigma_cst) or clean_and_sum(unit_rows(x), offsets, sigma_cst))[:2]
+    found = clean_and_sum(np.ascontiguousarray(x, dtype=np.float64), offsets, sigma_cst)
+    return (found or clean_and_sum(unit_rows(x), offsets, sigma_cst))[:2]
 
 # %% ../../nbs/3_identities/04_levels.ipynb #d9220d98
 @kernel
@@ -192,7 +215,8 @@ def _nearest_other(x, of, units, first, end, distance, to):
             least = min(least, seen[t - first[i]])
         if least == np.inf: continue                                        # nothing to look at, or itself only
         t = 0
-        while seen[t] > least + TIE: t += 1
+        while seen[t] > least + TIE:
+            t += 1
         to[i], distance[i] = first[i] + t, min(2.0, max(0.0, seen[t]))
 
 def _nearest_other_by_product(x, of, units, first, end, distance, to, floats=2**22):
@@ -203,6 +227,7 @@ def _nearest_other_by_product(x, of, units, first, end, distance, to, floats=2**
         to[part] = first + (d <= d.min(1, keepdims=True) + TIE).argmax(1)                 # the first of those that tie
         distance[part] = cosine_distance(x[part], units[to[part]])
 
+# %% ../../nbs/3_identities/04_levels.ipynb #181a609c
 def reallocate(
     x: np.ndarray,      # (r, D) float64 unit rows of the removed images
     of: np.ndarray,     # (r,) position of the tracklet each was removed from
@@ -210,7 +235,7 @@ def reallocate(
     video: np.ndarray,  # (t,) video of each tracklet, never decreasing
     sigma_cst: float,   # move there only if nearer than this
     large: int = 256,   # videos of more tracklets go through matrix products
-) -> tuple:             # (r,) position of the new tracklet, -1 if discarded; (r,) distance to the nearest other tracklet, NaN if there is none
+) -> tuple:             # (r,) position of the new tracklet, -1: discarded; (r,) distance to the nearest, NaN: none
     "Eq. 5: the nearest other tracklet of the same video, for all removed images at once."
     to, distance = np.full(len(x), -1, dtype=np.int64), np.full(len(x), np.nan)
     if len(x) == 0: return to, distance
@@ -218,10 +243,13 @@ def reallocate(
     is_small = end - first <= max(large, 1)
     _nearest_other(x, of, units, first, np.where(is_small, end, first), distance, to)
     for v in np.unique(video[of[~is_small]]):
-        mine = np.flatnonzero(video[of] == v); d, t = distance[mine], to[mine]
-        _nearest_other_by_product(x[mine], of[mine], units, first[mine[0]], end[mine[0]], d, t); distance[mine], to[mine] = d, t
+        mine = np.flatnonzero(video[of] == v)
+        d, t = distance[mine], to[mine]
+        _nearest_other_by_product(x[mine], of[mine], units, first[mine[0]], end[mine[0]], d, t)
+        distance[mine], to[mine] = d, t
     return np.where(distance < sigma_cst, to, -1), distance
 
+# %% ../../nbs/3_identities/04_levels.ipynb #b2278ecc
 @kernel
 def add_rows(
     x,      # (r, D) unit rows
@@ -233,7 +261,8 @@ def add_rows(
     for i in range(len(x)):
         if to[i] < 0: continue
         counts[to[i]] += 1
-        for d in range(x.shape[1]): sums[to[i], d] += x[i, d]
+        for d in range(x.shape[1]):
+            sums[to[i], d] += x[i, d]
 
 # %% ../../nbs/3_identities/04_levels.ipynb #ccd0206d
 def link_by_threshold(
@@ -246,13 +275,17 @@ def link_by_threshold(
     "The links of Eq. 6 and 7: all pairs in reach whose centroids are nearer than `sigma_drm`."
     found = list(close_pairs(units, sigma_drm, last, rows=rows, device=device))
     if not found: return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
-    a, b, distance = map(np.concatenate, zip(*found))
+    return _in_order(*map(np.concatenate, zip(*found)))
+
+def _in_order(a, b, distance):
+    "Links by (a, b)."
     order = np.lexsort((b, a))
     return a[order], b[order], distance[order]
 
+# %% ../../nbs/3_identities/04_levels.ipynb #75bf688a
 @kernel
 def _pairs_below(units, first, end, sigma, a, b, distance):
-    "Pairs of rows in each run first[v] … end[v]-1 that are nearer than sigma: their number, and as many of them as fit."
+    "Pairs of rows in each run first[v] … end[v]-1 that are nearer than sigma: their number; as many as fit are noted."
     n = 0
     for v in range(len(first)):
         for i in range(first[v], end[v]):
@@ -269,21 +302,25 @@ def link_in_videos(
     sigma_drm: float,   # link what is nearer than this
     large: int = 128,   # videos of more tracklets go through `close_pairs`
 ) -> tuple:             # a, b positions with a < b, in order, and their distance
-    "The links of Eq. 6: pairs of one video. Most videos hold a dozen tracklets, so tiles of a matrix product would be nearly all waste."
-    first = np.flatnonzero(np.r_[True, video[1:] != video[:-1]][:len(video)]); end = np.r_[first[1:], len(video)].astype(np.int64)[:len(first)]
+    "The links of Eq. 6: pairs of one video."
+    first = np.flatnonzero(np.r_[True, video[1:] != video[:-1]][:len(video)])
+    end = np.r_[first[1:], len(video)].astype(np.int64)[:len(first)]
     small = end - first <= large
-    room = 4 * len(video) + 1024
+    found = [_links_below(units, first[small], end[small], float(sigma_drm))]
+    for i, j in zip(first[~small], end[~small]):
+        a, b, d = link_by_threshold(units[i:j], sigma_drm, np.full(j - i, j - i - 1))
+        found.append((i + a, i + b, d))
+    return _in_order(*map(np.concatenate, zip(*found)))
+
+# %% ../../nbs/3_identities/04_levels.ipynb #47c05fb6
+def _links_below(units, first, end, sigma):
+    "a, b and distance of all that `_pairs_below` finds."
+    room = 4 * len(units) + 1024
     while True:
         a, b, d = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room)
-        n = _pairs_below(units, first[small], end[small], float(sigma_drm), a, b, d)
-        if n <= room: break
+        n = _pairs_below(units, first, end, sigma, a, b, d)
+        if n <= room: return a[:n], b[:n], d[:n]
         room = n
-    found = [(a[:n], b[:n], d[:n])]
-    for i, j in zip(first[~small], end[~small]):
-        p, q, e = link_by_threshold(units[i:j], sigma_drm, np.full(j - i, j - i - 1)); found.append((i + p, i + q, e))
-    a, b, d = map(np.concatenate, zip(*found))
-    order = np.lexsort((b, a))
-    return a[order], b[order], d[order]
 
 # %% ../../nbs/3_identities/04_levels.ipynb #f8fe4c24
 def closure(
@@ -294,7 +331,8 @@ def closure(
     "Connected components of the links."
     _, component = connected_components(csr_matrix((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)
     first = np.unique(component, return_index=True)[1]
-    rank = np.empty(len(first), np.int64); rank[np.argsort(first)] = np.arange(len(first))
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
     return rank[component]
 
 # %% ../../nbs/3_identities/04_levels.ipynb #89a101a5
@@ -307,9 +345,11 @@ def _widen(bits, rows, wide, wide_bits):
             h = np.uint32(bits[r, d])
             odd |= np.uint32((h & np.uint32(0x7c00)) == np.uint32(0x7c00))
             wide_bits[i, d] = ((h & np.uint32(0x8000)) << np.uint32(16)) | ((h & np.uint32(0x7fff)) << np.uint32(13))
-        for d in range(bits.shape[1]): wide[i, d] *= np.float32(2.0**112)
+        for d in range(bits.shape[1]):
+            wide[i, d] *= np.float32(2.0**112)
         if odd: wide[i] = np.nan
 
+# %% ../../nbs/3_identities/04_levels.ipynb #244c6206
 def read_rows(
     features,          # (N, D) array or memory map of any numeric type
     rows: np.ndarray,  # (n,) row numbers
@@ -321,6 +361,6 @@ def read_rows(
         wide = np.empty((len(rows), features.shape[1]), np.float32) if buffer is None else buffer[:len(rows)]
         _widen(features.view(np.uint16), rows, wide, wide.view(np.uint32))
         return wide
-    together = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
-    x = features[rows[0]:rows[-1] + 1] if together else features[rows]
+    are_together = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
+    x = features[rows[0]:rows[-1] + 1] if are_together else features[rows]
     return np.ascontiguousarray(x, dtype=np.float32 if x.dtype == np.float32 else np.float64)

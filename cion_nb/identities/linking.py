@@ -12,23 +12,24 @@ import pandas as pd
 from numba import njit
 from .levels import closure, link_by_threshold, link_in_videos
 from .neighbours import jaccard, knn
-from .pairs import cosine_distance
 from .noise import check_thresholds
+from .pairs import cosine_distance
 
 # %% ../../nbs/3_identities/05_linking.ipynb #1f06d41f
 @dataclass(frozen=True)
 class Together:
-    "Pairs of tracklets seen together in frames: positions `a` < `b`, sorted, and in how many frames. Unpacks as `a, b, frames`."
+    "Pairs of tracklets seen together in frames, sorted, `a` < `b`. Unpacks as `a, b, frames`."
     a: np.ndarray        # (m,) int64 position of a tracklet in the layout
     b: np.ndarray        # (m,) int64
     frames: np.ndarray   # (m,) int64 frames in which both have a kept image and their boxes stay apart
     has_boxes: bool      # False: the table has no x, y, w, h, so the overlap of boxes could not be asked
     n_images: int        # images that counted: kept by Eq. 4, with a known frame
+
     def __iter__(self): return iter((self.a, self.b, self.frames))
     def __len__(self): return len(self.a)
     def __repr__(self):
-        return (f"Together: {len(self):,} pairs of tracklets share frames ({self.n_images:,} images counted)"
-                + ("" if self.has_boxes else "; no boxes in the table: overlapping boxes could not be left out"))
+        lack = "" if self.has_boxes else "; no boxes in the table: overlapping boxes could not be left out"
+        return f"Together: {len(self):,} pairs of tracklets share frames ({self.n_images:,} images counted){lack}"
 
 # %% ../../nbs/3_identities/05_linking.ipynb #6ab631a8
 _jit = njit(nogil=True, cache=__name__.startswith("cion_nb"))
@@ -53,7 +54,9 @@ def _apart(box, p0, p1, q0, q1, max_iou):
 # %% ../../nbs/3_identities/05_linking.ipynb #6b7d2d04
 @_jit
 def _meetings(run, frame, position, box, max_iou, span, out):
-    "Write (a · span + b) for every frame that tracklets a < b share, boxes apart; returns how many. An empty `out` only counts."
+    """Write (a · span + b) for every frame that tracklets a < b share, boxes apart; returns how many.
+
+    An empty `out` only counts."""
     n, first, runs = 0, 0, len(run) - 1
     for q in range(runs):
         if frame[run[q]] != frame[run[first]]: first = q
@@ -66,17 +69,22 @@ def _meetings(run, frame, position, box, max_iou, span, out):
 # %% ../../nbs/3_identities/05_linking.ipynb #a3657502
 def _meetings_of(frame, position, box, max_iou, first, span):
     "Keys and counts of the pairs of tracklets that share frames of one block of videos."
-    order = np.argsort(frame, kind="stable")                      # rows came by position, so each frame's rows stay by position
+    order = np.argsort(frame, kind="stable")                      # rows came by position, each frame's rows stay so
     frame, position, box = frame[order], position[order] - first, box[order] if len(box) else box
-    starts = np.flatnonzero(np.r_[True, (frame[1:] != frame[:-1]) | (position[1:] != position[:-1])])
+    is_start = np.r_[True, (frame[1:] != frame[:-1]) | (position[1:] != position[:-1])]
+    starts = np.flatnonzero(is_start)
     of_frame = np.flatnonzero(np.r_[True, frame[starts][1:] != frame[starts][:-1]])
     tracklets = np.diff(np.r_[of_frame, len(starts)])             # in each frame
     part = np.cumsum(tracklets * (tracklets - 1) // 2) // 2**22   # frames with about four million pairs at a time
     for p in np.unique(part):
         chosen = np.flatnonzero(part == p)
-        run = np.r_[starts, len(frame)][of_frame[chosen[0]]:of_frame[chosen[-1]] + tracklets[chosen[-1]] + 1]
-        keys = np.empty(_meetings(run, frame, position, box, max_iou, span, np.empty(0, np.int64)), np.int64)
-        if len(keys): _meetings(run, frame, position, box, max_iou, span, keys); yield np.unique(keys, return_counts=True)
+        first_run, end_run = of_frame[chosen[0]], of_frame[chosen[-1]] + tracklets[chosen[-1]]
+        run = np.r_[starts, len(frame)][first_run:end_run + 1]
+        n = _meetings(run, frame, position, box, max_iou, span, np.empty(0, np.int64))
+        keys = np.empty(n, np.int64)
+        if n == 0: continue
+        _meetings(run, frame, position, box, max_iou, span, keys)
+        yield np.unique(keys, return_counts=True)
 
 # %% ../../nbs/3_identities/05_linking.ipynb #1521f2d0
 def seen_together(
@@ -89,41 +97,31 @@ def seen_together(
 ) -> Together:
     """Pairs of tracklets that co-occur in `min_frames` frames of one video, on kept images whose boxes stay apart.
 
-    Time and memory grow with the images and with the pairs of boxes in a frame. ValueError: lengths that differ, `max_iou` outside [0, 1], `min_frames` below 1."""
+    Time and memory grow with the images and with the pairs of boxes in a frame.
+    ValueError: lengths that differ, `max_iou` outside [0, 1], `min_frames` below 1."""
     kept, boxes = _check_seen(samples, layout, kept, max_iou, min_frames)
-    frame = samples["frame"].to_numpy()
-    found, n_images = [], 0
+    frame, found, n_images = samples["frame"].to_numpy(), [], 0
     for first, end in _whole_videos(layout, max_rows):
         rows = layout.rows[layout.offsets[first]:layout.offsets[end]]
         position = np.repeat(np.arange(first, end), np.diff(layout.offsets[first:end + 1]))
         counts = kept[rows] & (frame[rows] >= 0)
         rows, position = rows[counts], position[counts]
+        if not len(rows): continue
         n_images += len(rows)
         when = (layout.video[position] - layout.video[first]) * (np.int64(frame.max(initial=0)) + 1) + frame[rows]
         box = np.column_stack([c[rows] for c in boxes]).astype(np.float64) if boxes else np.empty((0, 4))
-        if len(rows): found += [(first + k // (end - first), first + k % (end - first), n)
-                                for k, n in _meetings_of(when, position, box, max_iou, first, end - first)]
+        for keys, n in _meetings_of(when, position, box, max_iou, first, end - first):
+            found.append((first + keys // (end - first), first + keys % (end - first), n))
     return _summed(found, min_frames, len(layout.tracklets), bool(boxes), n_images)
 
-# %% ../../nbs/3_identities/05_linking.ipynb #38653849
-def _check_seen(samples, layout, kept, max_iou, min_frames):
-    "The kept rows, and the columns of the boxes, none where the table has none."
-    if len(samples) != len(layout.rows): raise ValueError(f"the table has {len(samples)} rows, the layout {len(layout.rows)}: lay out this table")
-    kept = np.ones(len(samples), bool) if kept is None else np.asarray(kept)
-    if kept.shape != (len(samples),) or kept.dtype != bool: raise ValueError(f"kept must be one bool a row, {len(samples)}, got {kept.dtype} {kept.shape}")
-    if not 0 <= max_iou <= 1: raise ValueError(f"max_iou must be an overlap in [0, 1], got {max_iou!r}")
-    if not min_frames >= 1: raise ValueError(f"min_frames must be 1 or more, got {min_frames!r}")
-    if not all(c in samples for c in "xywh"): return kept, []
-    for c in "xywh":
-        if samples[c].dtype.kind not in "iuf": raise ValueError(f"column {c!r} of the boxes holds {samples[c].dtype}, numbers are needed")
-        if c in "wh" and (samples[c] < 0).any(): raise ValueError(f"column {c!r} of the boxes is negative in row(s) {', '.join(map(str, np.flatnonzero(samples[c] < 0)[:8]))}")
-    return kept, [samples[c].to_numpy() for c in "xywh"]
-
+# %% ../../nbs/3_identities/05_linking.ipynb #60174312
 def _whole_videos(layout, max_rows):
     "First and end position of runs of whole videos with about `max_rows` rows."
-    ends = np.flatnonzero(np.r_[layout.video[1:] != layout.video[:-1], True]) + 1 if len(layout.video) else np.empty(0, np.int64)
-    block = layout.offsets[ends] // max_rows
-    ends = ends[np.r_[block[1:] != block[:-1], True]] if len(ends) else ends
+    ends = np.empty(0, np.int64)
+    if len(layout.video):
+        ends = np.flatnonzero(np.r_[layout.video[1:] != layout.video[:-1], True]) + 1
+        block = layout.offsets[ends] // max_rows
+        ends = ends[np.r_[block[1:] != block[:-1], True]]
     return zip(np.r_[0, ends[:-1]], ends)
 
 def _summed(found, min_frames, n, has_boxes, n_images):
@@ -133,6 +131,26 @@ def _summed(found, min_frames, n, has_boxes, n_images):
     total = np.bincount(at, frames, len(pairs)).astype(np.int64)
     often = total >= min_frames
     return Together(pairs[often] // max(n, 1), pairs[often] % max(n, 1), total[often], has_boxes, n_images)
+
+# %% ../../nbs/3_identities/05_linking.ipynb #38653849
+def _check_seen(samples, layout, kept, max_iou, min_frames):
+    "The kept rows, and the columns of the boxes, none where the table has none."
+    n = len(samples)
+    if n != len(layout.rows):
+        raise ValueError(f"the table has {n} rows, the layout {len(layout.rows)}: lay out this table")
+    kept = np.ones(n, bool) if kept is None else np.asarray(kept)
+    if kept.shape != (n,) or kept.dtype != bool:
+        raise ValueError(f"kept must be one bool a row, {n}, got {kept.dtype} {kept.shape}")
+    if not 0 <= max_iou <= 1: raise ValueError(f"max_iou must be an overlap in [0, 1], got {max_iou!r}")
+    if not min_frames >= 1: raise ValueError(f"min_frames must be 1 or more, got {min_frames!r}")
+    if not all(c in samples for c in "xywh"): return kept, []
+    for c in "xywh":
+        if samples[c].dtype.kind not in "iuf":
+            raise ValueError(f"column {c!r} of the boxes holds {samples[c].dtype}, numbers are needed")
+        negative = np.flatnonzero(samples[c] < 0) if c in "wh" else []
+        if len(negative):
+            raise ValueError(f"column {c!r} of the boxes is negative in row(s) {', '.join(map(str, negative[:8]))}")
+    return kept, [samples[c].to_numpy() for c in "xywh"]
 
 # %% ../../nbs/3_identities/05_linking.ipynb #4d1f4b65
 @dataclass(frozen=True)
@@ -161,23 +179,24 @@ def link_within(
 
 # %% ../../nbs/3_identities/05_linking.ipynb #986a12b2
 def _core_links(distances, min_samples, video):
-    "Links among core points, and of every border point to its nearest core point (then the first), of pairs that may join."
-    n, rows = distances.shape[0], np.repeat(np.arange(distances.shape[0]), np.diff(distances.indptr))
-    is_core = np.diff(distances.indptr) >= min_samples             # the diagonal is stored: a point is near itself
-    i, j, d = rows, distances.indices.astype(np.int64), distances.data.astype(np.float64)
+    "Links among core points, and of every border point to its nearest core point, of pairs that may join."
+    n_near = np.diff(distances.indptr)
+    is_core = n_near >= min_samples                                # the diagonal is stored: a point is near itself
+    i, j = np.repeat(np.arange(distances.shape[0]), n_near), distances.indices.astype(np.int64)
+    d = distances.data.astype(np.float64)
     may_join = (i != j) & is_core[j] & (True if video is None else video[i] == video[j])
     both = may_join & is_core[i] & (i < j)
     border = np.flatnonzero(may_join & ~is_core[i])
     border = border[np.lexsort((j[border], d[border], i[border]))]
     border = border[np.r_[True, i[border][1:] != i[border][:-1]][:len(border)]]
-    a, b, d = np.r_[i[both], np.minimum(i[border], j[border])], np.r_[j[both], np.maximum(i[border], j[border])], np.r_[d[both], d[border]]
+    a, b = np.r_[i[both], np.minimum(i[border], j[border])], np.r_[j[both], np.maximum(i[border], j[border])]
     order = np.lexsort((b, a))
-    return a[order], b[order], d[order]
+    return a[order], b[order], np.r_[d[both], d[border]][order]
 
 # %% ../../nbs/3_identities/05_linking.ipynb #ae42d02f
 def link_by_reciprocal(
-    units,                    # (n, D) centroids in position order, array or memory map; a row of zeros (no direction) links to nothing
-    video=None,               # (n,) video of each, never decreasing: only pairs of one video may join (Eq. 6); None: all in reach (Eq. 7)
+    units,                    # (n, D) centroids in position order; a row of zeros (no direction) links to nothing
+    video=None,               # (n,) never decreasing: only pairs of one may join (Eq. 6); None: all in reach (Eq. 7)
     half_width=1000,          # lists and pairs reach this many positions to either side; None: all
     k1: int = 10,             # length of the lists, itself included
     k2: int = 3,              # sets are averaged over this many nearest
@@ -185,43 +204,41 @@ def link_by_reciprocal(
     min_samples: int = 2,     # a core point has this many in reach of eps, itself included
     sigma_drm: float = 0.18,  # cosine distance, asked where the band is too small for k1
     device=None,              # torch device of the search; None: a GPU where there is one
-    origin=None,              # (n,) video each comes from: two of one video must stand out from it; None: `video`, and if that is None too nobody is asked to
+    origin=None,              # (n,) video each comes from: two of one must stand out from it; None: `video`, if any
 ) -> Links:
     """Links by the Jaccard distance of k-reciprocal sets, in place of the test of Eq. 6 and 7.
 
-    Lists are over the identities of the band, never of one video. Where the smallest band has n < 4 k1 identities, k1 is n // 4 and links must also be nearer than `sigma_drm`;
-    below k1 = 3 links are those of `sigma_drm` alone. ValueError: parameters out of range, an `origin` or `video` of another length."""
+    Lists are over the identities of the band, never of one video. Where the smallest band has n < 4 k1 identities,
+    k1 is n // 4 and links must also be nearer than `sigma_drm`; below k1 = 3 links are those of `sigma_drm` alone.
+    ValueError: parameters out of range, an `origin` or `video` of another length."""
     _check_reciprocal(half_width, k1, k2, eps, min_samples, sigma_drm)
-    n, origin = len(units), video if origin is None else np.asarray(origin)
-    for name, v in (("video", video), ("origin", origin)):
-        if v is not None and len(v) != n: raise ValueError(f"{name} must be one number a unit, {n}, got {len(v)}")
+    origin = video if origin is None else np.asarray(origin)
+    _check_lengths(len(units), video=video, origin=origin)
+    how = half_width, k1, k2, eps, min_samples, sigma_drm, device
     directed = _with_direction(units)
-    if len(directed) < n:
-        found = link_by_reciprocal(np.asarray(units)[directed], None if video is None else np.asarray(video)[directed], half_width, k1, k2, eps, min_samples, sigma_drm, device, None if origin is None else np.asarray(origin)[directed])
-        return Links(directed[found.a], directed[found.b], found.distance, found.rule, found.k1, found.why)
-    band = n if half_width is None else min(n, half_width + 1)       # the first and the last position have the smallest band
-    k, why = k1, ""
-    if band < 4 * k1: k, why = band // 4, f"the smallest band holds {band} identities, fewer than 4 k1 = {4 * k1}: "
-    if k < 3: return Links(*link_within(units, video, half_width, sigma_drm), "threshold", 0, why + f"links by cosine distance < {sigma_drm:g}")
-    distances = jaccard(units, k, min(k2, k), neighbours=knn(units, k, half_width=half_width, device=device), max_distance=eps)
+    if len(directed) == len(units): return _reciprocal(units, video, origin, *how)
+    video, origin = (None if v is None else np.asarray(v)[directed] for v in (video, origin))
+    found = _reciprocal(np.asarray(units)[directed], video, origin, *how)
+    return Links(directed[found.a], directed[found.b], found.distance, found.rule, found.k1, found.why)
+
+# %% ../../nbs/3_identities/05_linking.ipynb #c74ea701
+def _reciprocal(units, video, origin, half_width, k1, k2, eps, min_samples, sigma_drm, device):
+    "`link_by_reciprocal` of units that all have a direction."
+    n = len(units)
+    band, k, why = n if half_width is None else min(n, half_width + 1), k1, ""
+    if band < 4 * k1:
+        k, why = band // 4, f"the smallest band holds {band} identities, fewer than 4 k1 = {4 * k1}: "
+    if k < 3:
+        found = link_within(units, video, half_width, sigma_drm)
+        return Links(*found, "threshold", 0, why + f"links by cosine distance < {sigma_drm:g}")
+    lists = knn(units, k, half_width=half_width, device=device)
+    distances = jaccard(units, k, min(k2, k), neighbours=lists, max_distance=eps)
     a, b, d = _core_links(distances, min_samples, video)
-    if why: a, b, d = _nearer(units, a, b, d, sigma_drm); why += f"k1 = {k}, and links must also have cosine distance < {sigma_drm:g}"
+    if why:
+        a, b, d = _nearer(units, a, b, d, sigma_drm)
+        why += f"k1 = {k}, and links must also have cosine distance < {sigma_drm:g}"
     if origin is not None: a, b, d = _standing_out(units, origin, a, b, d)
     return Links(a, b, d, "reciprocal", k, why)
-
-# %% ../../nbs/3_identities/05_linking.ipynb #cf287b71
-def _check_reciprocal(half_width, k1, k2, eps, min_samples, sigma_drm):
-    "ValueError for parameters without a meaning."
-    check_thresholds(sigma_drm=sigma_drm)
-    for name, value, least in (("k1", k1, 3), ("k2", k2, 1), ("min_samples", min_samples, 1), ("half_width", half_width, 0)):
-        if value is None and name == "half_width": continue
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
-    if k2 > k1: raise ValueError(f"k2={k2} must not be above k1={k1}: sets are averaged over neighbours in the list")
-    if not 0 < eps < 1: raise ValueError(f"eps must lie between 0 and 1, got {eps!r}: pairs that share no neighbour have Jaccard distance 1")
-
-def _with_direction(units, step=2**16):
-    "Positions of the rows that are not all zero."
-    return np.concatenate([i + np.flatnonzero(np.asarray(units[i:i + step]).any(1)) for i in range(0, len(units), step)] or [np.empty(0, np.int64)])
 
 def _nearer(units, a, b, d, sigma_drm):
     "The links whose ends are nearer than `sigma_drm` by cosine distance."
@@ -231,14 +248,16 @@ def _nearer(units, a, b, d, sigma_drm):
 
 # %% ../../nbs/3_identities/05_linking.ipynb #48bf40b5
 def _standing_out(units, origin, a, b, d, step=2**14):
-    "The links between different videos, and those inside one whose ends are nearer than max(D / 4, 0.6 m): m to the rest of their video, D of units of different videos."
-    names, of = np.unique(origin, return_inverse=True)
-    count, total = np.bincount(of), np.zeros((len(names), units.shape[1]))
-    for i in range(0, len(units), step): np.add.at(total, of[i:i + step], np.asarray(units[i:i + step], np.float64))
+    """The links between different videos, and those inside one whose ends are nearer than max(D / 4, 0.6 m).
+
+    m is their distance to the rest of their video, D that of units of different videos."""
+    of = np.unique(origin, return_inverse=True)[1]
     inside, keep = np.flatnonzero(of[a] == of[b]), np.ones(len(a), bool)
     if not len(inside): return a, b, d
+    count, total = np.bincount(of), _sums_of(units, of, step)
     n, everything, own = len(units), total.sum(0), np.einsum("vd,vd->", total, total)
-    D = 1 - ((everything @ everything - own) / (n * n - (count**2).sum()) if len(names) > 1 else (own - n) / (n * (n - 1)))
+    if len(count) > 1: D = 1 - (everything @ everything - own) / (n * n - (count**2).sum())
+    else: D = 1 - (own - n) / (n * (n - 1))
     for i in range(0, len(inside), step):
         links = inside[i:i + step]
         u, w = (np.asarray(units[side[links]], np.float64) for side in (a, b))
@@ -246,6 +265,37 @@ def _standing_out(units, origin, a, b, d, step=2**14):
         m = 1 - np.einsum("md,md->m", u + w, total[v] - u - w) / (2 * np.maximum(count[v] - 2, 1))
         keep[links] = cosine_distance(u, w) <= np.maximum(0.25 * D, 0.6 * np.where(count[v] > 2, m, D))
     return a[keep], b[keep], d[keep]
+
+def _sums_of(units, of, step=2**14):
+    "(V, D) float64 sums of the units of every video."
+    total = np.zeros((of.max(initial=-1) + 1, units.shape[1]))
+    for i in range(0, len(units), step):
+        np.add.at(total, of[i:i + step], np.asarray(units[i:i + step], np.float64))
+    return total
+
+# %% ../../nbs/3_identities/05_linking.ipynb #cf287b71
+def _check_reciprocal(half_width, k1, k2, eps, min_samples, sigma_drm):
+    "ValueError for parameters without a meaning."
+    check_thresholds(sigma_drm=sigma_drm)
+    wholes = [("k1", k1, 3), ("k2", k2, 1), ("min_samples", min_samples, 1)]
+    if half_width is not None: wholes.append(("half_width", half_width, 0))
+    for name, value, least in wholes:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+    if k2 > k1: raise ValueError(f"k2={k2} must not be above k1={k1}: sets are averaged over neighbours in the list")
+    if not 0 < eps < 1:
+        raise ValueError(f"eps must lie between 0 and 1, got {eps!r}: "
+                         "pairs that share no neighbour have Jaccard distance 1")
+
+def _check_lengths(n, **numbers):
+    for name, v in numbers.items():
+        if v is not None and len(v) != n: raise ValueError(f"{name} must be one number a unit, {n}, got {len(v)}")
+
+def _with_direction(units, step=2**16):
+    "Positions of the rows that are not all zero."
+    starts = range(0, len(units), step)
+    found = [i + np.flatnonzero(np.asarray(units[i:i + step]).any(1)) for i in starts]
+    return np.concatenate(found or [np.empty(0, np.int64)])
 
 # %% ../../nbs/3_identities/05_linking.ipynb #7c423d9d
 def centre_on_videos(
@@ -262,7 +312,8 @@ def centre_on_videos(
     names, of = np.unique(video, return_inverse=True)
     n, total = np.bincount(of).astype(np.float64), np.zeros((len(names), units.shape[1]))
     blocks = [slice(i, i + 2**14) for i in range(0, len(units), 2**14)]
-    for rows in blocks: np.add.at(total, of[rows], units[rows])
+    for rows in blocks:
+        np.add.at(total, of[rows], units[rows])
     mark = (total / n[:, None] - total.sum(0) / max(len(units), 1)) * (n / (n + strength))[:, None]
     for rows in blocks:
         part = np.asarray(units[rows], np.float64)
@@ -274,7 +325,9 @@ def centre_on_videos(
 @_jit
 def _root(parent, i):
     "The group of `i`, with its path halved."
-    while parent[i] != i: parent[i] = parent[parent[i]]; i = parent[i]
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
     return i
 
 @_jit
@@ -282,7 +335,8 @@ def _slot(table, key):
     "Where `key` is in the hash table, or the free place (-1) for it."
     mask = len(table) - 1
     at = ((key * np.int64(-7046029254386353131)) >> 20) & mask     # Fibonacci hashing
-    while table[at] != key and table[at] >= 0: at = (at + 1) & mask
+    while table[at] != key and table[at] >= 0:
+        at = (at + 1) & mask
     return at
 
 @_jit
@@ -291,20 +345,27 @@ def _sweep(table, parent, n):
     old, used = table.copy(), 0
     table[:] = -1
     for key in old:
-        if key >= 0 and parent[key // n] == key // n and parent[key % n] == key % n: table[_slot(table, key)] = key; used += 1
+        if key >= 0 and parent[key // n] == key // n and parent[key % n] == key % n:
+            table[_slot(table, key)] = key
+            used += 1
     return used
 
 # %% ../../nbs/3_identities/05_linking.ipynb #0aa10576
 @_jit
 def _forbid(n, a, b, table):
-    "Lists of forbidden partners as half-edges: first and last of each thing, next and partner of each half-edge, length of each list. Fills the table."
+    """Lists of forbidden partners as half-edges. Fills the table.
+
+    First and last half-edge of each thing, next and partner of each half-edge, length of each list."""
     m = len(a)
-    first, last, after, partner, length = np.full(n, -1), np.full(n, -1), np.full(2 * m, -1), np.concatenate((b, a)), np.zeros(n, np.int64)
+    first, last, length = np.full(n, -1), np.full(n, -1), np.zeros(n, np.int64)
+    after, partner = np.full(2 * m, -1), np.concatenate((b, a))
     for h in range(2 * m):
         one, other = partner[h - m] if h >= m else partner[h + m], partner[h]
-        after[h] = first[one]; first[one] = h; length[one] += 1
+        after[h], first[one] = first[one], h
+        length[one] += 1
         if last[one] < 0: last[one] = h
-        table[_slot(table, min(one, other) * n + max(one, other))] = min(one, other) * n + max(one, other)
+        key = min(one, other) * n + max(one, other)
+        table[_slot(table, key)] = key
     return first, last, after, partner, length
 
 # %% ../../nbs/3_identities/05_linking.ipynb #4f4e5e8c
@@ -316,16 +377,19 @@ def _join(n, a, b, apart_a, apart_b, table):
     for link in range(len(a)):
         p, q = _root(parent, a[link]), _root(parent, b[link])
         if p == q: continue
-        if table[_slot(table, min(p, q) * n + max(p, q))] >= 0: refused[link] = True; continue
+        if table[_slot(table, min(p, q) * n + max(p, q))] >= 0:
+            refused[link] = True
+            continue
         if length[p] < length[q]: p, q = q, p
         parent[q], h = p, first[q]
         while h >= 0:                                             # the forbidden partners of q are now those of p
             other = _root(parent, partner[h])
-            table[_slot(table, min(p, other) * n + max(p, other))] = min(p, other) * n + max(p, other)
+            key = min(p, other) * n + max(p, other)
+            table[_slot(table, key)] = key
             used, h = used + 1, after[h]
             if 2 * used > len(table): used = _sweep(table, parent, n)
         if length[q]:
-            after[last[q]] = first[p]; first[p] = first[q]
+            after[last[q]], first[p] = first[p], first[q]
             if last[p] < 0: last[p] = last[q]
             length[p] += length[q]
     return parent, refused
@@ -339,25 +403,34 @@ def constrained_closure(
     apart_a,     # (k,) pairs that must not end in one group
     apart_b,
 ) -> tuple:      # (n,) int64 label of each thing, numbered by first appearance; (m,) bool: the link was refused
-    """Connected components of the links such that no forbidden pair shares one: constrained single linkage, links in order of (distance, a, b).
+    """Connected components of the links such that no forbidden pair shares one.
 
-    The order in which links and pairs are listed, and which side of a link is called a, change nothing.
-    ValueError: lengths that differ, things outside 0 … n-1, a distance that is not a number, a thing apart from itself."""
+    Constrained single linkage, links in order of (distance, a, b). The order in which links and pairs are listed,
+    and which side of a link is called a, change nothing. ValueError: lengths that differ, things outside 0 … n-1,
+    a distance that is not a number, a thing apart from itself."""
     a, b, distance, apart_a, apart_b = _check_links(n, a, b, distance, apart_a, apart_b)
     low, high = np.minimum(a, b), np.maximum(a, b)
     order = np.lexsort((high, low, distance))
     table = np.full(1 << int(8 * len(apart_a) + 7).bit_length(), -1)
     parent, in_order = _join(n, low[order], high[order], apart_a, apart_b, table)
-    refused = np.empty(len(a), bool); refused[order] = in_order
+    refused = np.empty(len(a), bool)
+    refused[order] = in_order
     return closure(n, np.arange(n), parent), refused
 
 def _check_links(n, *arrays):
     "The arrays, checked, as int64 and float64."
     a, b, distance, apart_a, apart_b = (np.atleast_1d(np.asarray(v)) for v in arrays)
-    if not len(a) == len(b) == len(distance): raise ValueError(f"links need as many a as b and distances, got {len(a)}, {len(b)} and {len(distance)}")
-    if len(apart_a) != len(apart_b): raise ValueError(f"forbidden pairs need as many on both sides, got {len(apart_a)} and {len(apart_b)}")
+    if not len(a) == len(b) == len(distance):
+        raise ValueError(f"links need as many a as b and distances, got {len(a)}, {len(b)} and {len(distance)}")
+    if len(apart_a) != len(apart_b):
+        raise ValueError(f"forbidden pairs need as many on both sides, got {len(apart_a)} and {len(apart_b)}")
     for name, v in dict(a=a, b=b, apart_a=apart_a, apart_b=apart_b).items():
-        if len(v) and (v.min() < 0 or v.max() >= n): raise ValueError(f"{name} names thing {v.max() if v.max() >= n else v.min()}, but there are {n}: 0 … {n - 1}")
-    if np.isnan(distance.astype(np.float64)).any(): raise ValueError(f"the distance of link {int(np.isnan(distance.astype(np.float64)).argmax())} is not a number")
-    if (apart_a == apart_b).any(): raise ValueError(f"thing {apart_a[(apart_a == apart_b).argmax()]} cannot be apart from itself")
-    return *(v.astype(np.int64) for v in (a, b)), distance.astype(np.float64), *(v.astype(np.int64) for v in (apart_a, apart_b))
+        if len(v) and (v.min() < 0 or v.max() >= n):
+            wrong = v.max() if v.max() >= n else v.min()
+            raise ValueError(f"{name} names thing {wrong}, but there are {n}: 0 … {n - 1}")
+    distance, itself = distance.astype(np.float64), apart_a == apart_b
+    if np.isnan(distance).any():
+        raise ValueError(f"the distance of link {int(np.isnan(distance).argmax())} is not a number")
+    if itself.any(): raise ValueError(f"thing {apart_a[itself.argmax()]} cannot be apart from itself")
+    a, b, apart_a, apart_b = (v.astype(np.int64) for v in (a, b, apart_a, apart_b))
+    return a, b, distance, apart_a, apart_b

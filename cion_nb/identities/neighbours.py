@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.extending import overload
 from scipy.sparse import csr_matrix, issparse
 from scipy.sparse.csgraph import connected_components
-from ..core.files import progress
+from ..core.files import first_few, progress
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #5c97b891
 HALF = np.float32(2.0**112)
@@ -28,34 +28,40 @@ def _number(value):
 
 @overload(_number, inline="always")
 def _compile_number(value):
-    if isinstance(value, types.Integer):
-        return lambda value: np.float64(U32(((U32(value) & U32(0x8000)) << U32(16)) | ((U32(value) & U32(0x7fff)) << U32(13))).view(np.float32) * HALF)
-    return lambda value: np.float64(value)
+    if not isinstance(value, types.Integer): return lambda value: np.float64(value)
+    return lambda value: np.float64(U32(
+        ((U32(value) & U32(0x8000)) << U32(16)) | ((U32(value) & U32(0x7fff)) << U32(13))).view(np.float32) * HALF)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #55db0258
-@njit(nogil=True, cache=__name__.startswith("cion_nb"), fastmath={"reassoc", "contract"})
+_compiled = njit(nogil=True, cache=__name__.startswith("cion_nb"))
+_summing = njit(nogil=True, cache=__name__.startswith("cion_nb"), fastmath={"reassoc", "contract"})  # sums in any order
+
+@_summing
 def _inner(a, b):
     "Inner product of two stored rows, in float64."
     total = 0.0
-    for d in range(len(a)): total += _number(a[d]) * _number(b[d])
+    for d in range(len(a)):
+        total += _number(a[d]) * _number(b[d])
     return total
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"), fastmath={"reassoc", "contract"})
+@_summing
 def _measure(x, first, end, largest, length):
     "Length of rows first … end - 1; NaN where a value is beyond `largest` or none."
     for i in range(first, end):
         fits = True
-        for d in range(x.shape[1]): fits &= abs(_number(x[i, d])) <= largest
+        for d in range(x.shape[1]):
+            fits &= abs(_number(x[i, d])) <= largest
         length[i] = np.sqrt(_inner(x[i], x[i])) if fits else np.nan
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #2390d709
 def _spread(work, n, step=None):
-    "work(first, end) for blocks of `n` rows, on as many threads as torch uses (the kernels release the GIL); the results in order."
+    "work(first, end) for blocks of `n` rows, on as many threads as torch uses; the results in order."
     threads = torch.get_num_threads()
     step = step or max(1, min(4096, -(-n // (4 * threads))))
     blocks = [(i, min(n, i + step)) for i in range(0, n, step)]
     if threads == 1 or len(blocks) == 1: return [work(*block) for block in blocks]
-    with ThreadPoolExecutor(threads) as pool: return list(pool.map(lambda block: work(*block), blocks))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda block: work(*block), blocks))
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #b3796a72
 @dataclass(frozen=True)
@@ -67,14 +73,30 @@ class Rows:
     is_unit: bool       # all rows have length 1 to float32's precision already
 
     def __len__(self): return len(self.source)
+
     def unit(self, first, end, device="cpu") -> torch.Tensor:
         "Rows first … end - 1 in float32, of length 1."
         part = self.source[first:end]
-        x = torch.from_numpy(part if part.flags.writeable else np.array(part)).to(device).float()   # torch warns of read-only memory
-        return x if self.is_unit else x * torch.from_numpy(1 / self.length[first:end]).float().to(device)[:, None]
+        part = part if part.flags.writeable else np.array(part)    # torch warns of read-only memory
+        x = torch.from_numpy(part).to(device).float()
+        if self.is_unit: return x
+        return x * torch.from_numpy(1 / self.length[first:end]).float().to(device)[:, None]
+
     def take(self, index) -> torch.Tensor:
         "These rows in float32, of length 1."
         return torch.from_numpy(self.source[index].astype(np.float32) / self.length[index, None].astype(np.float32))
+
+# %% ../../nbs/3_identities/00_neighbours.ipynb #787b0609
+def _matrix(features, name):
+    "(n, D) rows that lie together in memory, float16, float32 or float64. ValueError: not a matrix of numbers."
+    if hasattr(features, "detach"):
+        features = features.detach().cpu()
+        features = (features.float() if features.dtype is torch.bfloat16 else features).numpy()
+    x = np.asarray(features)
+    if x.ndim != 2 or x.dtype.kind not in "fiu" or 0 in x.shape:
+        raise ValueError(f"{name} must be an (n, D) matrix of numbers, got {x.dtype} of shape {x.shape}")
+    if x.dtype not in (np.float16, np.float32, np.float64): x = x.astype(np.float32)
+    return np.ascontiguousarray(x)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #3ee48fac
 def rows_of(
@@ -82,39 +104,36 @@ def rows_of(
     name="features",  # for the messages
 ) -> Rows:
     "Look at every row once. ValueError: not a matrix, or rows without a direction (named)."
-    if hasattr(features, "detach"):
-        features = features.detach().cpu(); features = (features.float() if features.dtype is torch.bfloat16 else features).numpy()
-    x = np.asarray(features)
-    if x.ndim != 2 or x.dtype.kind not in "fiu" or 0 in x.shape: raise ValueError(f"{name} must be an (n, D) matrix of numbers, got {x.dtype} of shape {x.shape}")
-    if x.dtype not in (np.float16, np.float32, np.float64): x = x.astype(np.float32)
-    x = np.ascontiguousarray(x)
+    x = _matrix(features, name)
     stored, length = _stored(x), np.empty(len(x))
     largest = 65504.0 if x.dtype == np.float16 else 3e38   # the largest float16: infinity and NaN lie above it
     _spread(lambda i, j: _measure(stored, i, j, largest, length), len(x))
     bad = np.flatnonzero(~((length > 1e-30) & (length < 1e30)))
-    if len(bad): raise ValueError(f"{len(bad):,} row(s) of {name} are all zero, NaN or infinite, so they have no direction: rows {_few(bad)}. Leave these images out or extract them again.")
+    if len(bad):
+        raise ValueError(
+            f"{len(bad):,} row(s) of {name} are all zero, NaN or infinite, so they have no direction: "
+            f"rows {first_few(bad, 8)}. Leave these images out or extract them again.")
     return Rows(x, stored, length, bool(np.abs(length - 1).max() < 1e-6))
 
 def _stored(x):
-    "The same memory as kernels see it: float16 as its 16 bits, and never to be written, so that a memory map needs no second compilation."
-    x = x.view(np.uint16 if x.dtype == np.float16 else x.dtype); x.flags.writeable = False
+    "The same memory as kernels see it: float16 as its 16 bits."
+    x = x.view(np.uint16 if x.dtype == np.float16 else x.dtype)
+    x.flags.writeable = False                     # never to be written: a memory map needs no second compilation
     return x
-
-def _few(values, most=8):
-    "`3, 9, 12 and 40 more`"
-    return ", ".join(str(int(v)) for v in values[:most]) + (f" and {len(values) - most:,} more" if len(values) > most else "")
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #33bdb9f2
 def _tiles(n, reach, rows, columns):
     "Ranges (i, i_end, j, j_end) of the tiles that cover all pairs i < j <= i + reach, and the diagonal."
     for i in range(0, n, rows):
-        i_end = min(n, i + rows); last = min(n, i_end + reach)
-        for j in range(i, last, columns): yield i, i_end, j, min(last, j + columns)
+        i_end = min(n, i + rows)
+        last = min(n, i_end + reach)
+        for j in range(i, last, columns):
+            yield i, i_end, j, min(last, j + columns)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #74ee988e
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _insert(value, index, v, j):
-    "Put candidate j with similarity v into one list: largest first, ties by index. Returns the list's least similarity."
+    "Put candidate j with similarity v into one list: largest first, ties by index. Returns the least similarity."
     p = len(value) - 1
     if v == value[p] and j > index[p]: return value[p]
     while p > 0 and (value[p - 1] < v or (value[p - 1] == v and index[p - 1] > j)):
@@ -123,20 +142,22 @@ def _insert(value, index, v, j):
     value[p], index[p] = v, j
     return value[-1]
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+# %% ../../nbs/3_identities/00_neighbours.ipynb #fa65aa5c
+@_compiled
 def _scan_rows(tile, i, j, reach, r0, r1, value, index):
-    "Offer tile[r, c], the similarity of i + r and j + c, to the list of i + r, for r0 <= r < r1 and 1 <= (j + c) - (i + r) <= reach."
+    "Offer tile[r, c], the similarity of i + r and j + c, to the lists of i + r, r0 <= r < r1, where c is in reach."
     for r in range(r0, r1):
         first, end, least = max(0, i + r + 1 - j), min(tile.shape[1], i + r + reach + 1 - j), value[i + r, -1]
         for b in range(first, end, 16):
             n, is_hit = min(16, end - b), False
             if n == 16:
-                for u in range(16): is_hit |= tile[r, b + u] >= least
+                for u in range(16):
+                    is_hit |= tile[r, b + u] >= least
             if is_hit or n < 16:
                 for c in range(b, b + n):
                     if tile[r, c] >= least: least = _insert(value[i + r], index[i + r], tile[r, c], np.int32(j + c))
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _scan_columns(tile, i, j, reach, c0, c1, value, index):
     "Offer the same similarities to the lists of j + c, for c0 <= c < c1."
     least = value[j + c0:j + c1, -1].copy()
@@ -145,23 +166,29 @@ def _scan_columns(tile, i, j, reach, c0, c1, value, index):
         for b in range(first, end, 16):
             n, is_hit = min(16, end - b), False
             if n == 16:
-                for u in range(16): is_hit |= tile[r, b + u] >= least[b - c0 + u]
+                for u in range(16):
+                    is_hit |= tile[r, b + u] >= least[b - c0 + u]
             if is_hit or n < 16:
                 for c in range(b, b + n):
-                    if tile[r, c] >= least[c - c0]: least[c - c0] = _insert(value[j + c], index[j + c], tile[r, c], np.int32(i + r))
+                    if tile[r, c] < least[c - c0]: continue
+                    least[c - c0] = _insert(value[j + c], index[j + c], tile[r, c], np.int32(i + r))
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #ca093811
 def _keep_scan(tile, i, j, reach, value, index):
-    "Both directions of one tile, on the CPU; no two threads write to one list."
+    "Both directions of one tile, on the CPU."
     tile = tile.numpy()
-    _spread(lambda a, b: _scan_rows(tile, i, j, reach, a, b, value, index), tile.shape[0])
-    _spread(lambda a, b: _scan_columns(tile, i, j, reach, a, b, value, index), tile.shape[1], -(-tile.shape[1] // torch.get_num_threads()))
+    height, width = tile.shape
+    _spread(lambda a, b: _scan_rows(tile, i, j, reach, a, b, value, index), height)
+    a_thread = -(-width // torch.get_num_threads())
+    _spread(lambda a, b: _scan_columns(tile, i, j, reach, a, b, value, index), width, a_thread)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #da336e43
 def _keep_topk(tile, i, j, reach, value, index):
     "Both directions of one tile, on any device of torch."
-    if j < i + len(tile) or j + tile.shape[1] - 1 > i + reach:    # pairs on or below the diagonal, or beyond the band
-        ahead = torch.arange(j, j + tile.shape[1], device=tile.device) - torch.arange(i, i + len(tile), device=tile.device)[:, None]
+    height, width = tile.shape
+    if j < i + height or j + width - 1 > i + reach:    # pairs on or below the diagonal, or beyond the band
+        row, column = (torch.arange(start, start + n, device=tile.device) for start, n in ((i, height), (j, width)))
+        ahead = column - row[:, None]
         tile = tile.masked_fill((ahead < 1) | (ahead > reach), -torch.inf)
     for part, first, start in ((tile, i, j), (tile.T, j, i)):
         rows = slice(first, first + len(part))
@@ -170,43 +197,69 @@ def _keep_topk(tile, i, j, reach, value, index):
         value[rows], best = v.topk(value.shape[1], dim=1)
         index[rows] = p.gather(1, best).masked_fill(value[rows] == -torch.inf, -1)
 
+# %% ../../nbs/3_identities/00_neighbours.ipynb #18ef969d
+class _Float32:
+    "Products in full float32 while this is entered."
+    def __init__(self, kind): self.autocast = torch.autocast(kind, enabled=False)
+
+    def __enter__(self):
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        self.autocast.__enter__()
+
+    def __exit__(self, *error):
+        self.autocast.__exit__(*error)
+        torch.set_float32_matmul_precision(self.before)
+
 # %% ../../nbs/3_identities/00_neighbours.ipynb #4110da4b
 def _search_torch(rows, k, reach, device, far=None, keep=None, part=0, parts=1):
-    "Candidates (n, k) from blocked products, or from one part of them; the row itself is among them. `far`, (n,), is lowered to the least similarity of each row."
+    """Candidates (n, k) from blocked products, or from one part of them; the row itself is among them.
+
+    `far`, (n,), is lowered to the least similarity of each row."""
     n, kind = len(rows), torch.device(device).type
     keep = keep or (_keep_scan if kind == "cpu" else _keep_topk)
-    width = 2048 if kind == "cpu" else 8192
-    height = width if reach >= n else int(np.clip(reach // 4, 128, width))     # a lower tile leaves less of itself outside the band
-    value, index = torch.full((n, k), -torch.inf, device=device), torch.full((n, k), -1, dtype=torch.int32, device=device)
-    value[:, 0], index[:, 0] = torch.inf, torch.arange(n, dtype=torch.int32, device=device)
+    height, width = _tile_shape(n, reach, kind)
+    value, index = _empty_lists(n, k, device)
     lists = (value.numpy(), index.numpy()) if keep is _keep_scan else (value, index)
-    tiles, buffer, last = list(_tiles(n, reach, height, width))[part::parts], torch.empty(height * width, device=device), None
+    tiles, last = list(_tiles(n, reach, height, width))[part::parts], None
+    buffer = torch.empty(height * width, device=device)
     with _Float32(kind):
         for i, i_end, j, j_end in progress(tiles, desc="neighbours", unit="tile", show=len(tiles) > 1000):
             if last != i: left, last = rows.unit(i, i_end, device), i
-            tile = torch.mm(left, rows.unit(j, j_end, device).T, out=buffer[:(i_end - i) * (j_end - j)].view(i_end - i, j_end - j))
+            out = buffer[:(i_end - i) * (j_end - j)].view(i_end - i, j_end - j)
+            tile = torch.mm(left, rows.unit(j, j_end, device).T, out=out)
             if far is not None:
-                for part, least in ((slice(i, i_end), tile.amin(1)), (slice(j, j_end), tile.amin(0))): far[part] = np.minimum(far[part], least.cpu().numpy())
+                for side, least in ((slice(i, i_end), tile.amin(1)), (slice(j, j_end), tile.amin(0))):
+                    far[side] = np.minimum(far[side], least.cpu().numpy())
             keep(tile, i, j, reach, *lists)
     return index.cpu().numpy()
 
-class _Float32:
-    "Products in full float32 whatever the caller's training loop has set: TF32 or bfloat16 would move distances by 1e-3."
-    def __init__(self, kind): self.autocast = torch.autocast(kind, enabled=False)
-    def __enter__(self):
-        self.before = torch.get_float32_matmul_precision(); torch.set_float32_matmul_precision("highest"); self.autocast.__enter__()
-    def __exit__(self, *error): self.autocast.__exit__(*error); torch.set_float32_matmul_precision(self.before)
+def _tile_shape(n, reach, kind):
+    "Height and width of a tile; a lower one leaves less of itself outside the band."
+    width = 2048 if kind == "cpu" else 8192
+    return width if reach >= n else int(np.clip(reach // 4, 128, width)), width
+
+def _empty_lists(n, k, device):
+    "Similarities and row numbers (n, k) of lists that hold the row itself only."
+    value = torch.full((n, k), -torch.inf, device=device)
+    index = torch.full((n, k), -1, dtype=torch.int32, device=device)
+    value[:, 0], index[:, 0] = torch.inf, torch.arange(n, dtype=torch.int32, device=device)
+    return value, index
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #ecfa52d1
 def _search_faiss(rows, k, where="cpu"):
     "Candidates (n, k) from faiss's flat index of inner products; the row itself is among them."
     try: import faiss
-    except ImportError as e: raise ImportError("backend='faiss' needs faiss: pip install 'cion_nb[cpu]', or 'cion_nb[gpu]' on a machine with a GPU") from e
+    except ImportError as e:
+        raise ImportError("backend='faiss' needs faiss: pip install 'cion_nb[cpu]', "
+                          "or 'cion_nb[gpu]' on a machine with a GPU") from e
     flat = faiss.IndexFlatIP(rows.source.shape[1])
     if where == "gpu": flat = faiss.index_cpu_to_all_gpus(flat)
     blocks = range(0, len(rows), max(1, 2**24 // rows.source.shape[1]))
-    for i in blocks: flat.add(rows.unit(i, i + blocks.step).numpy())
-    index = np.concatenate([flat.search(rows.unit(i, i + blocks.step).numpy(), k)[1].astype(np.int32) for i in blocks])
+    for i in blocks:
+        flat.add(rows.unit(i, i + blocks.step).numpy())
+    found = [flat.search(rows.unit(i, i + blocks.step).numpy(), k)[1].astype(np.int32) for i in blocks]
+    index = np.concatenate(found)
     _keep_itself(index)
     return index
 
@@ -229,22 +282,26 @@ def choose_backend(
     device=None,      # torch device; None for a GPU where there is one
     half_width=None,  # only torch searches a band
 ) -> tuple[str, str]: # backend, where it runs
-    "torch on a GPU if torch sees one, else faiss on a GPU if faiss sees one, else torch on the CPU, which multiplies half of what faiss does."
-    if backend not in ("auto", *BACKENDS): raise ValueError(f"backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
-    if backend == "faiss" and half_width is not None: raise ValueError("faiss searches all rows, not a band: use backend='torch' with half_width")
+    "Who searches, and where. ValueError: no such backend, or faiss with a band."
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
+    if backend == "faiss" and half_width is not None:
+        raise ValueError("faiss searches all rows, not a band: use backend='torch' with half_width")
     device = str(device or ("cuda" if torch.cuda.is_available() else ""))
     if backend == "faiss" or (backend == "auto" and not device and half_width is None and _faiss_gpus()):
         return "faiss", "gpu" if _faiss_gpus() and device != "cpu" else "cpu"
     return "torch", device or "cpu"
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #ef96e617
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _settle(x, length, index, distance, first, end):
     "Distances and final order of the lists of rows first … end - 1."
     for i in range(first, end):
         for p in range(index.shape[1]):
             j = index[i, p]
-            d = np.float32(np.inf) if j < 0 else np.float32(-1) if j == i else np.float32(max(0.0, 1 - _inner(x[i], x[j]) / (length[i] * length[j])))
+            if j < 0: d = np.float32(np.inf)
+            elif j == i: d = np.float32(-1)
+            else: d = np.float32(max(0.0, 1 - _inner(x[i], x[j]) / (length[i] * length[j])))
             q = p
             while q > 0 and (distance[i, q - 1] > d or (distance[i, q - 1] == d and index[i, q - 1] > j)):
                 distance[i, q], index[i, q] = distance[i, q - 1], index[i, q - 1]
@@ -265,15 +322,19 @@ class Neighbours:
     def __len__(self): return len(self.index)
     @property
     def k(self) -> int: return self.index.shape[1]
-    def __repr__(self): return f"Neighbours({len(self):,} lists of {self.k}, {self.backend}" + (f", half_width {self.half_width:,})" if self.half_width is not None else ")")
+    def __repr__(self):
+        band = f", half_width {self.half_width:,}" if self.half_width is not None else ""
+        return f"Neighbours({len(self):,} lists of {self.k}, {self.backend}{band})"
 
-# %% ../../nbs/3_identities/00_neighbours.ipynb #9325c1f9
+# %% ../../nbs/3_identities/00_neighbours.ipynb #6f6537d1
 def _neighbours(rows, k, half_width=None, device=None, backend="auto", far=None):
     "`knn` of rows that were looked at."
-    if half_width is not None and (half_width < 0 or half_width != int(half_width)): raise ValueError(f"half_width={half_width} must be a whole number, 0 or more, or None for all rows")
+    if half_width is not None and (half_width < 0 or half_width != int(half_width)):
+        raise ValueError(f"half_width={half_width} must be a whole number, 0 or more, or None for all rows")
     backend, where = choose_backend(backend, device, half_width)
     reach = len(rows) if half_width is None else min(half_width, len(rows))
-    index = _search_faiss(rows, k, where) if backend == "faiss" else _search_torch(rows, k, reach, where, far)
+    if backend == "faiss": index = _search_faiss(rows, k, where)
+    else: index = _search_torch(rows, k, reach, where, far)
     return _settled(rows, index, f"{backend} {where}", half_width)
 
 def _settled(rows, index, backend, half_width=None):
@@ -282,6 +343,7 @@ def _settled(rows, index, backend, half_width=None):
     _spread(lambda i, j: _settle(rows.stored, rows.length, index, distance, i, j), len(rows))
     return Neighbours(index, distance, backend, half_width)
 
+# %% ../../nbs/3_identities/00_neighbours.ipynb #9325c1f9
 def knn(
     x,                # (n, D) features of any float type, array, memory map or tensor; rows of any length
     k,                # neighbours a row, itself included
@@ -289,13 +351,17 @@ def knn(
     device=None,      # torch device, such as "cuda:1"; None for a GPU where there is one
     backend="auto",   # "auto", "torch" or "faiss"
 ) -> Neighbours:
-    "The k nearest rows of every row by cosine distance, exactly. ValueError: k or half_width out of range, rows without a direction."
+    """The k nearest rows of every row by cosine distance, exactly.
+
+    ValueError: k or half_width out of range, rows without a direction."""
     rows = rows_of(x)
     return _neighbours(rows, _count(k, len(rows)), half_width, device, backend)
 
 def _count(k, n):
     "k as a whole number of rows."
-    if k != int(k) or not 1 <= k <= n: raise ValueError(f"k={k} neighbours of {n:,} rows: k must be a whole number in 1 … {n:,}, the row itself counts")
+    if k != int(k) or not 1 <= k <= n:
+        raise ValueError(f"k={k} neighbours of {n:,} rows: "
+                         f"k must be a whole number in 1 … {n:,}, the row itself counts")
     return int(k)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #103229ba
@@ -306,43 +372,59 @@ def knn_approximate(
     lists=None,    # into which the rows are divided; None: 4 sqrt(n)
     seed=0,        # of the rows that the centres are made from
 ) -> Neighbours:   # -1 and infinity where the probed lists held too few rows
-    "The k nearest rows of every row among those of the nearest lists (faiss's IVFFlat, on the CPU). ImportError without faiss."
+    "The k nearest rows of every row among those of the nearest lists (faiss's IVFFlat, on the CPU)."
     rows = rows_of(x)
     return _settled(rows, *_search_ivf(rows, k, probes, lists, seed))
 
-def _search_ivf(rows, k, probes, lists=None, seed=0, part=0, parts=1):
-    "Candidates (n, k) of the rows of one part; the others' lists hold themselves only. And what was searched."
-    n = len(rows); k = _count(k, n)
+def _ivf_of(rows, probes, lists, seed):
+    "The inverted file with all rows in it. ImportError without faiss."
+    n, dim = rows.source.shape
     lists = min(n, max(1, int(4 * n**.5)) if lists is None else lists)
     if not 1 <= probes or not 1 <= lists: raise ValueError(f"probes={probes}, lists={lists}: at least 1")
     try: import faiss
     except ImportError as e: raise ImportError("knn_approximate needs faiss: pip install 'cion_nb[cpu]'") from e
-    coarse = faiss.IndexFlatIP(rows.source.shape[1])
-    ivf = faiss.IndexIVFFlat(coarse, rows.source.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    ivf = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
     ivf.cp.min_points_per_centroid, ivf.cp.seed, ivf.nprobe = 1, seed, min(probes, lists)
     some = np.sort(np.random.default_rng(seed).permutation(n)[:64 * lists])
     ivf.train(rows.take(some).numpy())
-    blocks = range(0, n, max(1, 2**24 // rows.source.shape[1]))
-    for i in blocks: ivf.add(rows.unit(i, i + blocks.step).numpy())
-    index, own = np.full((n, k), -1, np.int32), np.arange(part * n // parts, (part + 1) * n // parts)
-    for i in progress(range(own[0] if len(own) else 0, own[-1] + 1 if len(own) else 0, blocks.step), desc="neighbours", unit="block", show=len(blocks) > 20):
-        end = min(i + blocks.step, own[-1] + 1); index[i:end] = ivf.search(rows.unit(i, end).numpy(), k)[1]
-    _keep_itself(index)
-    return index, f"faiss cpu, {ivf.nprobe} of {lists} lists"
+    step = max(1, 2**24 // dim)
+    for i in range(0, n, step):
+        ivf.add(rows.unit(i, i + step).numpy())
+    return ivf
 
+# %% ../../nbs/3_identities/00_neighbours.ipynb #e0ac44a3
+def _search_ivf(rows, k, probes, lists=None, seed=0, part=0, parts=1):
+    "Candidates (n, k) of the rows of one part; the others' lists hold themselves only. And what was searched."
+    n = len(rows)
+    k = _count(k, n)
+    ivf = _ivf_of(rows, probes, lists, seed)
+    index = np.full((n, k), -1, np.int32)
+    first, last = part * n // parts, (part + 1) * n // parts
+    blocks = range(first, last, max(1, 2**24 // rows.source.shape[1]))
+    for i in progress(blocks, desc="neighbours", unit="block", show=len(blocks) > 20):
+        end = min(i + blocks.step, last)
+        index[i:end] = ivf.search(rows.unit(i, end).numpy(), k)[1]
+    _keep_itself(index)
+    return index, f"faiss cpu, {ivf.nprobe} of {ivf.nlist} lists"
+
+# %% ../../nbs/3_identities/00_neighbours.ipynb #25179173
 def recall(
     found: Neighbours,
     x,              # the rows that were searched
     sample=1000,    # rows that are searched exactly
     seed=0,
 ) -> float:         # in [0, 1]
-    "Share of the true nearest rows, themselves left out, that the lists hold; rows as near as the farthest true one count."
+    """Share of the true nearest rows, themselves left out, that the lists hold.
+
+    Rows as near as the farthest true one count."""
     rows, k = rows_of(x), found.k
-    if len(rows) != len(found): raise ValueError(f"{len(found):,} lists, {len(rows):,} rows: give the rows that were searched")
+    if len(rows) != len(found):
+        raise ValueError(f"{len(found):,} lists, {len(rows):,} rows: give the rows that were searched")
     if k < 2: raise ValueError("lists of 1 hold the row itself only")
     asked = np.sort(np.random.default_rng(seed).permutation(len(rows))[:sample])
-    q, best = rows.take(asked), torch.full((len(asked), k), -2.)
-    for i in range(0, len(rows), 2**14): best = torch.cat([best, q @ rows.unit(i, i + 2**14).T], 1).topk(k, 1).values
+    query, best = rows.take(asked), torch.full((len(asked), k), -2.)
+    for i in range(0, len(rows), 2**14):
+        best = torch.cat([best, query @ rows.unit(i, i + 2**14).T], 1).topk(k, 1).values
     within = found.distance[asked] <= 1 - best[:, -1:].numpy() + 1e-5
     return float((within.sum(1) - 1).mean() / (k - 1))
 
@@ -358,15 +440,18 @@ def knn_part(
     "What one of several processes finds; `merge_neighbours` of all parts is `knn` (or `knn_approximate`) of all rows."
     if not 0 <= part < parts: raise ValueError(f"part={part} of {parts}: 0 … {parts - 1}")
     rows = rows_of(x)
-    if probes is not None: found = _settled(rows, *_search_ivf(rows, k, probes, part=part, parts=parts))
+    if probes is not None:
+        found = _settled(rows, *_search_ivf(rows, k, probes, part=part, parts=parts))
     else:
         k, (_, where) = _count(k, len(rows)), choose_backend("torch", device)
-        found = _settled(rows, _search_torch(rows, k, len(rows), where, part=part, parts=parts), f"torch {where}")
+        index = _search_torch(rows, k, len(rows), where, part=part, parts=parts)
+        found = _settled(rows, index, f"torch {where}")
     return replace(found, part=(part, parts))
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+# %% ../../nbs/3_identities/00_neighbours.ipynb #09ef5ecf
+@_compiled
 def _merge(index, distance, first, end, out_index, out_distance):
-    "Lists (parts, n, k) in order to one list of k in the same order; the row itself, first of every list, counts once."
+    "Lists (parts, n, k) in order to one list of k in the same order; the row itself, first of all, counts once."
     at = np.empty(len(index), np.int64)
     for i in range(first, end):
         out_index[i, 0], out_distance[i, 0], at[:] = i, 0, 1
@@ -375,45 +460,60 @@ def _merge(index, distance, first, end, out_index, out_distance):
             for part in range(len(index)):
                 if at[part] == index.shape[2] or index[part, i, at[part]] < 0: continue
                 d, j = distance[part, i, at[part]], index[part, i, at[part]]
-                if best < 0 or d < out_distance[i, p] or (d == out_distance[i, p] and j < out_index[i, p]): best, out_distance[i, p], out_index[i, p] = part, d, j
-            if best < 0: out_index[i, p:], out_distance[i, p:] = -1, np.inf; break
+                if best < 0 or d < out_distance[i, p] or (d == out_distance[i, p] and j < out_index[i, p]):
+                    best, out_distance[i, p], out_index[i, p] = part, d, j
+            if best < 0:
+                out_index[i, p:], out_distance[i, p:] = -1, np.inf
+                break
             at[best] += 1
 
+# %% ../../nbs/3_identities/00_neighbours.ipynb #a0169403
 def merge_neighbours(
     parts: list,   # Neighbours of every `knn_part`, in any order
 ) -> Neighbours:
     "The lists of all parts as one search. ValueError: a part is missing, there twice, or of other rows."
-    given, of = sorted(p.part or (0, 1) for p in parts), max((p.part[1] for p in parts if p.part), default=1)
-    if given != [(i, of) for i in range(of)]: raise ValueError(f"the parts 0 … {of - 1} of {of} are needed, each once; given are {', '.join(f'{i} of {n}' for i, n in given) or 'none'}")
-    if len({p.index.shape for p in parts}) != 1: raise ValueError(f"parts must be of the same rows and lengths, got {', '.join(str(p.index.shape) for p in parts)}")
+    _check_parts(parts)
     index, distance = np.stack([p.index for p in parts]), np.stack([p.distance for p in parts])
     out = np.empty_like(index[0]), np.empty_like(distance[0])
     _spread(lambda i, j: _merge(index, distance, i, j, *out), len(index[0]))
-    return replace(parts[0], index=out[0], distance=out[1], part=None, backend=parts[0].backend + (f", {len(parts)} parts" if len(parts) > 1 else ""))
+    backend = parts[0].backend + (f", {len(parts)} parts" if len(parts) > 1 else "")
+    return replace(parts[0], index=out[0], distance=out[1], part=None, backend=backend)
 
+def _check_parts(parts):
+    "ValueError unless these are all parts of one search."
+    given = sorted(p.part or (0, 1) for p in parts)
+    n = max((p.part[1] for p in parts if p.part), default=1)
+    if given != [(i, n) for i in range(n)]:
+        named = ", ".join(f"{i} of {m}" for i, m in given) or "none"
+        raise ValueError(f"the parts 0 … {n - 1} of {n} are needed, each once; given are {named}")
+    if len({p.index.shape for p in parts}) != 1:
+        shapes = ", ".join(str(p.index.shape) for p in parts)
+        raise ValueError(f"parts must be of the same rows and lengths, got {shapes}")
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #d10c4b93
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _position(items, item):
     "Where `item` is among `items`; -1 if it is not."
     for p in range(len(items)):
         if items[p] == item: return p
     return -1
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _mutual(index, k, first, end, members, size):
     "members[i, :size[i]]: those of the first k of i that have i among their first k."
     for i in range(first, end):
         n = 0
         for j in index[i, :k]:
-            if j >= 0 and _position(index[j, :k], i) >= 0: members[i, n] = j; n += 1
+            if j >= 0 and _position(index[j, :k], i) >= 0:
+                members[i, n] = j
+                n += 1
         size[i] = n
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #6fa7a993
 def reciprocal_sets(
     neighbours: Neighbours,
     k: int,                           # how many of each list count, the row itself included
-) -> tuple[np.ndarray, np.ndarray]:   # (n, k) int32 members, nearest first, -1 behind the last; (n,) int32 sizes, at least 1
+) -> tuple[np.ndarray, np.ndarray]:   # (n, k) int32 members, nearest first, then -1; (n,) int32 sizes, at least 1
     "R(i, k) of every row."
     members, size = np.full((len(neighbours), k), -1, np.int32), np.empty(len(neighbours), np.int32)
     _spread(lambda i, j: _mutual(neighbours.index, k, i, j, members, size), len(neighbours))
@@ -422,26 +522,35 @@ def reciprocal_sets(
 # %% ../../nbs/3_identities/00_neighbours.ipynb #92a14cf7
 def half_of(k1): return int(np.around(k1 / 2)) + 1
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _expand(i, members, size, half, half_size, mark, out):
-    "The expanded set of i, written to `out`; returns its size. `mark` is the thread's own (n,) array; i must not decrease between calls."
+    """The expanded set of i, written to `out`; returns its size.
+
+    `mark` is the thread's own (n,) array; i must not decrease between calls."""
     n = size[i]
-    for p in range(n): out[p] = members[i, p]; mark[out[p]] = 2 * i
+    for p in range(n):
+        out[p] = members[i, p]
+        mark[out[p]] = 2 * i
     for c in members[i, :size[i]]:
         shared = 0
-        for m in half[c, :half_size[c]]: shared += mark[m] == 2 * i
+        for m in half[c, :half_size[c]]:
+            shared += mark[m] == 2 * i
         if 3 * shared > 2 * half_size[c]:
             for m in half[c, :half_size[c]]:
-                if mark[m] < 2 * i: out[n] = m; mark[m] = 2 * i + 1; n += 1
+                if mark[m] < 2 * i:
+                    out[n] = m
+                    mark[m] = 2 * i + 1
+                    n += 1
     return n
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #f13f7deb
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _count_expanded(members, size, half, half_size, first, end, count):
     mark, out = np.full(len(members), -1, np.int64), np.empty(members.shape[1] * (1 + half.shape[1]), np.int32)
-    for i in range(first, end): count[i] = _expand(i, members, size, half, half_size, mark, out)
+    for i in range(first, end):
+        count[i] = _expand(i, members, size, half, half_size, mark, out)
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _fill_expanded(members, size, half, half_size, first, end, starts, column):
     mark, out = np.full(len(members), -1, np.int64), np.empty(members.shape[1] * (1 + half.shape[1]), np.int32)
     for i in range(first, end):
@@ -450,7 +559,8 @@ def _fill_expanded(members, size, half, half_size, first, end, starts, column):
 
 def _starts(count):
     "Where each row starts in a sparse matrix with these counts."
-    starts = np.zeros(len(count) + 1, np.int64); np.cumsum(count, out=starts[1:])
+    starts = np.zeros(len(count) + 1, np.int64)
+    np.cumsum(count, out=starts[1:])
     return starts
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #2c17be79
@@ -458,16 +568,19 @@ def expanded_sets(
     neighbours: Neighbours,
     k: int,                          # length of the lists, the row itself included
     half: int,                       # length of the lists of the half sets
-) -> tuple[np.ndarray, np.ndarray]:  # (n + 1,) int64 starts, (…,) int32 members: those of i are members[starts[i]:starts[i + 1]], increasing
+) -> tuple[np.ndarray, np.ndarray]:  # (n + 1,) int64 starts, (…,) int32 members, increasing, of i from starts[i] on
     "R* of every row."
-    sets, count = (*reciprocal_sets(neighbours, k), *reciprocal_sets(neighbours, min(k, half))), np.empty(len(neighbours), np.int64)
-    _spread(lambda i, j: _count_expanded(*sets, i, j, count), len(neighbours))
-    starts = _starts(count); column = np.empty(starts[-1], np.int32)
-    _spread(lambda i, j: _fill_expanded(*sets, i, j, starts, column), len(neighbours))
+    n = len(neighbours)
+    sets = *reciprocal_sets(neighbours, k), *reciprocal_sets(neighbours, min(k, half))
+    count = np.empty(n, np.int64)
+    _spread(lambda i, j: _count_expanded(*sets, i, j, count), n)
+    starts = _starts(count)
+    column = np.empty(starts[-1], np.int32)
+    _spread(lambda i, j: _fill_expanded(*sets, i, j, starts, column), n)
     return starts, column
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #1df2b37e
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _weigh(x, length, index, distance, scale, starts, column, first, end, weight):
     "Weights of the sets of rows first … end - 1."
     for i in range(first, end):
@@ -480,18 +593,20 @@ def _weigh(x, length, index, distance, scale, starts, column, first, end, weight
             else: d = max(0.0, 1 - _inner(x[i], x[j]) / (length[i] * length[j]))
             weight[e] = np.exp(-scale[i] * d)
             total += weight[e]
-        for e in range(starts[i], starts[i + 1]): weight[e] /= total
+        for e in range(starts[i], starts[i + 1]):
+            weight[e] /= total
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #30ffc3b4
 def _memberships(rows, neighbours, k, half, scale):
     "(n, n) sparse: row i holds the weights of the expanded set of i."
     starts, column = expanded_sets(neighbours, k, half)
     weight = np.empty(len(column), np.float32)
-    _spread(lambda i, j: _weigh(rows.stored, rows.length, neighbours.index, neighbours.distance, scale, starts, column, i, j, weight), len(rows))
+    known = rows.stored, rows.length, neighbours.index, neighbours.distance, scale, starts, column
+    _spread(lambda i, j: _weigh(*known, i, j, weight), len(rows))
     return csr_matrix((weight, column, starts), shape=(len(rows), len(rows)))
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #d936f776
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _count_mean(index, k2, starts, column, first, end, count):
     mark = np.full(len(index), -1, np.int64)
     for i in range(first, end):
@@ -499,10 +614,12 @@ def _count_mean(index, k2, starts, column, first, end, count):
         for j in index[i, :k2]:
             if j < 0: break
             for c in column[starts[j]:starts[j + 1]]:
-                if mark[c] != i: mark[c] = i; n += 1
+                if mark[c] != i:
+                    mark[c] = i
+                    n += 1
         count[i] = n
 
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _fill_mean(index, k2, starts, column, weight, first, end, new_starts, new_column, new_weight):
     total = np.zeros(len(index))
     for i in range(first, end):
@@ -511,40 +628,51 @@ def _fill_mean(index, k2, starts, column, weight, first, end, new_starts, new_co
             if j < 0: break
             lists += 1
             for e in range(starts[j], starts[j + 1]):
-                if total[column[e]] == 0: new_column[n] = column[e]; n += 1
+                if total[column[e]] == 0:
+                    new_column[n] = column[e]
+                    n += 1
                 total[column[e]] += weight[e]
         new_column[begin:n] = np.sort(new_column[begin:n])
-        for e in range(begin, n): new_weight[e] = total[new_column[e]] / lists; total[new_column[e]] = 0
+        for e in range(begin, n):
+            new_weight[e] = total[new_column[e]] / lists
+            total[new_column[e]] = 0
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #8126e018
 def _mean_of_nearest(V, neighbours, k2):
     "Every row of V replaced by the mean of the rows of its k2 nearest, itself included."
     if k2 == 1: return V
-    n, old, count = len(neighbours), (V.indptr.astype(np.int64), V.indices), np.empty(len(neighbours), np.int64)
-    _spread(lambda i, j: _count_mean(neighbours.index, k2, *old, i, j, count), n)
+    n, index = len(neighbours), neighbours.index
+    old, count = (V.indptr.astype(np.int64), V.indices), np.empty(len(neighbours), np.int64)
+    _spread(lambda i, j: _count_mean(index, k2, *old, i, j, count), n)
     starts = _starts(count)
     column, weight = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
-    _spread(lambda i, j: _fill_mean(neighbours.index, k2, *old, V.data, i, j, starts, column, weight), n)
+    _spread(lambda i, j: _fill_mean(index, k2, *old, V.data, i, j, starts, column, weight), n)
     return csr_matrix((weight, column, starts), shape=(n, n))
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #2d1c3918
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _share(i, after, last, starts, column, weight, by_starts, by_row, by_weight, total, touched):
-    "total[j] becomes s of i and j, for the after < j <= last that share a member with i; returns how many these are, listed in `touched`."
+    """total[j] becomes s of i and j, for the after < j <= last that share a member with i.
+
+    Returns how many these are, listed in `touched`."""
     n = 0
     for e in range(starts[i], starts[i + 1]):
         for q in range(by_starts[column[e] + 1] - 1, by_starts[column[e]] - 1, -1):
             j = by_row[q]
             if j <= after: break
             if j <= last:
-                if total[j] == 0: touched[n] = j; n += 1
+                if total[j] == 0:
+                    touched[n] = j
+                    n += 1
                 total[j] += min(weight[e], by_weight[q])
     return n
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #af479d01
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _fill_page(row, end, reach, limit, V, by, page_column, page_distance, count):
-    "Distances of row, row + 1, … to later rows. Returns the first row that is not on the page, the places used, and the places that row may need."
+    """Distances of row, row + 1, … to later rows.
+
+    Returns the first row that is not on the page, the places used, and the places that row may need."""
     n = len(V[0]) - 1
     total, touched, used = np.zeros(n), np.empty(n, np.int32), 0
     for i in range(row, end):
@@ -552,37 +680,47 @@ def _fill_page(row, end, reach, limit, V, by, page_column, page_distance, count)
         if used + m > len(page_column): return i, used, m
         for j in touched[:m]:
             d = np.float32(max(0.0, 1 - total[j] / (2 - total[j])))
-            if d <= limit and d < 1: page_column[used] = j; page_distance[used] = d; used += 1; count[i] += 1
+            if d <= limit and d < 1:
+                page_column[used] = j
+                page_distance[used] = d
+                used += 1
+                count[i] += 1
             total[j] = 0
     return end, used, 0
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #4497cfb2
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _mirror(count, columns, distances, starts, lower, column, distance):
-    "The symmetric matrix from its upper triangle, whose columns come in any order: every row in order of columns, without a sort."
+    "The symmetric matrix, rows in order, from its upper triangle, whose columns come in any order."
     place, e = starts[:-1].copy(), 0
     for i in range(len(count)):                           # the lower triangle: its columns i come in order
         for _ in range(count[i]):
             j = columns[e]
-            column[place[j]] = i; distance[place[j]] = distances[e]; place[j] += 1
+            column[place[j]], distance[place[j]] = i, distances[e]
+            place[j] += 1
             e += 1
-    for i in range(len(count)): column[place[i]] = i; distance[place[i]] = 0; place[i] += 1
-    for j in range(len(count)):                           # the upper triangle from the lower: its columns j come in order
+    for i in range(len(count)):                           # the diagonal
+        column[place[i]], distance[place[i]] = i, 0
+        place[i] += 1
+    for j in range(len(count)):                           # the upper triangle from the lower: columns j in order
         for e in range(starts[j], starts[j] + lower[j]):
             i = column[e]
-            column[place[i]] = j; distance[place[i]] = distance[e]; place[i] += 1
+            column[place[i]], distance[place[i]] = j, distance[e]
+            place[i] += 1
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #89d1cb33
 def _distances(V, reach, limit, page=2**17):
     "Symmetric sparse Jaccard distances of rows of V that are at most `reach` apart, where at most `limit`."
     n, by = V.shape[0], V.tocsc()
-    arrays, count = ((V.indptr, V.indices, V.data), (by.indptr, by.indices, by.data)), np.zeros(V.shape[0], np.int64)
+    arrays = (V.indptr, V.indices, V.data), (by.indptr, by.indices, by.data)
+    count = np.zeros(n, np.int64)
     def pages(row, end):
         found, size = [], page
         while row < end:
             column, distance = np.empty(size, np.int32), np.empty(size, np.float32)
             row, used, needs = _fill_page(row, end, reach, np.float32(limit), *arrays, column, distance, count)
-            found.append((column[:used].copy(), distance[:used].copy())); size = max(size, needs)
+            found.append((column[:used].copy(), distance[:used].copy()))
+            size = max(size, needs)
         return found
     columns, distances = (np.concatenate(a) for a in zip(*(p for part in _spread(pages, n) for p in part)))
     lower = np.bincount(columns, minlength=n)
@@ -592,20 +730,6 @@ def _distances(V, reach, limit, page=2**17):
     return csr_matrix((distance, column, starts), shape=(n, n))
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #0406e7a5
-def _check_k(n, k1, k2, most):
-    if not 3 <= k1 < n: raise ValueError(f"k1={k1} with {n:,} rows: k1 must be at least 3 and less than the number of rows, else every list holds everybody")
-    if not 1 <= k2 <= most: raise ValueError(f"k2={k2} must lie in 1 … {most}, the length of the lists")
-
-def _check_lists(neighbours, rows, k1, half_width):
-    "The given lists, if they are of these rows and long enough."
-    if len(neighbours) != len(rows): raise ValueError(f"neighbours are of {len(neighbours):,} rows, features have {len(rows):,}")
-    if neighbours.k < k1: raise ValueError(f"k1={k1} needs lists of {k1}, the neighbours given have {neighbours.k}: knn(features, {k1})")
-    if half_width not in (None, neighbours.half_width): raise ValueError(f"half_width={half_width}, but the neighbours given were taken with half_width={neighbours.half_width}")
-    if neighbours.part not in (None, (0, 1)): raise ValueError(f"these are the lists of part {neighbours.part[0]} of {neighbours.part[1]}: merge_neighbours of all parts first")
-    if neighbours.index.max() >= len(rows) or neighbours.index.min() < -1: raise ValueError(f"a list names a row beyond the {len(rows):,} there are")
-    if (neighbours.index[:, 0] != np.arange(len(rows))).any(): raise ValueError("a list must begin with the row itself, as those of knn do")
-    return neighbours
-
 def jaccard(
     features,                              # (n, D) of any float type
     k1: int = 30,                          # length of the lists, the row itself included
@@ -614,23 +738,52 @@ def jaccard(
     half_width: int | None = None,         # lists and pairs at most this many positions apart; None for all
     max_distance: float = 1.0,             # store only pairs this near
     device: str | None = None,             # of the search
-) -> csr_matrix:                           # (n, n) float32, symmetric, columns in order, diagonal stored; an absent pair has distance 1
-    "Jaccard distance of expanded k-reciprocal sets. ValueError: k1, k2 or neighbours that do not fit, rows without a direction."
+) -> csr_matrix:                           # (n, n) float32, symmetric, in order; an absent pair has distance 1
+    """Jaccard distance of expanded k-reciprocal sets.
+
+    ValueError: k1, k2 or neighbours that do not fit, rows without a direction."""
     rows = rows_of(features)
     _check_k(len(rows), k1, k2, k1)
-    neighbours = _neighbours(rows, k1, half_width, device) if neighbours is None else _check_lists(neighbours, rows, k1, half_width)
-    V = _mean_of_nearest(_memberships(rows, neighbours, k1, half_of(k1), np.full(len(rows), 2.0)), neighbours, k2)
-    return _distances(V, len(rows) if neighbours.half_width is None else neighbours.half_width, max_distance)
+    if neighbours is None: neighbours = _neighbours(rows, k1, half_width, device)
+    else: _check_lists(neighbours, rows, k1, half_width)
+    V = _memberships(rows, neighbours, k1, half_of(k1), np.full(len(rows), 2.0))
+    reach = len(rows) if neighbours.half_width is None else neighbours.half_width
+    return _distances(_mean_of_nearest(V, neighbours, k2), reach, max_distance)
+
+# %% ../../nbs/3_identities/00_neighbours.ipynb #bd6746f1
+def _check_k(n, k1, k2, most):
+    "ValueError where every list would hold everybody, or a mean has too few."
+    if not 3 <= k1 < n:
+        raise ValueError(f"k1={k1} with {n:,} rows: k1 must be at least 3 and less than the number of rows, "
+                         "else every list holds everybody")
+    if not 1 <= k2 <= most: raise ValueError(f"k2={k2} must lie in 1 … {most}, the length of the lists")
+
+def _check_lists(neighbours, rows, k1, half_width):
+    "ValueError unless the given lists are of these rows and long enough."
+    n, (part, parts) = len(rows), neighbours.part or (0, 1)
+    if len(neighbours) != n: raise ValueError(f"neighbours are of {len(neighbours):,} rows, features have {n:,}")
+    if neighbours.k < k1:
+        raise ValueError(f"k1={k1} needs lists of {k1}, the neighbours given have {neighbours.k}: knn(features, {k1})")
+    if half_width not in (None, neighbours.half_width):
+        raise ValueError(f"half_width={half_width}, "
+                         f"but the neighbours given were taken with half_width={neighbours.half_width}")
+    if (part, parts) != (0, 1):
+        raise ValueError(f"these are the lists of part {part} of {parts}: merge_neighbours of all parts first")
+    if neighbours.index.max() >= n or neighbours.index.min() < -1:
+        raise ValueError(f"a list names a row beyond the {n:,} there are")
+    if (neighbours.index[:, 0] != np.arange(n)).any():
+        raise ValueError("a list must begin with the row itself, as those of knn do")
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #01cf1061
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _flood(starts, column, is_near, min_samples):
     "Labels by flooding from each core point in turn, through core points."
     n = len(starts) - 1
     is_core, labels, stack = np.empty(n, np.bool_), np.full(n, -1, np.int64), np.empty(n, np.int64)
     for i in range(n):
         near = 1
-        for e in range(starts[i], starts[i + 1]): near += is_near[e] and column[e] != i
+        for e in range(starts[i], starts[i + 1]):
+            near += is_near[e] and column[e] != i
         is_core[i] = near >= min_samples
     label = 0
     for seed in range(n):
@@ -643,16 +796,13 @@ def _flood(starts, column, is_near, min_samples):
                 j = column[e]
                 if is_near[e] and labels[j] < 0:
                     labels[j] = label
-                    if is_core[j]: stack[height] = j; height += 1
+                    if is_core[j]:
+                        stack[height] = j
+                        height += 1
         label += 1
     return labels
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #e1f5e6f5
-def _sparse(distances, dtype=None):
-    "A CSR matrix, if it was a sparse one: in a dense one stored zeros and absent pairs cannot be told apart."
-    if not issparse(distances): raise ValueError("distances must be a scipy sparse matrix, such as jaccard gives; for a dense one use scikit-learn's DBSCAN or HDBSCAN (metric='precomputed')")
-    return csr_matrix(distances, dtype=dtype)
-
 def dbscan(
     distances,         # (n, n) sparse; an absent pair is far, a point is near itself
     eps: float,        # near: at most this, in the distances' own precision
@@ -660,83 +810,115 @@ def dbscan(
 ) -> np.ndarray:       # (n,) int64 labels by lowest core point, -1 for none
     "The labels of scikit-learn's DBSCAN(metric='precomputed') on a sparse matrix."
     distances = _sparse(distances)
-    if distances.shape[0] != distances.shape[1]: raise ValueError(f"distances must be square, got {distances.shape}")
-    if not eps > 0 or min_samples < 1: raise ValueError(f"eps={eps} must be above 0 and min_samples={min_samples} at least 1")
+    if not eps > 0 or min_samples < 1:
+        raise ValueError(f"eps={eps} must be above 0 and min_samples={min_samples} at least 1")
     return _flood(distances.indptr, distances.indices, distances.data <= eps, min_samples)
+
+def _sparse(distances, dtype=None):
+    "A square CSR matrix, if it was a sparse one."
+    if not issparse(distances):
+        raise ValueError("distances must be a scipy sparse matrix, such as jaccard gives; "
+                         "for a dense one use scikit-learn's DBSCAN or HDBSCAN (metric='precomputed')")
+    if distances.shape[0] != distances.shape[1]: raise ValueError(f"distances must be square, got {distances.shape}")
+    return csr_matrix(distances, dtype=dtype)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #ed2ba111
 FAR = 1.0   # Jaccard distance of two rows that share no member
-CLUSTERERS = ("dbscan", "hdbscan")
 
 def hdbscan(
-    distances,                       # (n, n) sparse and symmetric; an absent pair has distance 1, no distance is larger
+    distances,                       # (n, n) sparse and symmetric; an absent pair has distance 1, none is larger
     min_cluster_size: int = 4,
     min_samples: int | None = None,  # near points that make a dense place, itself included; None: min_cluster_size
 ) -> np.ndarray:                     # (n,) int64 labels by lowest row, -1 for none
-    "Clusters of varying density (scikit-learn's HDBSCAN) of a sparse matrix, as if its absent pairs were filled with 1; but what only distance 1 holds together is no cluster. One dense group of everything is none either: HDBSCAN looks for at least two."
+    "Clusters of varying density (scikit-learn's HDBSCAN), as if the absent pairs of the matrix were filled with 1."
     from sklearn.cluster import HDBSCAN
-    D = _sparse(distances, np.float64).copy(); n, need = D.shape[0], min_samples or min_cluster_size
-    if D.shape[0] != D.shape[1]: raise ValueError(f"distances must be square, got {D.shape}")
-    if min_cluster_size < 2 or need < 1: raise ValueError(f"min_cluster_size={min_cluster_size} must be at least 2 and min_samples={min_samples} at least 1")
-    tiny = 1e-9; D.setdiag(tiny); D.data = np.clip(D.data, tiny, FAR)   # a stored zero would be lost: copies are near, not absent
-    row = np.repeat(np.arange(n), np.diff(D.indptr))
-    core = np.array([np.partition(D.data[a:b], need - 1)[need - 1] if b - a >= need else FAR for a, b in zip(D.indptr[:-1], D.indptr[1:])])
-    near = np.maximum(np.maximum(core[row], core[D.indices]), D.data) < FAR
-    pieces = connected_components(csr_matrix((np.ones(near.sum()), (row[near], D.indices[near])), (n, n)), directed=False)[1]
-    largest = np.bincount(pieces).argmax(); hub, rest = np.flatnonzero(pieces == largest)[:need], np.flatnonzero(pieces != largest)
-    if len(hub) < need: return np.full(n, -1)
-    hung = csr_matrix((np.ones(len(rest) * need), (np.repeat(rest, need), np.tile(hub, len(rest)))), (n, n))   # some of the absent pairs: they join all into one tree
-    hung = FAR * (hung - hung.multiply(D > 0))
-    found = HDBSCAN(min_cluster_size=min_cluster_size, min_samples=need, metric="precomputed", copy=True).fit(csr_matrix(D + hung + hung.T)).labels_
+    need = min_samples or min_cluster_size
+    D = _sparse(distances, np.float64).copy()
+    if min_cluster_size < 2 or need < 1:
+        raise ValueError(f"min_cluster_size={min_cluster_size} must be at least 2 "
+                         f"and min_samples={min_samples} at least 1")
+    tiny = 1e-9
+    D.setdiag(tiny)
+    D.data = np.clip(D.data, tiny, FAR)   # a stored zero would be lost: copies are near, not absent
+    pieces = _dense_pieces(D, need)
+    far_pairs = _hung_up(D, pieces, need)
+    if far_pairs is None: return np.full(D.shape[0], -1)
+    search = HDBSCAN(min_cluster_size=min_cluster_size, min_samples=need, metric="precomputed", copy=True)
+    found = search.fit(csr_matrix(D + far_pairs + far_pairs.T)).labels_
     return _without_strangers(found, pieces, min_cluster_size)
 
+# %% ../../nbs/3_identities/00_neighbours.ipynb #ca4fc840
+def _dense_pieces(D, need):
+    "Piece of every row: connected by mutual reachability below `FAR`."
+    n = D.shape[0]
+    row = np.repeat(np.arange(n), np.diff(D.indptr))
+    own = [D.data[a:b] for a, b in zip(D.indptr[:-1], D.indptr[1:])]
+    core = np.array([np.partition(d, need - 1)[need - 1] if len(d) >= need else FAR for d in own])
+    near = np.maximum(np.maximum(core[row], core[D.indices]), D.data) < FAR
+    graph = csr_matrix((np.ones(near.sum()), (row[near], D.indices[near])), (n, n))
+    return connected_components(graph, directed=False)[1]
+
+def _hung_up(D, pieces, need):
+    "Some of the absent pairs, at distance `FAR`, that join all points into one tree; None where all are strangers."
+    n, is_largest = D.shape[0], pieces == np.bincount(pieces).argmax()
+    hub, rest = np.flatnonzero(is_largest)[:need], np.flatnonzero(~is_largest)
+    if len(hub) < need: return None
+    pairs = np.repeat(rest, need), np.tile(hub, len(rest))
+    hung = csr_matrix((np.ones(len(rest) * need), pairs), (n, n))
+    return FAR * (hung - hung.multiply(D > 0))
+
+# %% ../../nbs/3_identities/00_neighbours.ipynb #1c63e675
 def _without_strangers(found, pieces, least):
-    "A tree's last joins, at distance 1, come in any order: of each cluster only its largest piece is held together by more. Numbered by lowest row."
-    labels, number = np.full(len(found), -1, np.int64), 0
-    order = np.lexsort((pieces, found)); order = order[found[order] >= 0]
-    groups = np.split(order, np.flatnonzero((np.diff(found[order]) != 0) | (np.diff(pieces[order]) != 0)) + 1) if len(order) else []
+    "Labels of the largest piece of every cluster, numbered by lowest row."
+    labels = np.full(len(found), -1, np.int64)
+    order = np.lexsort((pieces, found))
+    order = order[found[order] >= 0]
+    is_new = (np.diff(found[order]) != 0) | (np.diff(pieces[order]) != 0)
+    groups = np.split(order, np.flatnonzero(is_new) + 1) if len(order) else []
     best = {}
-    for g in groups:
-        if len(g) >= least and len(g) > len(best.get(found[g[0]], ())): best[found[g[0]]] = g
-    for g in sorted(best.values(), key=lambda g: g.min()): labels[g] = number; number += 1
+    for group in groups:
+        label = found[group[0]]
+        if len(group) >= least and len(group) > len(best.get(label, ())): best[label] = group
+    for number, group in enumerate(sorted(best.values(), key=lambda group: group.min())):
+        labels[group] = number
     return labels
+
+# %% ../../nbs/3_identities/00_neighbours.ipynb #02e526b1
+CLUSTERERS = ("dbscan", "hdbscan")
 
 def cluster(
     features,                              # (n, D) of any float type
     k1: int = 30,                          # k1, k2, neighbours, half_width, device: as in `jaccard`
     k2: int = 6,
     eps: float = 0.6,                      # near: at most this Jaccard distance
-    min_samples: int = 4,                  # near points that make a core point, itself included; hdbscan's least size of a cluster too
+    min_samples: int = 4,                  # near points of a core point, itself included; hdbscan's least cluster too
     neighbours: Neighbours | None = None,
     half_width: int | None = None,
     device: str | None = None,
     clusterer: str = "dbscan",             # one of `CLUSTERERS`; hdbscan finds its own thresholds and takes no eps
 ) -> np.ndarray:                           # (n,) int64 labels, -1 for none
-    "DBSCAN (or HDBSCAN) on the Jaccard distance of k-reciprocal sets: the pseudo-labels of cluster contrast, with its defaults."
+    "DBSCAN (or HDBSCAN) on the Jaccard distance of k-reciprocal sets."
     if clusterer not in CLUSTERERS: raise ValueError(f"clusterer {clusterer!r} is none of {', '.join(CLUSTERERS)}")
-    if clusterer == "hdbscan": return hdbscan(jaccard(features, k1, k2, neighbours, half_width, device=device), max(2, min_samples))
-    if not 0 < eps < 1: raise ValueError(f"eps={eps} must lie between 0 and 1: pairs that share no member have distance 1")
+    if clusterer == "hdbscan":
+        return hdbscan(jaccard(features, k1, k2, neighbours, half_width, device=device), max(2, min_samples))
+    if not 0 < eps < 1:
+        raise ValueError(f"eps={eps} must lie between 0 and 1: pairs that share no member have distance 1")
     return dbscan(jaccard(features, k1, k2, neighbours, half_width, eps, device), eps, min_samples)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #4a43fd85
-@njit(nogil=True, cache=__name__.startswith("cion_nb"))
+@_compiled
 def _blend(first, end, V, by, lambda_value, out):
     "Rows first … end - 1 of `out`, (n_query, n_gallery) scaled distances, become blended ones."
     total, touched = np.zeros(out.shape[1]), np.empty(out.shape[1], np.int32)
     for i in range(first, end):
         n = _share(i, -1, out.shape[1], V[0], V[1], V[2], by[0], by[1], by[2], total, touched)
-        for j in range(out.shape[1]): out[i, j] = lambda_value * out[i, j] + (1 - lambda_value)
+        for j in range(out.shape[1]):
+            out[i, j] = lambda_value * out[i, j] + (1 - lambda_value)
         for j in touched[:n]:
             out[i, j] -= (1 - lambda_value) * total[j] / (2 - total[j])
             total[j] = 0
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #a3025b81
-def _joined(query, gallery):
-    "Rows of both, queries first."
-    dtype = np.result_type(query.source, gallery.source)
-    both = np.concatenate([query.source.astype(dtype, copy=False), gallery.source.astype(dtype, copy=False)])
-    return Rows(both, _stored(both), np.r_[query.length, gallery.length], query.is_unit and gallery.is_unit)
-
 def rerank(
     query_features,              # (n_query, D) of any float type
     gallery_features,            # (n_gallery, D)
@@ -745,17 +927,27 @@ def rerank(
     lambda_value: float = 0.3,   # share of the plain distance
     device: str | None = None,   # torch device of the search
 ) -> np.ndarray:                 # (n_query, n_gallery) float32, smaller is nearer
-    "k-reciprocal re-ranking. ValueError: k1, k2 or lambda_value out of range, rows that do not fit or have no direction."
+    """k-reciprocal re-ranking.
+
+    ValueError: k1, k2 or lambda_value out of range, rows that do not fit or have no direction."""
     query, gallery = rows_of(query_features, "query_features"), rows_of(gallery_features, "gallery_features")
-    if query.source.shape[1] != gallery.source.shape[1]: raise ValueError(f"query_features have {query.source.shape[1]} dimensions, gallery_features {gallery.source.shape[1]}")
+    rows = _joined(query, gallery)
     if not 0 <= lambda_value <= 1: raise ValueError(f"lambda_value={lambda_value} must lie between 0 and 1")
-    n, rows = len(query), _joined(query, gallery)
     _check_k(len(rows) - 1, k1, k2, k1 + 1)
     far = np.ones(len(rows), np.float32)
     neighbours = _neighbours(rows, k1 + 1, device=device, backend="torch", far=far)
     scale = 1 / np.maximum(1 - far.astype(np.float64), 1e-12)          # all rows equal: every distance is 0
-    V = _mean_of_nearest(_memberships(rows, neighbours, k1 + 1, half_of(k1), scale), neighbours, k2)
-    return _rerank(rows, n, scale, V, lambda_value)
+    V = _memberships(rows, neighbours, k1 + 1, half_of(k1), scale)
+    return _rerank(rows, len(query), scale, _mean_of_nearest(V, neighbours, k2), lambda_value)
+
+def _joined(query, gallery):
+    "Rows of both, queries first."
+    dim_query, dim_gallery = query.source.shape[1], gallery.source.shape[1]
+    if dim_query != dim_gallery:
+        raise ValueError(f"query_features have {dim_query} dimensions, gallery_features {dim_gallery}")
+    dtype = np.result_type(query.source, gallery.source)
+    both = np.concatenate([part.source.astype(dtype, copy=False) for part in (query, gallery)])
+    return Rows(both, _stored(both), np.r_[query.length, gallery.length], query.is_unit and gallery.is_unit)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #255b7283
 def _rerank(rows, n, scale, V, lambda_value, size=2048):
@@ -764,7 +956,8 @@ def _rerank(rows, n, scale, V, lambda_value, size=2048):
     with _Float32("cpu"):
         for i in range(0, n, size):
             part = rows.unit(i, min(n, i + size))
-            for j in gallery: out[i:i + size, j - n:j - n + size] = (1 - part @ rows.unit(j, j + size).T).clamp_(0).numpy()
+            for j in gallery:
+                out[i:i + size, j - n:j - n + size] = (1 - part @ rows.unit(j, j + size).T).clamp_(0).numpy()
     out *= scale[:n, None].astype(np.float32)
     by = V[n:].tocsc()                                                   # who of the gallery has a member
     arrays = (V.indptr, V.indices, V.data), (by.indptr, by.indices, by.data)
