@@ -1,5 +1,5 @@
 """A notebook-first, reproducible companion to CION. `import cion_nb as cion`: the doors of the road, each loaded when it is first used."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import lazy_loader as _lazy
 
