@@ -6,7 +6,10 @@
 __all__ = ['to_pixels', 'normalise', 'OnnxModel', 'embed', 'model_hash', 'extract']
 
 # %% ../../nbs/2_models/05_features.ipynb #f42fc72a
-import hashlib, json, os, warnings
+import hashlib
+import json
+import os
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -17,8 +20,9 @@ from typing import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from PIL import Image
 from torch import nn, Tensor
 from ..core.files import atomic, progress, read_json, resolve, write_json
 from ..core.images import open_image, to_rgb, UnreadableImage
@@ -33,16 +37,19 @@ def to_pixels(
     spec: InputSpec, # the model's input
 ) -> np.ndarray:     # (spec.height, spec.width, 3) uint8, RGB
     "Read and resize one image. UnreadableImage for a damaged file."
-    if isinstance(image, (str, os.PathLike)): image = open_image(image)
-    elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image array is (h, w, 3) uint8 RGB, not {image.shape} {image.dtype}")
-        image = Image.fromarray(image)
-    elif not isinstance(image, Image.Image): raise TypeError(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
-    image = to_rgb(image)
+    image = to_rgb(_opened(image))
     if image.size != (spec.width, spec.height):
         image = image.resize((spec.width, spec.height), getattr(Image.Resampling, spec.interpolation.upper()))
     return np.array(image)      # its own memory: PyTorch warns of arrays that cannot be written
+
+def _opened(image) -> Image.Image:
+    if isinstance(image, (str, os.PathLike)): return open_image(image)
+    if isinstance(image, Image.Image): return image
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image array is (h, w, 3) uint8 RGB, not {image.shape} {image.dtype}")
+    return Image.fromarray(image)
 
 # %% ../../nbs/2_models/05_features.ipynb #eb9bd0e8
 def normalise(
@@ -66,57 +73,87 @@ class OnnxModel:
         output: str | None = None, # name of the feature output; needed where the file has several
         device: str = "cpu",       # "cuda" uses onnxruntime's CUDA provider, and says so when that is missing
     ):
-        try: import onnxruntime
-        except ImportError as e: raise ImportError('ONNX models need onnxruntime: pip install "cion_nb[onnx]"') from e
         self.path = resolve(path)
-        if not self.path.is_file(): raise FileNotFoundError(f"no ONNX file at {self.path}")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        providers = ["CUDAExecutionProvider"] * device.startswith("cuda") + ["CPUExecutionProvider"]
-        if missing := set(providers) - set(onnxruntime.get_available_providers()):
-            raise RuntimeError(f"this onnxruntime has no {', '.join(missing)}: install onnxruntime-gpu, or use device='cpu'")
-        try: self.session = onnxruntime.InferenceSession(self.path, options, providers=providers)
-        except Exception as e: raise ValueError(f"{self.path} is not an ONNX file that onnxruntime can read: {e}") from e
+        self.session = _onnx_session(self.path, device)
         card = json.loads(self.session.get_modelmeta().custom_metadata_map.get("cion_nb", "{}"))
-        if spec is None and "input" not in card: raise ValueError(f"{self.path} does not say what its input is: pass spec=InputSpec(height, width, …)")
+        if spec is None and "input" not in card:
+            raise ValueError(f"{self.path} does not say what its input is: pass spec=InputSpec(height, width, …)")
         self.input, self.column_sizes = spec or InputSpec(**card["input"]), card.get("columns", {})
         self.columns = tuple(self.column_sizes)
-        self._check(output)
-
-    def _check(self, output):
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        if len(inputs) != 1 + len(self.columns): raise ValueError(f"{self.path}: a feature extractor has one input, this file has {[i.name for i in inputs]}")
-        names = [o.name for o in outputs]
-        if output is None and len(names) > 1: raise ValueError(f"{self.path} has the outputs {names}; name the feature with output=")
-        if output is not None and output not in names: raise ValueError(f"{self.path} has no output {output!r}; it has {names}")
-        shape = inputs[0].shape
-        if len(shape) != 4 or any(isinstance(a, int) and a != b for a, b in zip(shape[1:], self.input.shape)):
-            raise ValueError(f"{self.path} takes {shape}, but the declared input is {self.input.layout} "
-                             f"{('n', *self.input.shape)}: check layout, height and width of the InputSpec")
-        self.input_name, self.output_name = inputs[0].name, output or names[0]
-        self.batch = shape[0] if isinstance(shape[0], int) else None # None: any
-        self.embed_dim = self._run(np.zeros((self.batch or 1, *self.input.shape), np.float32), *(np.zeros(self.batch or 1, np.int64) for _ in self.columns)).shape[1]
+        self.input_name, self.output_name, self.batch = _onnx_ends(self, output)
+        one = self.batch or 1
+        numbers = (np.zeros(one, np.int64) for _ in self.columns)
+        self.embed_dim = self._run(np.zeros((one, *self.input.shape), np.float32), *numbers).shape[1]
 
     def _run(self, x, *columns):
         y = self.session.run([self.output_name], {self.input_name: x} | dict(zip(self.columns, columns)))[0]
         return y.reshape(len(x), -1)
 
     def __call__(self, x: Tensor, *columns: Tensor) -> Tensor:
-        x, n, size = np.ascontiguousarray(x.detach().cpu().numpy(), np.float32), len(x), self.batch or len(x)
-        columns = [c.detach().cpu().numpy() for c in columns]
-        for (name, known), c in zip(self.column_sizes.items(), columns, strict=True):
-            if ((c < 0) | (c >= known)).any(): raise ValueError(f"{self.path.name} knows {name} 0 to {known - 1}, not {int(c[(c < 0) | (c >= known)][0])}")
-        if x.shape[1:] != self.input.shape: raise ValueError(f"{self.path.name} takes (n, {', '.join(map(str, self.input.shape))}), got {x.shape}")
-        if not n: return torch.zeros(0, self.embed_dim)
-        if n % size: x, *columns = (np.concatenate([a, np.zeros((size - n % size, *a.shape[1:]), a.dtype)]) for a in (x, *columns))
-        return torch.from_numpy(np.concatenate([self._run(x[i:i + size], *(c[i:i + size] for c in columns)) for i in range(0, len(x), size)])[:n])
+        images = np.ascontiguousarray(x.detach().cpu().numpy(), np.float32)
+        columns = [column.detach().cpu().numpy() for column in columns]
+        _check_given(self, images, columns)
+        return torch.from_numpy(_in_chunks(self, images, columns))
+
+# %% ../../nbs/2_models/05_features.ipynb #4ab40817
+def _in_chunks(model: OnnxModel, images: np.ndarray, columns: list) -> np.ndarray: # (n, D) float32
+    n = len(images)
+    if not n: return np.zeros((0, model.embed_dim), np.float32)
+    given, size = [images, *columns], model.batch or n
+    if n % size: given = [np.concatenate([a, np.zeros((size - n % size, *a.shape[1:]), a.dtype)]) for a in given]
+    rows = [model._run(*(a[i:i + size] for a in given)) for i in range(0, len(given[0]), size)]
+    return np.concatenate(rows)[:n]
+
+def _check_given(model: OnnxModel, images: np.ndarray, columns: list) -> None:
+    name = model.path.name
+    for (column, known), values in zip(model.column_sizes.items(), columns, strict=True):
+        strange = values[(values < 0) | (values >= known)]
+        if len(strange): raise ValueError(f"{name} knows {column} 0 to {known - 1}, not {int(strange[0])}")
+    if images.shape[1:] != model.input.shape:
+        raise ValueError(f"{name} takes (n, {', '.join(map(str, model.input.shape))}), got {images.shape}")
+
+# %% ../../nbs/2_models/05_features.ipynb #033ccf31
+def _onnx_session(path: Path, device: str):
+    "onnxruntime's session of a file, or an error that says what to install or to mend."
+    try: import onnxruntime
+    except ImportError as e: raise ImportError('ONNX models need onnxruntime: pip install "cion_nb[onnx]"') from e
+    if not path.is_file(): raise FileNotFoundError(f"no ONNX file at {path}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    providers = ["CUDAExecutionProvider"] * device.startswith("cuda") + ["CPUExecutionProvider"]
+    if missing := set(providers) - set(onnxruntime.get_available_providers()):
+        raise RuntimeError(f"this onnxruntime has no {', '.join(missing)}: "
+                           "install onnxruntime-gpu, or use device='cpu'")
+    try: return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as e: raise ValueError(f"{path} is not an ONNX file that onnxruntime can read: {e}") from e
+
+# %% ../../nbs/2_models/05_features.ipynb #cce561bf
+def _onnx_ends(
+    model: OnnxModel,
+    output: str | None, # asked for by name; None: the only one
+) -> tuple:             # names of the images' input and of the features' output, and the fixed batch or None
+    "What a file takes and gives. ValueError where that is not what was declared."
+    path, spec = model.path, model.input
+    inputs, names = model.session.get_inputs(), [o.name for o in model.session.get_outputs()]
+    if len(inputs) != 1 + len(model.columns):
+        raise ValueError(f"{path}: a feature extractor has one input, this file has {[i.name for i in inputs]}")
+    if output is None and len(names) > 1:
+        raise ValueError(f"{path} has the outputs {names}; name the feature with output=")
+    if output is not None and output not in names: raise ValueError(f"{path} has no output {output!r}; it has {names}")
+    shape = inputs[0].shape
+    if len(shape) != 4 or any(isinstance(a, int) and a != b for a, b in zip(shape[1:], spec.shape)):
+        raise ValueError(f"{path} takes {shape}, but the declared input is {spec.layout} {('n', *spec.shape)}: "
+                         "check layout, height and width of the InputSpec")
+    return inputs[0].name, output or names[0], shape[0] if isinstance(shape[0], int) else None # None: any batch
 
 # %% ../../nbs/2_models/05_features.ipynb #667e5b08
 @contextmanager
 def _inference(model, device: torch.device):
     "The model on `device`, in evaluation mode and without gradients; its modes are put back afterwards."
-    if not isinstance(model, nn.Module): yield model; return
+    if not isinstance(model, nn.Module):
+        yield model
+        return
     modes = [(m, m.training) for m in model.modules()]
     model.to(device).eval()
     try:
@@ -124,16 +161,19 @@ def _inference(model, device: torch.device):
     finally:
         for m, mode in modes: m.training = mode
 
+# %% ../../nbs/2_models/05_features.ipynb #44ef37ad
 def _autocast(device: torch.device, compute: str | None):
     "None: float32 on the CPU, float16 on a GPU."
-    known = {None: torch.float16 if device.type == "cuda" else None, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    usual = torch.float16 if device.type == "cuda" else None
+    known = {None: usual, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if compute not in known: raise ValueError(f"compute={compute!r}: use one of {list(known)}")
     return torch.autocast(device.type, known[compute]) if known[compute] else nullcontext()
 
 def _trust(model, device: torch.device, compute: str | None, n: int, batch_size: int) -> None:
-    "bfloat16 on a CPU is probed at this model's input and batch sizes, the last batch's too. ValueError where it is not sound."
+    "bfloat16 on a CPU is probed at this model's input and batch sizes, the last batch's too. ValueError if unsound."
     if compute != "bfloat16" or device.type != "cpu" or not isinstance(model, nn.Module) or not n: return
-    trust_inference(model, [(size, *model.input.shape) for size in sorted({min(n, batch_size), n % batch_size} - {0})], len(getattr(model, "columns", ())))
+    sizes = sorted({min(n, batch_size), n % batch_size} - {0})
+    trust_inference(model, [(size, *model.input.shape) for size in sizes], len(getattr(model, "columns", ())))
 
 # %% ../../nbs/2_models/05_features.ipynb #e254aff4
 def _forward(
@@ -149,10 +189,14 @@ def _forward(
     x, columns = normalise(pixels, model.input), [torch.from_numpy(c).to(device) for c in columns]
     with _autocast(device, compute):
         y = model(x, *columns)
-        if flip: y = y.float() + model(x.flip(-1 if model.input.layout == "NCHW" else -2), *columns).float()
-    if y.ndim != 2 or len(y) != len(x): raise ValueError(f"the model returned {tuple(y.shape)} for {len(x)} images; a feature extractor returns (n, D)")
+        if flip:
+            mirrored = x.flip(-1 if model.input.layout == "NCHW" else -2)
+            y = y.float() + model(mirrored, *columns).float()
+    if y.ndim != 2 or len(y) != len(x):
+        raise ValueError(f"the model returned {tuple(y.shape)} for {len(x)} images; a feature extractor returns (n, D)")
     return y.float().cpu().numpy()
 
+# %% ../../nbs/2_models/05_features.ipynb #8e5492e7
 def _unit_rows(
     y: np.ndarray,        # (n, D) raw outputs
     names: Sequence[str], # of the images, for the error
@@ -161,8 +205,10 @@ def _unit_rows(
     length = np.linalg.norm(y.astype(np.float64), axis=1, keepdims=True)
     for is_bad, what in ((~np.isfinite(length[:, 0]), "NaN or infinity"), (length[:, 0] == 0, "all zeros")):
         if is_bad.any():
-            raise ValueError(f"the model's feature is {what} for {is_bad.sum()} of {len(y)} images, first: {names[int(is_bad.argmax())]}. "
-                             "Check its weights (a training with too high an lr ends like this) and input; on a GPU also try compute='float32'")
+            first = names[int(is_bad.argmax())]
+            raise ValueError(f"the model's feature is {what} for {is_bad.sum()} of {len(y)} images, first: {first}. "
+                             "Check its weights (a training with too high an lr ends like this) and input; "
+                             "on a GPU also try compute='float32'")
     return (y / length).astype(np.float32)
 
 # %% ../../nbs/2_models/05_features.ipynb #cc4cf7e1
@@ -173,31 +219,45 @@ def embed(
     flip: bool = False,          # average with the mirrored image
     device: str | None = None,   # None: CUDA where there is one
     compute: str | None = None,  # "float32", "bfloat16", "float16"; None: float32 on the CPU, float16 on a GPU
-    columns: dict | None = None, # what else the model takes, by name: dict(camid=[...]) for TransReID with camera embeddings
+    columns: dict | None = None, # what else the model takes, by name: dict(camid=[...]) for TransReID with cameras
 ) -> np.ndarray:                 # (n, D) float32, rows L2-normalised
     "Features of a few images, in memory."
-    if isinstance(images, (str, os.PathLike, Image.Image)): raise TypeError(f"images is a list of images, not one {type(images).__name__}: embed(model, [image])")
-    device, wanted = _device(device), getattr(model, "columns", ())
-    if missing := [c for c in wanted if c not in (columns or {})]: raise ValueError(f"{type(model).__name__} also takes {', '.join(missing)}: pass columns=dict({missing[0]}=[one number an image])")
-    more = [np.asarray(columns[c], np.int64) for c in wanted]
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        raise TypeError(f"images is a list of images, not one {type(images).__name__}: embed(model, [image])")
+    device, columns, spec = _device(device), _columns(model, columns), _spec(model)
     names = [str(i) if isinstance(i, (str, os.PathLike)) else f"image {n}" for n, i in enumerate(images)]
-    spec = _spec(model)
+    rows = []
     with _inference(model, device):
         _trust(model, device, compute, len(images), batch_size)
-        rows = [_unit_rows(_forward(model, np.stack([to_pixels(i, spec) for i in images[s:s + batch_size]]), device, flip, compute, [c[s:s + batch_size] for c in more]), names[s:s + batch_size])
-                for s in range(0, len(images), batch_size)]
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            pixels = np.stack([to_pixels(image, spec) for image in images[part]])
+            outputs = _forward(model, pixels, device, flip, compute, [column[part] for column in columns])
+            rows.append(_unit_rows(outputs, names[part]))
     return np.concatenate(rows) if rows else np.zeros((0, model.embed_dim), np.float32)
 
+# %% ../../nbs/2_models/05_features.ipynb #99455ef5
 def _device(device) -> torch.device:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available(): raise RuntimeError("device='cuda', but torch sees no GPU here; use device='cpu'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("device='cuda', but torch sees no GPU here; use device='cpu'")
     return device
 
+def _columns(model, given: dict | None) -> list: # of (n,) int64
+    wanted = getattr(model, "columns", ())
+    if missing := [c for c in wanted if c not in (given or {})]:
+        raise ValueError(f"{type(model).__name__} also takes {', '.join(missing)}: "
+                         f"pass columns=dict({missing[0]}=[one number an image])")
+    return [np.asarray(given[c], np.int64) for c in wanted]
+
 def _spec(model) -> InputSpec:
-    if isinstance(model, (str, Path)): raise TypeError(f"model={str(model)!r} is a name, not a model: pass create_backbone(NAME), load_backbone(FILE) or OnnxModel(FILE)")
+    if isinstance(model, (str, Path)):
+        raise TypeError(f"model={str(model)!r} is a name, not a model: "
+                        "pass create_backbone(NAME), load_backbone(FILE) or OnnxModel(FILE)")
     spec = getattr(model, "input", None)
     if not isinstance(spec, InputSpec) or not hasattr(model, "embed_dim"):
-        raise TypeError(f"{type(model).__name__} does not say what it takes: set model.input = InputSpec(...) and model.embed_dim = D")
+        raise TypeError(f"{type(model).__name__} does not say what it takes: "
+                        "set model.input = InputSpec(...) and model.embed_dim = D")
     return spec
 
 # %% ../../nbs/2_models/05_features.ipynb #cc7ad261
@@ -206,51 +266,45 @@ def model_hash(
 ) -> str:
     "A short hash of all weights, buffers and entry names; of the file for ONNX."
     if isinstance(model, OnnxModel): return hashlib.sha256(model.path.read_bytes()).hexdigest()[:16]
-    h = hashlib.sha256(f"{type(model).__name__}{getattr(model, 'feature', '')}".encode())           # a BNNeck gives one of two features
+    which = getattr(model, "feature", "")                                # a BNNeck gives one of two features
+    h = hashlib.sha256(f"{type(model).__name__}{which}".encode())
     for name, value in sorted(model.state_dict().items()):
         h.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
+# %% ../../nbs/2_models/05_features.ipynb #eff7240d
 def _request(samples, root, model, **settings) -> dict:
     "What decides the stored values, as plain data."
-    plain = samples.reset_index(drop=True).apply(lambda c: c.map(repr) if c.dtype == object else c) # lists and arrays have no hash
-    table = hashlib.sha256(pd.util.hash_pandas_object(plain).to_numpy().tobytes() + repr(list(samples.columns)).encode())
+    plain = samples.reset_index(drop=True)
+    plain = plain.apply(lambda c: c.map(repr) if c.dtype == object else c) # lists and arrays have no hash
+    rows = pd.util.hash_pandas_object(plain).to_numpy().tobytes()
+    table = hashlib.sha256(rows + repr(list(samples.columns)).encode())
+    takes = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(model.input).items()}
     return dict(samples=f"{len(samples)} rows, {table.hexdigest()[:16]}", root=str(root.resolve()),
-                model=f"{getattr(model, 'name', type(model).__name__)}, {model_hash(model)}", embed_dim=int(model.embed_dim),
-                input={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.input).items()}, **settings)
+                model=f"{getattr(model, 'name', type(model).__name__)}, {model_hash(model)}",
+                embed_dim=int(model.embed_dim), input=takes, **settings)
 
 def _check_same(found: dict, wanted: dict, folder):
     "Another request in this folder is an error that says in what it differs."
     differ = [f"  {k}: there {found.get(k)}, asked for {wanted.get(k)}" for k in wanted if found.get(k) != wanted[k]]
-    if differ: raise FileExistsError(f"{folder} belongs to another request; choose another out=, or resume=False to replace it\n" + "\n".join(differ))
+    if differ:
+        raise FileExistsError(f"{folder} belongs to another request; choose another out=, "
+                              "or resume=False to replace it\n" + "\n".join(differ))
 
 # %% ../../nbs/2_models/05_features.ipynb #bfdb7043
 class _PartialStore:
     "Rows written so far, with a marker that only ever counts rows that are on disk."
     def __init__(self, folder: Path, request: dict, rows: int, dtype):
         self.folder, self.file, self.marker = folder, folder / "partial.npy", folder / "partial.json"
-        self.read, self.written, self.unreadable = 0, 0, [] # rows of the request handled; rows of the file; [row, path, reason]
+        self.read, self.written = 0, 0      # rows of the request handled; rows of the file
+        self.unreadable = []                # [row, path, reason]
         self.shape, self.request, self.flushed = (rows, request["embed_dim"]), request, monotonic()
-        if self.marker.is_file():
-            state = read_json(self.marker)
-            _check_same(state["request"], request, folder)
-            if not self.file.exists(): os.replace(folder / "features.npy", self.file) # killed between the last two steps of `finish`
-            self.read, self.written, self.unreadable = state["read"], state["written"], state["unreadable"]
-            self.x = np.lib.format.open_memmap(self.file, mode="r+")
+        if self.marker.is_file(): self._continue()
         else:
             self.x = np.lib.format.open_memmap(self.file, mode="w+", dtype=dtype, shape=self.shape)
             self._reserve()
             self.flush()
-
-    def _reserve(self):
-        "Claim the disk space now: writing to a mapped page that does not fit kills the process without a word."
-        if not hasattr(os, "posix_fallocate"): return
-        with open(self.file, "r+b") as f:
-            try: os.posix_fallocate(f.fileno(), 0, max(1, self.file.stat().st_size))
-            except OSError as e:
-                del self.x; self.file.unlink()
-                raise OSError(e.errno, f"{self.shape[0]:,} x {self.shape[1]} features do not fit on the disk of {self.folder}: {e.strerror}") from e
 
     def add(self, rows: np.ndarray, n_read: int, unreadable: list, every: float):
         self.x[self.written:self.written + len(rows)] = rows
@@ -260,27 +314,55 @@ class _PartialStore:
 
     def flush(self):
         self.x.flush() # data first (msync), then the marker that counts it
-        write_json(self.marker, dict(request=self.request, read=self.read, written=self.written, unreadable=self.unreadable))
+        state = dict(request=self.request, read=self.read, written=self.written, unreadable=self.unreadable)
+        write_json(self.marker, state)
         self.flushed = monotonic()
 
-    def finish(self, samples: pd.DataFrame):
-        "Cut the file to the rows that exist, write the tables, and let `features.json` appear last."
-        self.flush()
-        offset, dtype = self.x.offset, self.x.dtype
-        del self.x
-        with open(self.file, "r+b") as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=(self.written, self.shape[1])))
-            if f.tell() != offset: raise RuntimeError(f"{self.file}: the .npy header changed its length")
-            f.truncate(offset + self.written * self.shape[1] * dtype.itemsize)
-            os.fsync(f.fileno())
-        keep = np.ones(len(samples), bool)
-        keep[[row for row, _, _ in self.unreadable]] = False
-        write_samples(samples[keep].reset_index(drop=True), self.folder / "samples.parquet")
-        with atomic(self.folder / "unreadable.parquet") as tmp:
-            pd.DataFrame([u[1:] for u in self.unreadable], columns=["path", "reason"], dtype="string").to_parquet(tmp)
-        os.replace(self.file, self.folder / "features.npy")
-        write_json(self.folder / "features.json", self.request)
-        self.marker.unlink()
+# %% ../../nbs/2_models/05_features.ipynb #fe9f0138
+@patch
+def _continue(self: _PartialStore):
+    "Open what an earlier call of the same request left."
+    state = read_json(self.marker)
+    _check_same(state["request"], self.request, self.folder)
+    if not self.file.exists(): # killed between the last two steps of `finish`
+        os.replace(self.folder / "features.npy", self.file)
+    self.read, self.written, self.unreadable = state["read"], state["written"], state["unreadable"]
+    self.x = np.lib.format.open_memmap(self.file, mode="r+")
+
+@patch
+def _reserve(self: _PartialStore):
+    "Claim the disk space now: writing to a mapped page that does not fit kills the process without a word."
+    if not hasattr(os, "posix_fallocate"): return
+    with open(self.file, "r+b") as f:
+        try: os.posix_fallocate(f.fileno(), 0, max(1, self.file.stat().st_size))
+        except OSError as e:
+            del self.x
+            self.file.unlink()
+            raise OSError(e.errno, f"{self.shape[0]:,} x {self.shape[1]} features do not fit on the disk "
+                                   f"of {self.folder}: {e.strerror}") from e
+
+# %% ../../nbs/2_models/05_features.ipynb #0bc0b2d2
+@patch
+def finish(self: _PartialStore, samples: pd.DataFrame):
+    "Cut the file to the rows that exist, write the tables, and let `features.json` appear last."
+    self.flush()
+    offset, dtype = self.x.offset, self.x.dtype
+    del self.x
+    header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=(self.written, self.shape[1]))
+    with open(self.file, "r+b") as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        if f.tell() != offset: raise RuntimeError(f"{self.file}: the .npy header changed its length")
+        f.truncate(offset + self.written * self.shape[1] * dtype.itemsize)
+        os.fsync(f.fileno())
+    keep = np.ones(len(samples), bool)
+    keep[[row for row, _, _ in self.unreadable]] = False
+    write_samples(samples[keep].reset_index(drop=True), self.folder / "samples.parquet")
+    with atomic(self.folder / "unreadable.parquet") as tmp:
+        unreadable = [u[1:] for u in self.unreadable]
+        pd.DataFrame(unreadable, columns=["path", "reason"], dtype="string").to_parquet(tmp)
+    os.replace(self.file, self.folder / "features.npy")
+    write_json(self.folder / "features.json", self.request)
+    self.marker.unlink()
 
 # %% ../../nbs/2_models/05_features.ipynb #f00e5d67
 def _read_one(path: str, spec: InputSpec):
@@ -323,57 +405,89 @@ def extract(
     flush_seconds: float = 5.,  # time between progress markers: what a kill can cost
 ) -> Features:
     """Features of every readable image, L2-normalised, in a memory-mapped store.
-    The same request continues or opens what is there; another one raises FileExistsError. NaN or all-zero features raise ValueError."""
+    The same request continues or opens what is there; another one raises FileExistsError.
+    NaN or all-zero features raise ValueError."""
     samples, root, out = as_samples(samples), resolve(root), resolve(out)
     device, spec = _device(device), _spec(model)
-    for name, value, known in (("precision", precision, ("float16", "float32")), ("on_unreadable", on_unreadable, ("skip", "raise"))):
-        if value not in known: raise ValueError(f"{name}={value!r}: use one of {known}")
-    if batch_size < 1 or (workers is not None and workers < 1): raise ValueError(f"batch_size={batch_size}, workers={workers}: both must be at least 1")
+    _check_settings(precision, on_unreadable, batch_size, workers)
     compute = compute or ("float16" if device.type == "cuda" else "float32")
     request = _request(samples, root, model, precision=precision, flip=bool(flip), compute=compute)
-    out.mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(out / ".lock").acquire(timeout=0)
-    except Timeout: raise RuntimeError(f"another process is extracting into {out}; wait for it, or choose another out=") from None
-    with lock:
+    with _lock(out):
         if not resume: _discard(out)
-        if (out / "features.json").is_file(): _check_same(read_json(out / "features.json"), request, out); _warn_of_newer(samples.path, root, out)
-        else: _extract(samples, root, model, spec, out, request, batch_size, workers or min(8, os.cpu_count() or 1), on_unreadable, device, flush_seconds)
+        if (out / "features.json").is_file():
+            _check_same(read_json(out / "features.json"), request, out)
+            _warn_of_newer(samples.path, root, out)
+        else:
+            workers = workers or min(8, os.cpu_count() or 1)
+            _fill(samples, root, model, spec, out, request, batch_size, workers, on_unreadable, device, flush_seconds)
         (out / "partial.json").unlink(missing_ok=True)
     features = Features.open(out)
     if len(features.unreadable): _tell_unreadable(features, on_unreadable)
     return features
 
 # %% ../../nbs/2_models/05_features.ipynb #7a2f2835
-def _discard(out: Path):
-    "Remove a store's own files, the claim that it is finished first."
-    for name in ("features.json", "partial.json", "partial.npy", "features.npy", "samples.parquet", "unreadable.parquet"): (out / name).unlink(missing_ok=True)
-
-def _extract(samples, root, model, spec, out, request, batch_size, workers, on_unreadable, device, flush_seconds):
+def _fill(samples, root, model, spec, out, request, batch_size, workers, on_unreadable, device, flush_seconds):
     "Fill the store from where it stands."
     store = _PartialStore(out, request, len(samples), np.dtype(request["precision"]))
-    names, columns = samples.path.tolist(), [samples[c].to_numpy(np.int64) for c in getattr(model, "columns", ())]      # a model may want more than pixels, such as the camera
+    names = samples.path.tolist()
+    paths = [str(root / name) for name in names]
+    columns = [samples[c].to_numpy(np.int64) for c in getattr(model, "columns", ())] # more than pixels: the camera
     try:
-        with _inference(model, device), progress(total=len(names), initial=store.read, desc="extract", unit="img") as bar:
+        bar = progress(total=len(names), initial=store.read, desc="extract", unit="img")
+        with _inference(model, device), bar:
             _trust(model, device, request["compute"], len(names) - store.read, batch_size)
-            for images in _batches([str(root / n) for n in names], spec, store.read, batch_size, workers):
+            for images in _batches(paths, spec, store.read, batch_size, workers):
                 rows = range(store.read, store.read + len(images))
-                bad = [[row, names[row], i.reason] for row, i in zip(rows, images) if isinstance(i, UnreadableImage)]
-                if bad and on_unreadable == "raise": raise next(i for i in images if isinstance(i, UnreadableImage))
-                good = [(row, i) for row, i in zip(rows, images) if isinstance(i, np.ndarray)]
-                y, kept = np.zeros((0, request["embed_dim"])), [row for row, _ in good]
-                if good: y = _unit_rows(_forward(model, np.stack([i for _, i in good]), device, request["flip"], request["compute"], [c[kept] for c in columns]), [names[row] for row in kept])
-                store.add(y, len(images), bad, flush_seconds)
+                bad = {row: image for row, image in zip(rows, images) if isinstance(image, UnreadableImage)}
+                good = {row: image for row, image in zip(rows, images) if row not in bad}
+                if bad and on_unreadable == "raise": raise next(iter(bad.values()))
+                unreadable = [[row, names[row], image.reason] for row, image in bad.items()]
+                y = _rows_of(model, good, names, columns, device, request)
+                store.add(y, len(images), unreadable, flush_seconds)
                 bar.update(len(images))
     finally: store.flush() # also when stopped by an error or Ctrl-C: what is done stays done
     if names and not store.written:
         _discard(out)
-        raise ValueError(f"none of the {len(names)} images could be read, first: {root / names[0]}: {store.unreadable[0][2]}. Is root={root} right?")
+        raise ValueError(f"none of the {len(names)} images could be read, first: {root / names[0]}: "
+                         f"{store.unreadable[0][2]}. Is root={root} right?")
     store.finish(samples)
 
+def _rows_of(model, images: dict, names, columns, device, request) -> np.ndarray: # (len(images), D)
+    "Features of decoded images, given by their rows in the table."
+    if not images: return np.zeros((0, request["embed_dim"]))
+    rows, pixels = list(images), np.stack(list(images.values()))
+    y = _forward(model, pixels, device, request["flip"], request["compute"], [column[rows] for column in columns])
+    return _unit_rows(y, [names[row] for row in rows])
+
+# %% ../../nbs/2_models/05_features.ipynb #6eab29ef
+def _check_settings(precision, on_unreadable, batch_size, workers) -> None:
+    if precision not in (known := ("float16", "float32")):
+        raise ValueError(f"precision={precision!r}: use one of {known}")
+    if on_unreadable not in (known := ("skip", "raise")):
+        raise ValueError(f"on_unreadable={on_unreadable!r}: use one of {known}")
+    if batch_size < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"batch_size={batch_size}, workers={workers}: both must be at least 1")
+
+def _lock(out: Path):
+    "The lock of a store's folder. RuntimeError where another process holds it."
+    out.mkdir(parents=True, exist_ok=True)
+    try: return FileLock(out / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(f"another process is extracting into {out}; "
+                           "wait for it, or choose another out=") from None
+
+def _discard(out: Path):
+    "Remove a store's own files, the claim that it is finished first."
+    files = ("features.json", "partial.json", "partial.npy", "features.npy", "samples.parquet", "unreadable.parquet")
+    for name in files: (out / name).unlink(missing_ok=True)
+
+# %% ../../nbs/2_models/05_features.ipynb #65877dcd
 def _tell_unreadable(features, on_unreadable):
-    first = features.unreadable.iloc[0]
-    text = f"{len(features.unreadable)} of {len(features) + len(features.unreadable)} images could not be read; first: {first.path}: {first.reason}"
-    if on_unreadable == "raise": raise UnreadableImage(first.path, f"{first.reason} ({text}; the store in {features.folder} was made with on_unreadable='skip')")
+    first, n = features.unreadable.iloc[0], len(features.unreadable)
+    text = f"{n} of {len(features) + n} images could not be read; first: {first.path}: {first.reason}"
+    if on_unreadable == "raise":
+        made = f"the store in {features.folder} was made with on_unreadable='skip'"
+        raise UnreadableImage(first.path, f"{first.reason} ({text}; {made})")
     print(text + "; they are left out and listed in .unreadable (mended since? resume=False reads all again)")
 
 def _warn_of_newer(paths, root: Path, out: Path, most: int = 10_000):
@@ -383,4 +497,6 @@ def _warn_of_newer(paths, root: Path, out: Path, most: int = 10_000):
         try: return os.stat(root / path).st_mtime > finished
         except OSError: return False
     newer = [p for p in look if is_newer(p)]
-    if newer: warnings.warn(f"{out} is opened as it is, but {len(newer):,} of {len(look):,} images looked at were written after it, first {newer[0]}: resume=False extracts anew", stacklevel=3)
+    if newer:
+        warnings.warn(f"{out} is opened as it is, but {len(newer):,} of {len(look):,} images looked at were written "
+                      f"after it, first {newer[0]}: resume=False extracts anew", stacklevel=3)

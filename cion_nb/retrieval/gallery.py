@@ -11,35 +11,10 @@ from typing import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from ..core.files import atomic, read_json, resolve, write_json
 
-# %% ../../nbs/4_retrieval/03_gallery.ipynb #832675a7
-def _unit(x, dim=None) -> np.ndarray:
-    "Rows of length 1, float32; ValueError naming rows that have no direction."
-    x = np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, np.float32)
-    if x.ndim != 2 or dim is not None and x.shape[1] != dim: raise ValueError(f"features of shape {x.shape}: (n, {dim or 'D'}) is needed")
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(length[:, 0]) & (length[:, 0] > 0)))
-    if len(bad): raise ValueError(f"{len(bad)} features are zero, NaN or infinite, the first in row {bad[0]}")
-    return x / length
-
-def _names(ids) -> np.ndarray:
-    "Ids as an array of whole numbers or of text, also from a table's column."
-    ids = np.asarray(ids)
-    if not len(ids): raise ValueError("a gallery needs at least one feature")
-    if ids.dtype.kind not in "iuU" and all(isinstance(i, str) for i in ids): ids = ids.astype(str)
-    if ids.dtype.kind not in "iuU" or ids.ndim != 1: raise ValueError(f"ids of type {ids.dtype} and shape {ids.shape}: a list of whole numbers or text is needed")
-    if ids.dtype.kind == "u":                                                          # beside negative ones NumPy would make floats of them
-        if ids.max() >= 2**63: raise ValueError(f"id {ids.max()} does not fit 64 bits with a sign: give text")
-        ids = ids.astype(np.int64)
-    return ids
-
-def _read(file: Path, how):
-    "A part of a saved gallery, or an error that names it."
-    if not file.is_file(): raise FileNotFoundError(f"{file} is missing: save the gallery again")
-    try: return how(file)
-    except (OSError, ValueError, EOFError) as e: raise ValueError(f"{file} is cut off, damaged, or no part of a gallery ({e}): save the gallery again") from e
-
+# %% ../../nbs/4_retrieval/03_gallery.ipynb #51f720f8
 class Gallery:
     "Features with ids, searched exactly by cosine distance."
     def __init__(self,
@@ -55,60 +30,114 @@ class Gallery:
     def add(self, features, ids: Sequence) -> "Gallery":
         "A gallery with these too."
         ids = _names(ids)
-        if (ids.dtype.kind == "U") != (self.ids.dtype.kind == "U"): raise ValueError(f"these ids are {ids.dtype}, the gallery's {self.ids.dtype}: they do not mix")
-        _unit(features, self.x.shape[1]); more = Gallery(features, ids, self.model)
+        if (ids.dtype.kind == "U") != (self.ids.dtype.kind == "U"):
+            raise ValueError(f"these ids are {ids.dtype}, the gallery's {self.ids.dtype}: they do not mix")
+        _unit(features, self.x.shape[1])
+        more = Gallery(features, ids, self.model)
         more.x, more.ids = np.concatenate([self.x, more.x]), np.concatenate([self.ids, more.ids])
         return more
 
-    def search(self,
-               features,                 # (m, D)
-               k: int = 10,              # answers a row; fewer where the gallery is smaller
-               backend: str = "auto",    # "torch", "faiss", or "auto": torch, which needs no second copy
-               model: str | None = None, # whose features these are
-               block: int = 1024,        # rows at a time
-              ) -> tuple[np.ndarray, np.ndarray]: # ids (m, k) and cosine distances (m, k) float32, nearest first
-        "The nearest features of every row, equal ones in the gallery's order. ValueError for another model's features."
-        if model is not None and self.model is not None and model != self.model: raise ValueError(f"these features are {model}'s, the gallery's are {self.model}'s: distances between them mean nothing")
-        if k < 1: raise ValueError(f"k={k}: at least 1")
-        if backend not in ("auto", "torch", "faiss"): raise ValueError(f"backend {backend!r}: choose auto, torch or faiss")
-        x, k = _unit(features, self.x.shape[1]), min(k, len(self))
-        rows = np.concatenate([(self._faiss if backend == "faiss" else self._torch)(x[i:i + block], k) for i in range(0, len(x), block)] or [np.zeros((0, k), np.int64)])
-        near = 1 - np.einsum("md,mkd->mk", x, self.x[rows]) if len(x) else np.zeros((0, k), np.float32)
-        order = np.lexsort((rows, near), axis=1)
-        rows, near = (np.take_along_axis(a, order, 1) for a in (rows, near))
-        return self.ids[rows], np.clip(near, 0, 2).astype(np.float32)
+# %% ../../nbs/4_retrieval/03_gallery.ipynb #832675a7
+def _unit(x, dim=None) -> np.ndarray:
+    "Rows of length 1, float32; ValueError naming rows that have no direction."
+    x = np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, np.float32)
+    if x.ndim != 2 or dim is not None and x.shape[1] != dim:
+        raise ValueError(f"features of shape {x.shape}: (n, {dim or 'D'}) is needed")
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(length[:, 0]) & (length[:, 0] > 0)))
+    if len(bad): raise ValueError(f"{len(bad)} features are zero, NaN or infinite, the first in row {bad[0]}")
+    return x / length
 
-    def _torch(self, x, k):
-        near = torch.from_numpy(x) @ torch.from_numpy(self.x).T
-        last, rows = near.topk(k, 1)
-        tied = ((near >= last[:, -1:]).sum(1) > k).nonzero()[:, 0]                 # more than k are as near as the last: the gallery's order decides
-        rows[tied] = near[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-        return rows.numpy()
+def _names(ids) -> np.ndarray:
+    "Ids as an array of whole numbers or of text, also from a table's column."
+    ids = np.asarray(ids)
+    if not len(ids): raise ValueError("a gallery needs at least one feature")
+    if ids.dtype.kind not in "iuU" and all(isinstance(i, str) for i in ids): ids = ids.astype(str)
+    if ids.dtype.kind not in "iuU" or ids.ndim != 1:
+        raise ValueError(f"ids of type {ids.dtype} and shape {ids.shape}: a list of whole numbers or text is needed")
+    if ids.dtype.kind == "u":                                  # beside negative ones NumPy would make floats of them
+        if ids.max() >= 2**63: raise ValueError(f"id {ids.max()} does not fit 64 bits with a sign: give text")
+        ids = ids.astype(np.int64)
+    return ids
 
-    def _faiss(self, x, k):
-        try: import faiss
-        except ImportError: raise ImportError("faiss is not installed: pip install faiss-cpu, or use backend='torch'") from None
-        if getattr(self, "_index", None) is None: self._index = faiss.IndexFlatIP(self.x.shape[1]); self._index.add(self.x)
-        return self._index.search(x, k)[1]
+# %% ../../nbs/4_retrieval/03_gallery.ipynb #019e806a
+@patch
+def search(self: Gallery,
+           features,                 # (m, D)
+           k: int = 10,              # answers a row; fewer where the gallery is smaller
+           backend: str = "auto",    # "torch", "faiss", or "auto": torch, which needs no second copy
+           model: str | None = None, # whose features these are
+           block: int = 1024,        # rows at a time
+          ) -> tuple[np.ndarray, np.ndarray]: # ids (m, k) and cosine distances (m, k) float32, nearest first
+    "The nearest features of every row, equal ones in the gallery's order. ValueError for another model's features."
+    if model is not None and self.model is not None and model != self.model:
+        raise ValueError(f"these features are {model}'s, the gallery's are {self.model}'s: "
+                         "distances between them mean nothing")
+    if k < 1: raise ValueError(f"k={k}: at least 1")
+    if backend not in ("auto", "torch", "faiss"): raise ValueError(f"backend {backend!r}: choose auto, torch or faiss")
+    x, k = _unit(features, self.x.shape[1]), min(k, len(self))
+    if not len(x): return self.ids[np.zeros((0, k), np.int64)], np.zeros((0, k), np.float32)
+    nearest = self._faiss if backend == "faiss" else self._torch
+    rows = np.concatenate([nearest(x[i:i + block], k) for i in range(0, len(x), block)])
+    near = 1 - np.einsum("md,mkd->mk", x, self.x[rows])
+    order = np.lexsort((rows, near), axis=1)
+    rows, near = (np.take_along_axis(a, order, 1) for a in (rows, near))
+    return self.ids[rows], np.clip(near, 0, 2).astype(np.float32)
 
-    def save(self, folder: str | Path) -> Path:
-        "Write `gallery.npy`, `ids.parquet`, and last `gallery.json`."
-        folder = resolve(folder); folder.mkdir(parents=True, exist_ok=True); (folder / "gallery.json").unlink(missing_ok=True)
-        with atomic(folder / "gallery.npy") as tmp: np.save(tmp, self.x)
-        with atomic(folder / "ids.parquet") as tmp: pd.DataFrame(dict(id=self.ids)).to_parquet(tmp)
-        write_json(folder / "gallery.json", dict(n=len(self), dim=self.x.shape[1], model=self.model, text_ids=self.ids.dtype.kind == "U"))
-        return folder
+# %% ../../nbs/4_retrieval/03_gallery.ipynb #210fbd3d
+@patch
+def _torch(self: Gallery, x, k):
+    near = torch.from_numpy(x) @ torch.from_numpy(self.x).T
+    last, rows = near.topk(k, 1)
+    tied = ((near >= last[:, -1:]).sum(1) > k).nonzero()[:, 0]   # more than k are as near as the last: by their order
+    rows[tied] = near[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return rows.numpy()
 
-    @staticmethod
-    def load(folder: str | Path) -> "Gallery":
-        "A saved gallery back. FileNotFoundError or ValueError that names what is missing or does not fit."
-        folder = resolve(folder)
-        if not (folder / "gallery.json").is_file(): raise FileNotFoundError(f"no finished gallery in {folder}: gallery.json is missing")
-        card = read_json(folder / "gallery.json")
-        if lacks := {"n", "dim", "model", "text_ids"} - set(card): raise ValueError(f"{folder / 'gallery.json'} lacks {', '.join(sorted(lacks))}: save the gallery again")
-        x = _read(folder / "gallery.npy", np.load)
-        ids = _read(folder / "ids.parquet", lambda file: pd.read_parquet(file, columns=["id"]).id.to_numpy())
-        if x.shape != (card["n"], card["dim"]) or len(ids) != card["n"]: raise ValueError(f"{folder}: gallery.npy has shape {x.shape} and ids.parquet {len(ids)} rows, but gallery.json says {card['n']} x {card['dim']}")
-        found = Gallery(x, ids.astype(str) if card["text_ids"] else ids, card["model"])
-        found.x = x                                                      # as it was saved, to the bit
-        return found
+@patch
+def _faiss(self: Gallery, x, k):
+    try: import faiss
+    except ImportError:
+        raise ImportError("faiss is not installed: pip install faiss-cpu, or use backend='torch'") from None
+    if getattr(self, "_index", None) is None:
+        self._index = faiss.IndexFlatIP(self.x.shape[1])
+        self._index.add(self.x)
+    return self._index.search(x, k)[1]
+
+# %% ../../nbs/4_retrieval/03_gallery.ipynb #c057016a
+@patch
+def save(self: Gallery, folder: str | Path) -> Path:
+    "Write `gallery.npy`, `ids.parquet`, and last `gallery.json`."
+    folder = resolve(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gallery.json").unlink(missing_ok=True)
+    with atomic(folder / "gallery.npy") as tmp: np.save(tmp, self.x)
+    with atomic(folder / "ids.parquet") as tmp: pd.DataFrame(dict(id=self.ids)).to_parquet(tmp)
+    card = dict(n=len(self), dim=self.x.shape[1], model=self.model, text_ids=self.ids.dtype.kind == "U")
+    write_json(folder / "gallery.json", card)
+    return folder
+
+# %% ../../nbs/4_retrieval/03_gallery.ipynb #934a4cdc
+@patch(cls_method=True)
+def load(cls: Gallery, folder: str | Path) -> Gallery:
+    "A saved gallery back. FileNotFoundError or ValueError that names what is missing or does not fit."
+    folder = resolve(folder)
+    file = folder / "gallery.json"
+    if not file.is_file(): raise FileNotFoundError(f"no finished gallery in {folder}: gallery.json is missing")
+    card = read_json(file)
+    if lacks := {"n", "dim", "model", "text_ids"} - set(card):
+        raise ValueError(f"{file} lacks {', '.join(sorted(lacks))}: save the gallery again")
+    x = _read(folder / "gallery.npy", np.load)
+    ids = _read(folder / "ids.parquet", lambda file: pd.read_parquet(file, columns=["id"]).id.to_numpy())
+    if x.shape != (card["n"], card["dim"]) or len(ids) != card["n"]:
+        raise ValueError(f"{folder}: gallery.npy has shape {x.shape} and ids.parquet {len(ids)} rows, "
+                         f"but gallery.json says {card['n']} x {card['dim']}")
+    found = cls(x, ids.astype(str) if card["text_ids"] else ids, card["model"])
+    found.x = x                                                      # as it was saved, to the bit
+    return found
+
+def _read(file: Path, how):
+    "A part of a saved gallery, or an error that names it."
+    if not file.is_file(): raise FileNotFoundError(f"{file} is missing: save the gallery again")
+    try: return how(file)
+    except (OSError, ValueError, EOFError) as e:
+        raise ValueError(f"{file} is cut off, damaged, or no part of a gallery ({e}): save the gallery again") from e

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from .evaluate import answers_of, as_matrix, check_sizes, product_blocks, RetrievalScore
+from torch import nn, Tensor
 from ..models.features import embed, normalise, to_pixels
+from .evaluate import answers_of, as_matrix, check_sizes, product_blocks, RetrievalScore
 
 # %% ../../nbs/4_retrieval/02_inspection.ipynb #8813b96d
 def hardest(
@@ -22,12 +22,15 @@ def hardest(
     k: int = 10,
 ) -> pd.DataFrame: # rows of `score.per_query`, worst AP first, then latest first match
     "The queries that fail most."
-    return score.per_query.dropna(subset="AP").sort_values(["AP", "first"], ascending=[True, False], kind="stable").head(k)
+    matched = score.per_query.dropna(subset="AP")
+    return matched.sort_values(["AP", "first"], ascending=[True, False], kind="stable").head(k)
 
 def _averaged(score, by):
     kept = score.per_query.dropna(subset="AP")
-    return (kept.assign(rank1=kept["first"].eq(1)).groupby(by).agg(queries=("AP", "size"), matches=("matches", "sum"), mAP=("AP", "mean"), rank1=("rank1", "mean"), mINP=("INP", "mean"))
-            .astype(dict(rank1=float)).sort_values("mAP", kind="stable"))
+    groups = kept.assign(rank1=kept["first"].eq(1)).groupby(by)
+    means = groups.agg(queries=("AP", "size"), matches=("matches", "sum"), mAP=("AP", "mean"), rank1=("rank1", "mean"),
+                       mINP=("INP", "mean"))
+    return means.astype(dict(rank1=float)).sort_values("mAP", kind="stable")
 
 def by_person(score: RetrievalScore) -> pd.DataFrame:
     "A row a person, worst first: queries, matches, mAP, rank1, mINP."
@@ -46,17 +49,23 @@ class PairDistances:
     edges: np.ndarray   # (bins + 1,)
 
     def at(self, threshold: float) -> tuple[float, float]:
-        "(true-match rate, false-match rate) if every pair at most this far is called one person; exact at the bins' edges."
-        n = int(np.searchsorted(self.edges, threshold, side="right")) - 1
-        return float(self.right[:max(n, 0)].sum() / self.right.sum()), float(self.wrong[:max(n, 0)].sum() / self.wrong.sum())
+        """(true-match rate, false-match rate) if every pair at most this far is called one person;
+        exact at the bins' edges."""
+        n = max(int(np.searchsorted(self.edges, threshold, side="right")) - 1, 0)
+        return float(self.right[:n].sum() / self.right.sum()), float(self.wrong[:n].sum() / self.wrong.sum())
 
     def threshold(self, false_match_rate: float = 0.01) -> float:
-        "The largest bin edge whose false-match rate is at most this. ValueError for a rate that these pairs are too few to tell."
+        """The largest bin edge whose false-match rate is at most this.
+        ValueError for a rate that these pairs are too few to tell."""
+        n = self.wrong.sum()
         if not 0 < false_match_rate < 1: raise ValueError(f"false_match_rate={false_match_rate}: above 0 and below 1")
-        if false_match_rate * self.wrong.sum() < 1: raise ValueError(f"{int(self.wrong.sum()):,} wrong pairs cannot tell a false-match rate of {false_match_rate:g}: use more images or a higher rate")
-        share = np.r_[0, np.cumsum(self.wrong)] / self.wrong.sum()
+        if false_match_rate * n < 1:
+            raise ValueError(f"{int(n):,} wrong pairs cannot tell a false-match rate of {false_match_rate:g}: "
+                             "use more images or a higher rate")
+        share = np.r_[0, np.cumsum(self.wrong)] / n
         return float(self.edges[np.flatnonzero(share <= false_match_rate)[-1]])
 
+# %% ../../nbs/4_retrieval/02_inspection.ipynb #bbbd4823
 def pair_distances(
     query_features,        # (Q, D)
     gallery_features,      # (G, D)
@@ -71,15 +80,18 @@ def pair_distances(
     check_sizes(len(query_features), len(gallery_features), query, gallery)
     answers, known = answers_of(query, gallery, protocol), query["pid"].to_numpy() >= 0
     right, wrong = np.zeros(bins, np.int64), np.zeros(bins, np.int64)
+    count = lambda at: np.bincount(at, minlength=bins)
     for start, block, scale, row_scale in product_blocks(query_features, gallery_features, memory):
         for i, products in enumerate(block, start):
             if not known[i]: continue
-            at = np.clip((1 + products * scale * row_scale[i - start]) * (bins / 2), 0, bins - 1).astype(np.int64)
+            distances = 1 + products * scale * row_scale[i - start]
+            at = np.clip(distances * (bins / 2), 0, bins - 1).astype(np.int64)
             hits = answers.hits(i)
-            right += np.bincount(at[hits], minlength=bins)
-            wrong += np.bincount(at, minlength=bins) - np.bincount(at[np.r_[hits, answers.removed(i), answers.junk]], minlength=bins)
+            right += count(at[hits])
+            wrong += count(at) - count(at[np.r_[hits, answers.removed(i), answers.junk]])
     return PairDistances(right, wrong, np.linspace(0, 2, bins + 1))
 
+# %% ../../nbs/4_retrieval/02_inspection.ipynb #9dde33f2
 def plot_distances(
     pairs: PairDistances,
     false_match_rate: float | None = 0.01,  # None: no threshold
@@ -90,13 +102,19 @@ def plot_distances(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 2.2), dpi=80)[1]
     step = len(pairs.right) // bins
-    centres = (pairs.edges[:-1] + pairs.edges[1:]).reshape(-1)[:bins * step].reshape(bins, step).mean(1) / 2
+    into_bars = lambda values: values[:bins * step].reshape(bins, step)
+    centres = into_bars((pairs.edges[:-1] + pairs.edges[1:]) / 2).mean(1)
     for counts, name, colour in ((pairs.wrong, "two people", "#bdbdbd"), (pairs.right, "one person", "#3182bd")):
-        ax.bar(centres, counts[:bins * step].reshape(bins, step).sum(1) / counts.sum() / (2 / bins), 2 / bins, alpha=.7, color=colour, label=name)
+        heights = into_bars(counts).sum(1) / counts.sum() / (2 / bins)
+        ax.bar(centres, heights, 2 / bins, alpha=.7, color=colour, label=name)
     if false_match_rate is not None:
-        t = pairs.threshold(false_match_rate); true, false = pairs.at(t)
-        ax.axvline(t, color="k", lw=1, ls="--"); ax.set_title(f"threshold {t:.3f}: {false:.2%} false matches, {true:.1%} of the right pairs found", fontsize=9)
-    ax.set(xlabel="cosine distance", ylabel="density"); ax.legend(frameon=False, fontsize=8)
+        threshold = pairs.threshold(false_match_rate)
+        true, false = pairs.at(threshold)
+        ax.axvline(threshold, color="k", lw=1, ls="--")
+        ax.set_title(f"threshold {threshold:.3f}: {false:.2%} false matches, {true:.1%} of the right pairs found",
+                     fontsize=9)
+    ax.set(xlabel="cosine distance", ylabel="density")
+    ax.legend(frameon=False, fontsize=8)
     return ax.figure
 
 # %% ../../nbs/4_retrieval/02_inspection.ipynb #279ec6dd
@@ -107,8 +125,9 @@ class Comparison:
     @property
     def same(self) -> bool | None: return None if self.threshold is None else self.distance <= self.threshold
     def __str__(self):
-        said = "" if self.same is None else f": {'one person' if self.same else 'two people'} by the threshold {self.threshold:.3f}"
-        return f"cosine distance {self.distance:.3f}{said}"
+        if self.same is None: return f"cosine distance {self.distance:.3f}"
+        said = "one person" if self.same else "two people"
+        return f"cosine distance {self.distance:.3f}: {said} by the threshold {self.threshold:.3f}"
     __repr__ = __str__
 
 def compare_images(
@@ -130,39 +149,49 @@ def activation_map(
 ) -> np.ndarray:       # (height, width) float32 in [0, 1], of the model's input size
     "Where the network reacts: strength of its last feature map; for a ViT, attention rollout of the class token."
     model = getattr(model, "backbone", model)
-    if not hasattr(model, "forward_features"): raise ValueError(f"activation_map looks into a backbone of the zoo, or into a model that has one as .backbone; {type(model).__name__} has none")
+    if not hasattr(model, "forward_features"):
+        raise ValueError("activation_map looks into a backbone of the zoo, or into a model that has one as .backbone; "
+                         f"{type(model).__name__} has none")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
-            x = normalise(torch.tensor(to_pixels(image, model.input))[None], model.input).to(next(model.parameters()).device)
-            heat = _rollout(model, x) if hasattr(model, "cls_token") and hasattr(model, "blocks") else _strength(model, x)
+            pixels = torch.tensor(to_pixels(image, model.input))[None]
+            x = normalise(pixels, model.input).to(next(model.parameters()).device)
+            is_vit = hasattr(model, "cls_token") and hasattr(model, "blocks")
+            heat = _rollout(model, x) if is_vit else _strength(model, x)
     finally:
         for m, mode in modes: m.training = mode
-    heat = F.interpolate(heat[None, None].float(), size=(model.input.height, model.input.width), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+    size = model.input.height, model.input.width
+    heat = F.interpolate(heat[None, None].float(), size=size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
     return (heat - heat.min()) / max(float(heat.max() - heat.min()), 1e-12)
 
+# %% ../../nbs/4_retrieval/02_inspection.ipynb #e6d42b3e
 def _strength(model, x) -> Tensor:
-    "(h, w): sum of squares of the last map, whether it comes as channels first, channels last, or tokens of the grid."
+    "(h, w): sum of squares of the last map over its channels."
     y = model.forward_features(x)
     if y.ndim == 3:                                                      # tokens, perhaps after a class token
-        rows = x.shape[2] // 16; columns = x.shape[3] // 16
+        rows, columns = x.shape[2] // 16, x.shape[3] // 16
         return y[0, -rows * columns:].square().sum(-1).view(rows, columns)
-    return y[0].square().sum(0 if y.shape[1] == model.num_features or y.shape[-1] != model.num_features else -1)
+    channels_first = y.shape[1] == model.num_features or y.shape[-1] != model.num_features
+    return y[0].square().sum(0 if channels_first else -1)
 
 def _rollout(model, x) -> Tensor:
     "(h, w): the class token's attention, followed back through the blocks."
-    seen, hooks = [], [block.attn.register_forward_hook(lambda m, args, out: seen.append(_attention(m, args[0]))) for block in model.blocks]
+    seen = []
+    see = lambda module, args, out: seen.append(_attention(module, args[0]))
+    hooks = [block.attn.register_forward_hook(see) for block in model.blocks]
     try:
         grid = model.patch_embed(x).shape[1:3]
         model.forward_features(x)
     finally:
-        for h in hooks: h.remove()
-    flow = torch.eye(seen[0].shape[-1], device=x.device)
-    for a in seen: flow = (a + torch.eye(a.shape[-1], device=x.device)) / 2 @ flow            # half of a token stays with it (the residual)
+        for hook in hooks: hook.remove()
+    own = torch.eye(seen[0].shape[-1], device=x.device)
+    flow = own
+    for attention in seen: flow = (attention + own) / 2 @ flow           # half of a token stays with it (the residual)
     return flow[0, model.num_prefix_tokens:].view(*grid)
 
 def _attention(m, x) -> Tensor:
     "(N, N) attention of one image, mean over heads, as the module computes it."
-    q, k, _ = m.qkv(x).reshape(1, x.shape[1], 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    return ((m.q_norm(q) * m.scale) @ m.k_norm(k).transpose(-2, -1)).softmax(-1).mean(1)[0]
+    query, key, _ = m.qkv(x).reshape(1, x.shape[1], 3, m.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return ((m.q_norm(query) * m.scale) @ m.k_norm(key).transpose(-2, -1)).softmax(-1).mean(1)[0]
