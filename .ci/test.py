@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import as_completed, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +22,9 @@ OUT = ROOT / "runs" / "test"
 ENV = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
                         CION_NB_RUNS=os.environ.get("CION_NB_RUNS", str(OUT)))
 FAST = os.environ.get("FAST", "0") not in ("", "0")
-NOTEBOOK_LIMIT, PYTEST_LIMIT = 300, 1800      # seconds after which a job is stopped
-PART = 110                                    # seconds of tests in one pytest process, of which each needs ten to begin
+PAGE_LIMIT, PART_LIMIT = 300, 1800            # seconds after which a job is stopped
+PART = 300                                    # seconds of tests in one pytest process, of which each needs ten to begin
+BATCH = 60                                    # seconds of notebooks in one process
 QUICK = 8                                     # seconds of a library notebook that FAST=1 still runs
 UNKNOWN = 10                                  # seconds of what was never measured
 
@@ -66,6 +67,9 @@ class Result:
     tests: dict = field(default_factory=dict)     # id -> seconds, and why it is slow
 
 
+Told = tuple[str, Result, float]                  # name, what came out, seconds
+
+
 def call(args: list, limit: int, **env) -> tuple[int, str]:
     "Exit code and output of a command; 124 when it ran out of time."
     try:
@@ -96,27 +100,35 @@ def nbdev_changes_nothing() -> Result:
     return one(code or bool(changed), out)
 
 
-def notebook(path: Path) -> Result:
-    "The cells of a library, bench or tour notebook."
-    code = f"from nbdev.test import nbdev_test; nbdev_test(path={str(path)!r}, n_workers=0, do_print=True)"
-    return one(*call(["-c", code], NOTEBOOK_LIMIT))
+def notebooks(paths: list[Path], number: int) -> list[Told]:
+    "The cells of library, bench and tour notebooks, one after the other."
+    file = OUT / f"notebooks-{number}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    code, out = call([".ci/notebooks.py", str(file), *map(str, paths)], PART_LIMIT)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    told = [(name_of(Path(row["path"])), one(row["failed"], row["output"]), row["seconds"]) for row in rows]
+    lost = [path for path in paths if str(path) not in {row["path"] for row in rows}]
+    return told + [(name_of(path), one(1, f"not run, exit code {code}\n{out}"), 0.) for path in lost]
 
 
-def page(path: Path) -> Result:
+def page(path: Path) -> list[Told]:
     "A page of nbs/reproduce as `reproduce` runs it, but at profile smoke."
+    began = time.time()
     out = OUT / "pages" / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
     command = ["-m", "papermill", str(path), str(out), "-k", "python3", "--no-progress-bar", "-p", "profile", "smoke"]
-    return one(*call(command, NOTEBOOK_LIMIT))
+    return [(name_of(path), one(*call(command, PAGE_LIMIT)), time.time() - began)]
 
 
-def pytest(files: list[Path], number: int) -> Result:
+def pytest(files: list[Path], number: int) -> list[Told]:
     "One part of the tests."
+    began = time.time()
     times = OUT / f"pytest-{number}.json"
     times.parent.mkdir(parents=True, exist_ok=True)
     times.unlink(missing_ok=True)
     chosen = ["-m", "not slow"] if FAST else []
-    code, out = call(["-m", "pytest", "-rfEs", "-p", "no:cacheprovider", *chosen, *map(str, files)], PYTEST_LIMIT,
+    code, out = call(["-m", "pytest", "-rfEs", "-p", "no:cacheprovider", *chosen, *map(str, files)], PART_LIMIT,
                      CION_NB_TEST_TIMES=str(times))
     lines = out.strip().splitlines()
     counts = {word.rstrip("s"): int(n) for n, word in re.findall(r"(\d+) ([a-z]+)\b", lines[-1] if lines else "")}
@@ -125,33 +137,31 @@ def pytest(files: list[Path], number: int) -> Result:
     notes = [line for line in lines if line.startswith("SKIPPED")]
     if code and not wrong and not nothing:
         wrong, out = 1, out + f"\npytest ended with exit code {code}"
-    return Result(counts.get("passed", 0), wrong, counts.get("skipped", 0), out if wrong else "", notes,
-                  json.loads(times.read_text(encoding="utf-8")) if times.exists() else {})
+    tests = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    result = Result(counts.get("passed", 0), wrong, counts.get("skipped", 0), out if wrong else "", notes, tests)
+    return [(f"pytest, part {number}", result, time.time() - began)]
 
 
 # ---- the plan
 
 def plan(seconds: dict) -> tuple[list, list]:
-    "Jobs (name, expected seconds, function, arguments), longest first; what FAST leaves out (name, seconds)."
-    jobs, left = [], []
+    "Jobs (expected seconds, function, arguments), long pytest parts first; what FAST leaves out (name, seconds)."
+    books, jobs, left = {}, [], []
     for path in found("nbs/**/*.ipynb", "notebook"):
-        name, is_page = name_of(path), path.parent.name == "reproduce"
-        takes = seconds.get(name, UNKNOWN)
-        if FAST and (not re.match(r"\d_", path.parent.name) or takes >= QUICK): left.append((name, takes))
-        else: jobs.append((name, takes, page if is_page else notebook, (path,)))
+        takes = seconds.get(name_of(path), UNKNOWN)
+        is_library = re.match(r"\d_", path.parent.name)
+        if FAST and (not is_library or takes >= QUICK): left.append((name_of(path), takes))
+        elif path.parent.name == "reproduce": jobs.append((takes, page, (path,)))
+        else: books[path] = takes
     files = found("tests/**/test_*.py", "test file")
-    quick, slow = zip(*(seconds.get(name_of(f), [UNKNOWN, 0]) for f in files))
-    takes = dict(zip(files, quick if FAST else map(sum, zip(quick, slow))))
-    n = 2 if FAST else max(2, round(sum(takes.values()) / PART))
-    for number, part in enumerate(parts_of(takes, n), 1):
-        jobs.append((f"pytest, part {number}", sum(takes[f] for f in part), pytest, (part, number)))
-    jobs.sort(key=lambda job: (job[2] is not pytest, -job[1]))
+    quick_and_slow = {f: seconds.get(name_of(f), [UNKNOWN, 0]) for f in files}
+    tests = {f: both[0] if FAST else sum(both) for f, both in quick_and_slow.items()}
+    for function, takes, length in ((pytest, tests, PART), (notebooks, books, BATCH)):
+        n = 2 if FAST else max(2, round(sum(takes.values()) / length))
+        for number, part in enumerate(parts_of(takes, n), 1):
+            jobs.append((sum(takes[f] for f in part), function, (part, number)))
+    jobs.sort(key=lambda job: (job[1] is not pytest, -job[0]))
     return jobs, left
-
-
-def timed(function, arguments: tuple) -> tuple[Result, float]:
-    began = time.time()
-    return function(*arguments), time.time() - began
 
 
 def tell(name: str, result: Result, seconds: float) -> None:
@@ -194,21 +204,23 @@ def write_seconds(tests: dict, notebooks: dict) -> None:
 def main() -> int:
     began, seconds = time.time(), measured()
     jobs, left = plan(seconds)
-    results, notebooks = [timed(nbdev_changes_nothing, ())], {}
-    tell("nbdev_export + nbdev_clean change nothing", *results[0])
+    told = [("nbdev_export + nbdev_clean change nothing", nbdev_changes_nothing(), time.time() - began)]
+    tell(*told[0])
     with ThreadPoolExecutor(2) as pool:
-        running = [(name, function, pool.submit(timed, function, arguments)) for name, _, function, arguments in jobs]
-        for name, function, job in sorted(running, key=lambda job: job[1] is pytest):      # the short ones first
-            results.append(job.result())
-            tell(name, *results[-1])
-            if function is not pytest: notebooks[name] = results[-1][1]
-    tests = {name: row for result, _ in results for name, row in result.tests.items()}
-    for line in sorted({note for result, _ in results for note in result.notes}): print(line)
+        for job in as_completed([pool.submit(function, *arguments) for _, function, arguments in jobs]):
+            for row in job.result():
+                told.append(row)
+                tell(*row)
+    results = [result for _, result, _ in told]
+    tests = {name: row for result in results for name, row in result.tests.items()}
+    print(*sorted({note for result in results for note in result.notes}), sep="\n")
     tell_slow(tests)
     if FAST: tell_left_out(seconds, left)
-    else: write_seconds(tests, notebooks)
+    else: write_seconds(tests, {name: s for name, _, s in told if name.startswith("nbs/")})
+    for name, result, _ in told:
+        if result.failed: print(f"FAILED  {name}")
     print(f"{time.time() - began:.0f} s in all")
-    passed, failed, skipped = (sum(getattr(r, word) for r, _ in results) for word in ("passed", "failed", "skipped"))
+    passed, failed, skipped = (sum(getattr(r, word) for r in results) for word in ("passed", "failed", "skipped"))
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
     return 1 if failed else 0
 

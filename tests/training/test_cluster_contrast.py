@@ -51,7 +51,7 @@ def test_usl_clusters_learns_tests_and_comes_back(people, runs):
     assert usl(quick(people, test_every=1)).result == result
 
 
-@pytest.mark.slow("starts processes")
+@pytest.mark.slow("trains networks")
 def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
     "The first epoch's clusters, from a network that has not learned: the same by hand."
     from cion_nb.training.engine import make_accelerator
@@ -296,7 +296,7 @@ def test_what_cannot_work_is_named(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): usl(quick(people, **changes))
 
 
-@pytest.mark.slow("starts processes")
+@pytest.mark.slow("trains networks")
 def test_later_epochs_keep_their_clusters_where_new_ones_fail(people, runs, monkeypatch):
     from cion_nb.training import cluster_contrast as room
     calls = []

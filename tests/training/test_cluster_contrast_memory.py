@@ -28,7 +28,6 @@ def follow_plainly(c, x, y, momentum, update):
     return c
 
 
-@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("update", [u for u in UPDATES if u != "random"])
 @pytest.mark.parametrize("momentum", [0., .2, .9])
 def test_memory_follows_as_a_loop_does(update, momentum):
@@ -116,7 +115,6 @@ def test_ghosts_in_timms_own_batchnorm():
 
 # Batches
 
-@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize("seed", range(5))
 def test_batches_hold_k_of_each_cluster_from_other_cameras(seed):
     rng = np.random.default_rng(seed)
