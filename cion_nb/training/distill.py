@@ -12,10 +12,13 @@ __all__ = ['VARIANTS', 'ALARMS', 'WeightNormLinear', 'ProjectionHead', 'MultiVie
 import math
 from functools import cache
 from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
+
 from .engine import warmup_cosine
 
 # %% ../../nbs/5_training/03_distill.ipynb #8b8d9798
@@ -46,11 +49,15 @@ class ProjectionHead(nn.Module):
     ):
         super().__init__()
         if n_layers < 1: raise ValueError(f"ProjectionHead n_layers={n_layers}: at least 1")
-        sizes = [in_dim] + [hidden] * (n_layers - 1) + [bottleneck]
-        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), *[nn.BatchNorm1d(b)] * batch_norm, nn.GELU())]
+        sizes, layers = [in_dim] + [hidden] * (n_layers - 1) + [bottleneck], []
+        for a, b in zip(sizes, sizes[1:]): layers += [nn.Linear(a, b), *[nn.BatchNorm1d(b)] * batch_norm, nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-2 if batch_norm else -1])
         self.last_layer = WeightNormLinear(bottleneck, out_dim, norm_last_layer)
-        for m in (m for m in self.mlp if isinstance(m, nn.Linear)): nn.init.trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
+        for m in self.mlp:
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=.02)
+                nn.init.zeros_(m.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
 
@@ -87,14 +94,15 @@ def folded_targets(
     G, B, K = teacher.shape
     ids, group, counts = torch.unique(identity, return_inverse=True, return_counts=True)
     n = counts[group].to(teacher.dtype)                     # images of the same identity, (B,)
-    matched = teacher.new_zeros(G, len(ids), K).index_add_(1, group, teacher)[:, group]  # each view index summed over the identity
+    matched = teacher.new_zeros(G, len(ids), K).index_add_(1, group, teacher)[:, group]  # sums over the identity
     if variant == "paper":
         terms, left_out = G * n * (n * n_views - 1), teacher            # the view itself
     else:
         if (counts != counts[0]).any():
-            raise ValueError(f"variant 'released' needs equally many images of every identity, got {counts.min()} to {counts.max()}")
+            raise ValueError("variant 'released' needs equally many images of every identity, "
+                             f"got {counts.min()} to {counts.max()}")
         terms = G * (n_views - 1) * (n * (n - 1) + 1)
-        matched = matched - (1 - 1 / n)[:, None] * teacher              # an own-image pair weighs 1/n of a cross-image pair
+        matched = matched - (1 - 1 / n)[:, None] * teacher              # own-image pairs weigh 1/n of cross-image pairs
         left_out = matched                                              # this view index of every image
     every, weight = matched.sum(0), (1 / (len(ids) * terms))[:, None]
     targets = torch.cat([every - left_out, every[None]]) * weight
@@ -113,8 +121,8 @@ def _view_grad_(out, logits, target, mass, lse, temp, scale):
     p = (logits.to(target.dtype) / temp).sub_(lse[:, None]).exp_().mul_(mass[:, None])
     out.copy_(p.sub_(target).mul_(scale))
 
-@cache
-def _fused(): return torch.compile(_view_loss), torch.compile(_view_grad_)     # made when first asked for: importing this page must not wait for a compiler
+@cache       # made when first asked for: importing this page must not wait for a compiler
+def _fused(): return torch.compile(_view_loss), torch.compile(_view_grad_)
 def _has_triton(): return find_spec("triton") is not None
 
 def _pieces(logits, is_whole):
@@ -130,17 +138,21 @@ class _FoldedCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, targets, mass, temp, fused=False):
         view_loss, lse, losses = _fused()[0] if fused else _view_loss, torch.empty_like(mass), []
         for v, rows in _pieces(logits, fused or logits.is_cuda):
-            lse[v, rows], part = view_loss(logits[v, rows], targets[min(v, len(targets) - 1), rows], mass[v, rows], temp)
+            target = targets[min(v, len(targets) - 1), rows]
+            lse[v, rows], part = view_loss(logits[v, rows], target, mass[v, rows], temp)
             losses.append(part)
-        ctx.save_for_backward(logits, targets, mass, lse); ctx.temp, ctx.fused = temp, fused
+        ctx.save_for_backward(logits, targets, mass, lse)
+        ctx.temp, ctx.fused = temp, fused
         return torch.stack(losses).sum()
+
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         logits, targets, mass, lse = ctx.saved_tensors
         view_grad_, out, scale = _fused()[1] if ctx.fused else _view_grad_, torch.empty_like(logits), grad / ctx.temp
         for v, rows in _pieces(logits, ctx.fused or logits.is_cuda):
-            view_grad_(out[v, rows], logits[v, rows], targets[min(v, len(targets) - 1), rows], mass[v, rows], lse[v, rows], ctx.temp, scale)
+            target = targets[min(v, len(targets) - 1), rows]
+            view_grad_(out[v, rows], logits[v, rows], target, mass[v, rows], lse[v, rows], ctx.temp, scale)
         return out, None, None, None, None
 
 # %% ../../nbs/5_training/03_distill.ipynb #1f5a5e3c
@@ -156,83 +168,107 @@ class IdentityGuidedLoss(nn.Module):
         variant: str = "paper",        # "paper" (Eq. 9) or "released"
         centre: str = "ema",           # "ema" (DINO, released code) or "batch" (the paper's words)
         fused: bool | None = None,     # compiled kernels; None: on CUDA, where Triton is there to make them
-        accumulate: int = 1,           # batches of a step: the centre moves after the last of them, by all their outputs
+        accumulate: int = 1,           # batches of a step: the centre moves after the last of them, by all outputs
     ):
         super().__init__()
-        if variant not in VARIANTS: raise ValueError(f"variant {variant!r}: use one of {VARIANTS}")
-        if centre not in ("ema", "batch"): raise ValueError(f"centre {centre!r}: use 'ema' or 'batch'")
-        if not 1 <= n_global <= n_views or n_views < 2: raise ValueError(f"n_views={n_views}, n_global={n_global}: at least 2 views, of which 1 to all are global")
-        if n_views != int(n_views) or n_global != int(n_global): raise ValueError(f"n_views={n_views}, n_global={n_global}: whole numbers are needed")
-        if not 0 <= centre_momentum <= 1: raise ValueError(f"centre_momentum={centre_momentum}: between 0 and 1")
-        if accumulate > 1 and centre == "batch":
-            raise ValueError(f"centre='batch' with accumulate={accumulate}: the mean over the batch is not known "
-                             "before its last part; use accumulate=1, or centre='ema'")
-        if not (student_temp > 0 and teacher_temp > 0): raise ValueError(f"temperatures must be positive, got {student_temp} and {teacher_temp}")
-        self.out_dim, self.n_views, self.n_global, self.variant, self.centring = out_dim, n_views, n_global, variant, centre
-        self.student_temp, self.teacher_temp, self.centre_momentum, self.fused = student_temp, teacher_temp, centre_momentum, fused
+        _check_loss(n_views, n_global, student_temp, teacher_temp, centre_momentum, variant, centre, accumulate)
+        self.out_dim, self.n_views, self.n_global = out_dim, n_views, n_global
+        self.variant, self.centring = variant, centre
+        self.student_temp, self.teacher_temp, self.centre_momentum = student_temp, teacher_temp, centre_momentum
+        self.fused, self.accumulate = fused, accumulate
         self.register_buffer("centre", torch.zeros(out_dim))
-        self.last, self.accumulate, self.waiting = {}, accumulate, []
+        self.last, self.waiting = {}, []       # what a monitor wants; means of the step's batches so far
 
     def forward(self,
         student_logits: Tensor,  # (n_views * B, K), view-major
         teacher_logits: Tensor,  # (n_global * B, K), view-major
         identity: Tensor,        # (B,) whole numbers >= 0: images with the same number are one person
     ) -> Tensor:                 # scalar, float32 or the logits' own precision if that is higher
-        "The loss; after it, in training, the centre moves (once in `accumulate` calls). `last` holds what a monitor wants."
+        "The loss; after it, in training, the centre moves (once in `accumulate` calls). `last` is for a monitor."
         student, teacher = self._views(student_logits, teacher_logits, identity)
         with torch.autocast(teacher.device.type, enabled=False):      # or it would take the inner products in bf16
             return self._loss(student, teacher, identity)
 
-    def _loss(self, student, teacher, identity):
-        with torch.no_grad():
-            teacher = teacher.to(torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32))
-            mean = _mean_over_ranks(teacher)
-            centre = mean if self.centring == "batch" else self.centre.to(teacher.dtype)
-            log_probs = torch.log_softmax((teacher - centre) / self.teacher_temp, -1)
-            probs = log_probs.exp()
-            targets, mass = folded_targets(probs, identity, self.n_views, self.variant)
-        fused = student.is_cuda and _has_triton() if self.fused is None else self.fused
-        loss = _FoldedCrossEntropy.apply(student, targets, mass, self.student_temp, fused)
-        if self.training: self._follow(mean)
-        norm = self.centre.norm()
-        self.last = dict(loss=loss.detach(), **teacher_statistics(probs, log_probs), centre_norm=norm, centre_share=norm.square() / teacher.square().sum(-1).mean())
-        return loss
+# %% ../../nbs/5_training/03_distill.ipynb #742fe90b
+@patch
+def _loss(self: IdentityGuidedLoss, student, teacher, identity):
+    "The loss of (V, B, K) and (G, B, K) logits."
+    with torch.no_grad():
+        at_least = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        teacher = teacher.to(at_least)
+        mean = _mean_over_ranks(teacher)
+        centre = mean if self.centring == "batch" else self.centre.to(teacher.dtype)
+        log_probs = torch.log_softmax((teacher - centre) / self.teacher_temp, -1)
+        probs = log_probs.exp()
+        targets, mass = folded_targets(probs, identity, self.n_views, self.variant)
+    fused = student.is_cuda and _has_triton() if self.fused is None else self.fused
+    loss = _FoldedCrossEntropy.apply(student, targets, mass, self.student_temp, fused)
+    if self.training: self._follow(mean)
+    norm = self.centre.norm()
+    share = norm.square() / teacher.square().sum(-1).mean()
+    self.last = dict(loss=loss.detach(), **teacher_statistics(probs, log_probs), centre_norm=norm, centre_share=share)
+    return loss
 
-    @torch.no_grad()
-    def _follow(self, mean):
-        "Move the centre towards the mean of the step's batches, once all of them were seen."
-        self.waiting.append(mean)
-        if len(self.waiting) < self.accumulate: return
-        mean = torch.stack(self.waiting).mean(0).to(self.centre.dtype); self.waiting.clear()
-        self.centre.copy_(mean if self.centring == "batch" else self.centre.lerp(mean, 1 - self.centre_momentum))
+# %% ../../nbs/5_training/03_distill.ipynb #f2147ef3
+@patch
+@torch.no_grad()
+def _follow(self: IdentityGuidedLoss, mean):
+    "Move the centre towards the mean of the step's batches, once all of them were seen."
+    self.waiting.append(mean)
+    if len(self.waiting) < self.accumulate: return
+    mean = torch.stack(self.waiting).mean(0).to(self.centre.dtype)
+    self.waiting.clear()
+    self.centre.copy_(mean if self.centring == "batch" else self.centre.lerp(mean, 1 - self.centre_momentum))
 
-    def _views(self, student, teacher, identity):
-        "Both logits as (views, B, K), or a ValueError that says which shape does not fit."
-        B = len(identity)
-        for name, x, v in (("student", student, self.n_views), ("teacher", teacher, self.n_global)):
-            if x.shape != (v * B, self.out_dim):
-                raise ValueError(f"{name} logits {tuple(x.shape)}: {v} views of {B} images and K = {self.out_dim} need {(v * B, self.out_dim)}")
-        if identity.is_floating_point() or identity.ndim != 1: raise ValueError(f"identity must be (B,) whole numbers, got {tuple(identity.shape)} {identity.dtype}")
-        if B == 0 or identity.min() < 0: raise ValueError("identity has rows of -1 (nobody), or none: give every image the number of its person")
-        return student.unflatten(0, (-1, B)), teacher.detach().unflatten(0, (-1, B))
-
-# %% ../../nbs/5_training/03_distill.ipynb #737a5655
 def _mean_over_ranks(logits: Tensor) -> Tensor:
     "(G, B, K) -> (K,), the mean over views, images and ranks."
     total = torch.cat([logits.sum((0, 1)), logits.new_tensor([logits.shape[0] * logits.shape[1]])])
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(total)
     return total[:-1] / total[-1]
 
+# %% ../../nbs/5_training/03_distill.ipynb #1c244953
+@patch
+def _views(self: IdentityGuidedLoss, student, teacher, identity):
+    "Both logits as (views, B, K), or a ValueError that says which shape does not fit."
+    B = len(identity)
+    for name, x, views in (("student", student, self.n_views), ("teacher", teacher, self.n_global)):
+        wanted = (views * B, self.out_dim)
+        if x.shape != wanted:
+            raise ValueError(f"{name} logits {tuple(x.shape)}: {views} views of {B} images and K = {self.out_dim} "
+                             f"need {wanted}")
+    if identity.is_floating_point() or identity.ndim != 1:
+        raise ValueError(f"identity must be (B,) whole numbers, got {tuple(identity.shape)} {identity.dtype}")
+    if B == 0 or identity.min() < 0:
+        raise ValueError("identity has rows of -1 (nobody), or none: give every image the number of its person")
+    return student.unflatten(0, (-1, B)), teacher.detach().unflatten(0, (-1, B))
+
+def _check_loss(n_views, n_global, student_temp, teacher_temp, centre_momentum, variant, centre, accumulate):
+    "ValueError naming the first setting of the loss that cannot work."
+    counts = f"n_views={n_views}, n_global={n_global}"
+    if variant not in VARIANTS: raise ValueError(f"variant {variant!r}: use one of {VARIANTS}")
+    if centre not in ("ema", "batch"): raise ValueError(f"centre {centre!r}: use 'ema' or 'batch'")
+    if not 1 <= n_global <= n_views or n_views < 2:
+        raise ValueError(f"{counts}: at least 2 views, of which 1 to all are global")
+    if n_views != int(n_views) or n_global != int(n_global): raise ValueError(f"{counts}: whole numbers are needed")
+    if not 0 <= centre_momentum <= 1: raise ValueError(f"centre_momentum={centre_momentum}: between 0 and 1")
+    if accumulate > 1 and centre == "batch":
+        raise ValueError(f"centre='batch' with accumulate={accumulate}: the mean over the batch is not known "
+                         "before its last part; use accumulate=1, or centre='ema'")
+    if not (student_temp > 0 and teacher_temp > 0):
+        raise ValueError(f"temperatures must be positive, got {student_temp} and {teacher_temp}")
+
+# %% ../../nbs/5_training/03_distill.ipynb #737a5655
 def teacher_statistics(
     probs: Tensor,                   # (G, B, K) teacher probabilities
     log_probs: Tensor | None = None, # their logarithms, where they are at hand
 ) -> dict:                           # scalars in nats, between 0 and ln K
-    "Mean entropy of the outputs and entropy of the mean output; how far outputs are, on average, from uniform and from their mean."
-    outputs = probs[..., 0].numel()
+    """Mean entropy of the outputs and entropy of the mean output; how far outputs are, on average, from uniform and
+    from their mean."""
+    outputs, most = probs[..., 0].numel(), math.log(probs.shape[-1])
     if log_probs is None: mean = torch.special.entr(probs).sum() / outputs
     else: mean = -torch.dot(probs.flatten(), log_probs.flatten()) / outputs          # no logarithm a second time
     marginal = torch.special.entr(probs.mean((0, 1))).sum()
-    return dict(teacher_entropy=mean, marginal_entropy=marginal, kl_to_uniform=math.log(probs.shape[-1]) - mean, kl_to_mean=marginal - mean)
+    return dict(teacher_entropy=mean, marginal_entropy=marginal, kl_to_uniform=most - mean, kl_to_mean=marginal - mean)
 
 # %% ../../nbs/5_training/03_distill.ipynb #002eccaa
 @torch.no_grad()
@@ -249,11 +285,16 @@ def feature_rank(
 # %% ../../nbs/5_training/03_distill.ipynb #b6f5d0df
 ALARMS = dict(   # name: statistic, which side rings, threshold, what it means
     uniform=("kl_to_uniform", "below", 0.1, "the teacher's outputs are uniform: lower teacher_temp"),
-    constant=("kl_to_mean", "below", 0.1, "the teacher's outputs are the same for every image: check centre_momentum and lr"),
-    centre=("centre_share", "above", 0.99, "the teacher's logits are their centre and nothing else: the features have stopped to differ, or lr is too high"),
+    constant=("kl_to_mean", "below", 0.1,
+              "the teacher's outputs are the same for every image: check centre_momentum and lr"),
+    centre=("centre_share", "above", 0.99,
+            "the teacher's logits are their centre and nothing else: "
+            "the features have stopped to differ, or lr is too high"),
     rank=("feature_rank", "below", 1.2, "the teacher's features lie on a line: lower lr, or start from weights"),
-    student_rank=("student_rank", "below", 1.2, "the student's features lie on a line: lower lr, or start from weights"))
+    student_rank=("student_rank", "below", 1.2,
+                  "the student's features lie on a line: lower lr, or start from weights"))
 
+# %% ../../nbs/5_training/03_distill.ipynb #dc4960c2
 class CollapseWatch:
     "Reads log rows in order; an alarm rings at the `patience`-th row in a row on the wrong side."
     def __init__(self,
@@ -262,15 +303,19 @@ class CollapseWatch:
     ):
         self.after, self.patience, self.count = after, patience, dict.fromkeys(ALARMS, 0)
         self.rang = {}      # name -> images seen when it first rang
+
     def __call__(self,
         row: dict,          # `seen` and any of the statistics
     ) -> dict:              # alarms that ring in this row: name -> statistic's value
         "Look at one more row."
         ringing = {}
         for name, (key, side, threshold, _) in ALARMS.items():
-            wrong = key in row and row["seen"] > self.after and (row[key] < threshold if side == "below" else row[key] > threshold)
+            is_told = key in row and row["seen"] > self.after
+            wrong = is_told and (row[key] < threshold if side == "below" else row[key] > threshold)
             self.count[name] = self.count[name] + 1 if wrong else 0
-            if self.count[name] >= self.patience: ringing[name] = row[key]; self.rang.setdefault(name, row["seen"])
+            if self.count[name] < self.patience: continue
+            ringing[name] = row[key]
+            self.rang.setdefault(name, row["seen"])
         return ringing
 
 # %% ../../nbs/5_training/03_distill.ipynb #1485b803
@@ -281,9 +326,11 @@ def update_teacher(
     momentum: float,    # 1 keeps the teacher, 0 copies the student
 ) -> None:
     "Move every parameter of the teacher towards the student's; buffers stay the teacher's own."
-    s, t = list(student.parameters()), list(teacher.parameters())
-    if [p.shape for p in s] != [p.shape for p in t]: raise ValueError("student and teacher differ in their parameters' shapes; make the teacher by copy.deepcopy(student)")
-    torch._foreach_lerp_(t, s, 1 - momentum)
+    theirs, own = list(student.parameters()), list(teacher.parameters())
+    if [p.shape for p in theirs] != [p.shape for p in own]:
+        raise ValueError("student and teacher differ in their parameters' shapes; "
+                         "make the teacher by copy.deepcopy(student)")
+    torch._foreach_lerp_(own, theirs, 1 - momentum)
 
 # %% ../../nbs/5_training/03_distill.ipynb #48c3da09
 def momentum_schedule(
@@ -342,6 +389,7 @@ class MomentumQueue(nn.Module):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("at", torch.zeros((), dtype=torch.long))   # where the next key goes
+
     @torch.no_grad()
     def push(self,
         keys: Tensor,  # (B, dim) of this rank, unit rows
@@ -349,8 +397,10 @@ class MomentumQueue(nn.Module):
         "Overwrite the oldest keys by every rank's new ones."
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             every = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather(every, keys.contiguous()); keys = torch.cat(every)
-        size = len(self.keys); keys = keys[-size:]
+            torch.distributed.all_gather(every, keys.contiguous())
+            keys = torch.cat(every)
+        size = len(self.keys)
+        keys = keys[-size:]
         self.keys[(self.at + torch.arange(len(keys), device=keys.device)) % size] = keys.to(self.keys.dtype)
         self.at.copy_((self.at + len(keys)) % size)
 
@@ -367,19 +417,24 @@ class InfoNCELoss(nn.Module):
         if temperature <= 0: raise ValueError(f"temperature must be positive, got {temperature}")
         self.queue, self.temperature, self.last = MomentumQueue(dim, queue_size), temperature, {}
         self.accumulate, self.waiting = accumulate, []
+
     def forward(self,
         query: Tensor,  # (B, dim) the student's output, any length
         key: Tensor,    # (B, dim) the momentum encoder's output of the other view
     ) -> Tensor:        # scalar
-        "The loss; after it, in training, the keys join the queue (once in `accumulate` calls). `last` holds `loss`, `top1`."
-        if query.shape != key.shape: raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape")
+        "The loss; after it, in training, the keys join the queue (once in `accumulate` calls). `last`: `loss`, `top1`."
+        if query.shape != key.shape:
+            raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must have one shape")
+        unit = lambda x: F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
         with torch.autocast(query.device.type, enabled=False):
-            q, k = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (query, key.detach()))
-            negatives = self.queue.keys.to(q.dtype, copy=True)          # the queue changes before backward
-            logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / self.temperature
-            loss = F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long))
-        if self.training: self.waiting.append(k)
-        if len(self.waiting) == self.accumulate: self.queue.push(torch.cat(self.waiting)); self.waiting.clear()
+            query, key = unit(query), unit(key.detach())
+            negatives = self.queue.keys.to(query.dtype, copy=True)      # the queue changes before backward
+            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.T], 1) / self.temperature
+            loss = F.cross_entropy(logits, logits.new_zeros(len(query), dtype=torch.long))
+        if self.training: self.waiting.append(key)
+        if len(self.waiting) == self.accumulate:
+            self.queue.push(torch.cat(self.waiting))
+            self.waiting.clear()
         self.last = dict(loss=loss.detach(), top1=(logits.argmax(1) == 0).float().mean())
         return loss
 

@@ -7,22 +7,24 @@ __all__ = ['STRIPES', 'PARTS', 'TRIPLETS', 'GeM', 'circle_logits', 'Part', 'MGN'
 
 # %% ../../nbs/5_training/05_mgn.ipynb #38f77116
 import copy
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 # %% ../../nbs/5_training/05_mgn.ipynb #0a737560
 class GeM(nn.Module):
     "Generalised mean over positions with a learned exponent. (n, C, h, w) -> (n, C), float32."
     def __init__(self,
-                 p: float = 3.,      # where the exponent starts
-                 eps: float = 1e-6,  # values below count as this
+                 p: float | list = 3.,   # where the exponent starts; [3.] where a checkpoint keeps it in one dimension
+                 eps: float = 1e-6,      # values below count as this
                 ):
         super().__init__()
-        self.p, self.eps = nn.Parameter(torch.tensor(float(p))), eps
+        self.p, self.eps = nn.Parameter(torch.tensor(p, dtype=torch.float32)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False): return x.float().clamp_min(self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
+        with torch.autocast(x.device.type, enabled=False):
+            return x.float().clamp_min(self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
 
 # %% ../../nbs/5_training/05_mgn.ipynb #650a4345
 def circle_logits(
@@ -40,7 +42,8 @@ def circle_logits(
 
 # %% ../../nbs/5_training/05_mgn.ipynb #494f2b05
 class Part(nn.Module):
-    "GeM, reduction without bias, BatchNorm without shift, cosine classifier. (n, C, h, w) -> (n, dim) features and, in training, (n, n_ids) cosines."
+    """GeM, reduction without bias, BatchNorm without shift, cosine classifier.
+    (n, C, h, w) -> (n, dim) features and, in training, (n, n_ids) cosines."""
     def __init__(self, channels: int, n_ids: int, dim: int = 256):
         super().__init__()
         self.pool, self.reduction, self.neck = GeM(), nn.Linear(channels, dim, bias=False), nn.BatchNorm1d(dim)
@@ -54,23 +57,24 @@ class Part(nn.Module):
 
 # %% ../../nbs/5_training/05_mgn.ipynb #91f5d423
 STRIPES = dict(b1=1, b2=2, b3=3)       # branch -> stripes beside the whole map (1: none)
-PARTS = tuple(name for b, n in STRIPES.items() for name in (b, *(f"{b}{i + 1}" for i in range(n if n > 1 else 0))))      # b1, b2, b21, b22, b3, b31, b32, b33
+PARTS = tuple(name for b, n in STRIPES.items()
+              for name in (b, *(f"{b}{i + 1}" for i in range(n if n > 1 else 0))))      # b1, b2, b21, b22, b3, …, b33
 
 class MGN(nn.Module):
-    "Multiple Granularity Network (Wang et al. 2018) on a ResNet. (n, 3, h, w) -> in training {part: (feature, cosines)}, in eval mode (n, 8 dim) features."
+    """Multiple Granularity Network (Wang et al. 2018) on a ResNet.
+    (n, 3, h, w) -> in training {part: (feature, cosines)}, in eval mode (n, 8 dim) features."""
     def __init__(self,
-                 backbone: nn.Module,   # a ResNet or ResNet-IBN of `create_backbone`; its modules are taken over, not copied, where they stand once
+                 backbone: nn.Module,   # a ResNet or ResNet-IBN of `create_backbone`; modules that stand once move over
                  n_ids: int,            # training identities
                  dim: int = 256,        # values a part
                 ):
         super().__init__()
-        if not all(hasattr(backbone, n) for n in ("conv1", "layer3", "layer4")): raise ValueError(f"MGN copies the last stages of a ResNet; {getattr(backbone, 'name', type(backbone).__name__)} has none: choose a resnet or resnet_ibn backbone")
-        rows = backbone.input.height // 16
-        if rows % 6: raise ValueError(f"MGN cuts the last map into halves and thirds: {backbone.input.height} pixels are {rows} rows there; the height must be a multiple of 96, such as 384")
-        b = backbone
+        _check_backbone(backbone)
+        b, D = backbone, backbone.embed_dim
         self.stem = nn.Sequential(b.conv1, b.bn1, b.act1, b.maxpool, b.layer1, b.layer2, b.layer3[0])
-        self.branches = nn.ModuleDict({name: nn.Sequential(copy.deepcopy(b.layer3[1:]), copy.deepcopy(b.layer4), nn.BatchNorm2d(b.embed_dim)) for name in STRIPES})
-        self.parts = nn.ModuleDict({name: Part(b.embed_dim, n_ids, dim) for name in PARTS})
+        branch = lambda: nn.Sequential(copy.deepcopy(b.layer3[1:]), copy.deepcopy(b.layer4), nn.BatchNorm2d(D))
+        self.branches = nn.ModuleDict({name: branch() for name in STRIPES})
+        self.parts = nn.ModuleDict({name: Part(D, n_ids, dim) for name in PARTS})
         self.name, self.embed_dim, self.input, self.n_ids, self.dim = b.name, dim * len(PARTS), b.input, n_ids, dim
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
@@ -89,8 +93,20 @@ class MGN(nn.Module):
         "What stands still in the warm-up: everything below the parts and the branches' extra BatchNorm."
         return [self.stem, *(m for branch in self.branches.values() for m in branch[:2])]
 
+# %% ../../nbs/5_training/05_mgn.ipynb #d45b23a5
+def _check_backbone(backbone):
+    "ValueError for a network, or an image size, that MGN cannot be built on."
+    if not all(hasattr(backbone, n) for n in ("conv1", "layer3", "layer4")):
+        name = getattr(backbone, "name", type(backbone).__name__)
+        raise ValueError(f"MGN copies the last stages of a ResNet; {name} has none: "
+                         "choose a resnet or resnet_ibn backbone")
+    height, rows = backbone.input.height, backbone.input.height // 16
+    if rows % 6:
+        raise ValueError(f"MGN cuts the last map into halves and thirds: {height} pixels are {rows} rows there; "
+                         "the height must be a multiple of 96, such as 384")
+
 # %% ../../nbs/5_training/05_mgn.ipynb #6cdf626f
-TRIPLETS = (("b1",), ("b2",), ("b3",), ("b21", "b22"), ("b31", "b32", "b33"))       # features that are joined for each triplet loss
+TRIPLETS = (("b1",), ("b2",), ("b3",), ("b21", "b22"), ("b31", "b32", "b33"))       # joined for each triplet loss
 
 def smoothed_cross_entropy(
     logits: Tensor,    # (n, n_ids)
@@ -101,6 +117,7 @@ def smoothed_cross_entropy(
     n = logits.shape[1]
     return F.cross_entropy(logits.float(), pid, label_smoothing=smoothing * n / (n - 1))
 
+# %% ../../nbs/5_training/05_mgn.ipynb #5f786872
 def mgn_loss(
     out: dict,                  # of `MGN` in training
     pid: Tensor,                # (n,) identities
@@ -111,6 +128,8 @@ def mgn_loss(
     triplet_weight: float = 1., # of the mean of the five
 ) -> tuple[Tensor, dict]:       # the loss, and its two sums
     "Mean over parts of the classification loss, plus the mean of five triplet losses."
-    ce = sum(smoothed_cross_entropy(circle_logits(cosine, pid, scale, margin), pid, smoothing) for _, cosine in out.values()) / len(out)
-    pulled = sum(triplet(torch.cat([out[name][0] for name in names], 1), pid) for names in TRIPLETS) / len(TRIPLETS)
+    def classified(cosine): return smoothed_cross_entropy(circle_logits(cosine, pid, scale, margin), pid, smoothing)
+    ce = sum(classified(cosine) for _, cosine in out.values()) / len(out)
+    joined = (torch.cat([out[name][0] for name in names], 1) for names in TRIPLETS)
+    pulled = sum(triplet(features, pid) for features in joined) / len(TRIPLETS)
     return ce + triplet_weight * pulled, dict(cross_entropy=ce.detach(), triplet=pulled.detach())

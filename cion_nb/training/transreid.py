@@ -7,8 +7,10 @@ __all__ = ['jigsaw_groups', 'TransReID', 'transreid_loss']
 
 # %% ../../nbs/5_training/06_transreid.ipynb #8d18b0e8
 import copy
+
 import torch
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import nn, Tensor
 
 # %% ../../nbs/5_training/06_transreid.ipynb #1d2e37b7
 def jigsaw_groups(
@@ -17,8 +19,10 @@ def jigsaw_groups(
     shift: int = 5,     # m: patches that move from the beginning to the end
     shuffle: int = 2,   # sequences that are interleaved
 ) -> list[Tensor]:      # `groups` tensors (n, N' // groups, D)
-    "JPM's groups (He et al. 2021, Sec. 3.2). N' is N, made divisible by `shuffle` by repeats of the last patch; what `groups` leaves over sits out. ValueError for fewer patches than groups."
-    if patches.shape[1] < groups: raise ValueError(f"{patches.shape[1]} patches cannot make {groups} groups: use a larger image")
+    """JPM's groups (He et al. 2021, Sec. 3.2). N' is N, made divisible by `shuffle` by repeats of the last patch; what
+    `groups` leaves over sits out. ValueError for fewer patches than groups."""
+    if patches.shape[1] < groups:
+        raise ValueError(f"{patches.shape[1]} patches cannot make {groups} groups: use a larger image")
     x = patches.roll(-shift, 1)
     if short := -x.shape[1] % shuffle: x = torch.cat([x, x[:, -1:].expand(-1, short, -1)], 1)
     x = x.unflatten(1, (shuffle, -1)).transpose(1, 2).flatten(1, 2)
@@ -26,7 +30,8 @@ def jigsaw_groups(
 
 # %% ../../nbs/5_training/06_transreid.ipynb #2ceba61d
 class TransReID(nn.Module):
-    "ViT with JPM and SIE (He et al. 2021). (n, 3, h, w), camera numbers (n,) -> in training features and logits, five each; in eval mode (n, 5 D) features."
+    """ViT with JPM and SIE (He et al. 2021). (n, 3, h, w), camera numbers (n,) -> in training features and logits, five
+    each; in eval mode (n, 5 D) features."""
     def __init__(self,
                  backbone: nn.Module,       # a vit_* or standard_vit_* of `create_backbone`; taken over, not copied
                  n_ids: int,                # training identities
@@ -36,40 +41,60 @@ class TransReID(nn.Module):
                  shift: int = 5,            # JPM's m
                 ):
         super().__init__()
-        if not all(hasattr(backbone, n) for n in ("blocks", "cls_token", "patch_embed")): raise ValueError(f"TransReID needs a ViT with a class token; {getattr(backbone, 'name', type(backbone).__name__)} is none: choose a vit or standard_vit backbone")
+        _check_vit(backbone)
         b, D = backbone, backbone.embed_dim
         last = nn.Sequential(b.blocks[-1], b.norm)
         self.whole, self.group = last, copy.deepcopy(last) if jpm else None
         b.blocks, b.norm = b.blocks[:-1], nn.Identity()
         self.vit, self.n_groups, self.shift, self.camera_weight = b, 4 if jpm else 0, shift, camera_weight
-        self.camera = nn.Parameter(nn.init.trunc_normal_(torch.empty(n_cameras, 1, D), std=.02)) if n_cameras else None
+        cameras = torch.empty(n_cameras, 1, D)
+        self.camera = nn.Parameter(nn.init.trunc_normal_(cameras, std=.02)) if n_cameras else None
         self.necks = nn.ModuleList(nn.BatchNorm1d(D) for _ in range(1 + self.n_groups))
         self.classifiers = nn.ModuleList(nn.Linear(D, n_ids, bias=False) for _ in self.necks)
-        for neck, classifier in zip(self.necks, self.classifiers): neck.bias.requires_grad_(False); nn.init.normal_(classifier.weight, std=.001)
+        for neck in self.necks: neck.bias.requires_grad_(False)
+        for classifier in self.classifiers: nn.init.normal_(classifier.weight, std=.001)
         self.name, self.embed_dim, self.input, self.n_ids = b.name, D * (1 + self.n_groups), b.input, n_ids
         self.column_sizes = dict(camid=n_cameras) if n_cameras else {}
         self.columns = tuple(self.column_sizes)                                    # what forward takes beside images
-
-    def tokens(self, x: Tensor, camid: Tensor | None) -> Tensor:
-        "(n, 1 + N, D) before the last block."
-        v = self.vit
-        x = v._pos_embed(v.patch_embed(x))
-        if self.camera is not None:
-            if camid is None: raise ValueError("this model knows cameras (SIE): pass the images' camera numbers as a second argument")
-            if not torch.compiler.is_compiling() and bool(((camid < 0) | (camid >= len(self.camera))).any()): raise ValueError(f"camera {int(camid[(camid < 0) | (camid >= len(self.camera))][0])} has no embedding: the model was trained with cameras 0 to {len(self.camera) - 1}; set sie=false for unknown cameras")
-            x = x + self.camera_weight * self.camera[camid]
-        x = v.norm_pre(v.patch_drop(x))
-        if not (v.grad_checkpointing and self.training): return v.blocks(x)
-        from timm.models import checkpoint_seq
-        return checkpoint_seq(v.blocks, x)
 
     def forward(self, x: Tensor, camid: Tensor | None = None):
         x = self.tokens(x, camid)
         features, prefix = [self.whole(x)[:, 0]], self.vit.num_prefix_tokens
         if self.group is not None:
-            features += [self.group(torch.cat([x[:, :1], g], 1))[:, 0] for g in jigsaw_groups(x[:, prefix:], self.n_groups, self.shift)]
+            for patches in jigsaw_groups(x[:, prefix:], self.n_groups, self.shift):
+                features.append(self.group(torch.cat([x[:, :1], patches], 1))[:, 0])
         if not self.training: return torch.cat([features[0], *(f / self.n_groups for f in features[1:])], 1)
         return features, [classify(neck(f)) for f, neck, classify in zip(features, self.necks, self.classifiers)]
+
+# %% ../../nbs/5_training/06_transreid.ipynb #8e6cad61
+@patch
+def tokens(self: TransReID, x: Tensor, camid: Tensor | None) -> Tensor:
+    "(n, 1 + N, D) before the last block."
+    vit = self.vit
+    x = vit._pos_embed(vit.patch_embed(x))
+    if self.camera is not None:
+        _check_cameras(camid, len(self.camera))
+        x = x + self.camera_weight * self.camera[camid]
+    x = vit.norm_pre(vit.patch_drop(x))
+    if not (vit.grad_checkpointing and self.training): return vit.blocks(x)
+    from timm.models import checkpoint_seq
+    return checkpoint_seq(vit.blocks, x)
+
+def _check_cameras(camid, n_cameras):
+    "ValueError for images without a camera that the model knows (not asked in a compiled model: it would wait)."
+    if camid is None:
+        raise ValueError("this model knows cameras (SIE): pass the images' camera numbers as a second argument")
+    if torch.compiler.is_compiling(): return
+    is_strange = (camid < 0) | (camid >= n_cameras)
+    if bool(is_strange.any()):
+        raise ValueError(f"camera {int(camid[is_strange][0])} has no embedding: the model was trained with "
+                         f"cameras 0 to {n_cameras - 1}; set sie=false for unknown cameras")
+
+def _check_vit(backbone):
+    "ValueError for a network that is not one."
+    if all(hasattr(backbone, part) for part in ("blocks", "cls_token", "patch_embed")): return
+    name = getattr(backbone, "name", type(backbone).__name__)
+    raise ValueError(f"TransReID needs a ViT with a class token; {name} is none: choose a vit or standard_vit backbone")
 
 # %% ../../nbs/5_training/06_transreid.ipynb #6ae9bfd7
 def transreid_loss(
@@ -80,7 +105,11 @@ def transreid_loss(
     triplet,            # (features, pid) -> scalar
     triplet_weight: float = 1.,
 ) -> tuple[Tensor, dict]: # the loss, and its two sums
-    "Half the whole's and half the groups' mean, for each of the two losses; the whole's alone where there are no groups."
-    def half(values): return values[0] if len(values) == 1 else (values[0] + sum(values[1:]) / (len(values) - 1)) / 2
-    ce, pulled = half([cross_entropy(l.float(), pid) for l in logits]), half([triplet(f, pid) for f in features])
+    """Half the whole's and half the groups' mean, for each of the two losses; the whole's alone where there are no
+    groups."""
+    def half(values):
+        whole, *groups = values
+        return (whole + sum(groups) / len(groups)) / 2 if groups else whole
+    ce = half([cross_entropy(l.float(), pid) for l in logits])
+    pulled = half([triplet(f, pid) for f in features])
     return ce + triplet_weight * pulled, dict(cross_entropy=ce.detach(), triplet=pulled.detach())
