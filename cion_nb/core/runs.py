@@ -119,7 +119,8 @@ def _images_print(table):
 
 def run_hash(recipe: dict) -> str:
     "Hash of a recipe, of the files it names, and of the same for every recipe nested in it; a run resumed with other `UNHASHED` values is the same run."
-    kept = {k: v for k, v in recipe.items() if k not in UNHASHED and k not in as_before(recipe)}
+    left_out = as_before(recipe).union(UNHASHED)
+    kept = {k: v for k, v in recipe.items() if k not in left_out}
     flat = {k: run_hash(v) if isinstance(v, dict) and "stage" in v else v for k, v in kept.items()}
     named = {k: str(v) for k, v in recipe.items() if isinstance(v, (str, Path))}
     inputs = {k: _input_print(v) for k, v in named.items() if k in INPUTS and v != "imagenet" or k == "data" and v.endswith(".parquet")}

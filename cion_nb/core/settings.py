@@ -12,6 +12,7 @@ import copy
 import difflib
 import inspect
 import json
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -68,10 +69,18 @@ class Settings(BaseModel):
     methods: ClassVar[dict[str, dict]] = {}    # method -> values
 
     @classmethod
-    def names(cls) -> list[str]:
+    @cache
+    def names(cls) -> tuple[str, ...]:
         "The settings in their order."
         bases = [name for base in cls.__bases__ if issubclass(base, Settings) for name in base.names()]
-        return [name for name in dict.fromkeys([*bases, *inspect.get_annotations(cls)]) if name in cls.model_fields]
+        return tuple(name for name in dict.fromkeys([*bases, *inspect.get_annotations(cls)]) if name in cls.model_fields)
+
+    @classmethod
+    @cache
+    def later(cls) -> dict:
+        "Settings that came later than the first runs, and the values that leave results as they were."
+        about = {name: cls.model_fields[name].json_schema_extra for name in cls.names()}
+        return {name: said["since"] for name, said in about.items() if "since" in said}
 
     @classmethod
     def again(cls, name: str, default, source: str):
@@ -176,10 +185,9 @@ def as_before(
     "Settings that came later than the first runs, where they leave the result of this recipe as it was without them."
     if recipe.get("stage") not in STAGES: return set()
     known = settings_class(recipe["stage"])
-    about = {name: known.model_fields[name].json_schema_extra for name in known.names() if name in recipe}
-    later = {name for name, said in about.items() if "since" in said}
+    later = {name: since for name, since in known.later().items() if name in recipe}
     unread = known.unread(recipe) if later else set()
-    return {name for name in later if name in unread or recipe[name] == about[name]["since"]}
+    return {name for name, since in later.items() if name in unread or recipe[name] == since}
 
 # %% ../../nbs/0_core/01_settings.ipynb #48caf989
 def describe(
