@@ -20,10 +20,10 @@ from cion_nb.core.store import Features
 from cion_nb.models.features import embed, extract
 from cion_nb.training.finetune import (
     batch_hard_triplet, BestSoFar, BNNeck, finetune, FineTuning, held_out_score, load_finetuned, make_backbone,
-    make_model, part_of, save_finetuned)
+    make_model, part_of, released_finetuning, save_finetuned)
 from cion_nb.training.mgn import MGN, mgn_loss, PARTS, STRIPES, TRIPLETS
 from cion_nb.companion.claims import paper
-from cion_nb.core.settings import recipe, released_finetuning
+from cion_nb.core.settings import recipe
 from cion_nb.core.runs import licence, made_from, Run
 from cion_nb.core.samples import read_samples, write_samples
 from cion_nb.companion.score import load_model, score
@@ -367,7 +367,7 @@ def test_two_processes_fine_tune(people, runs, tmp_path):
 # Bad input
 
 @pytest.mark.parametrize("changes,word", [(dict(method="mgnn"), "did you mean 'mgn'"), (dict(jpm=True), "belong to method='transreid'"), (dict(few_ids=1.5), "at most 1"), (dict(held_out=1.), "below 1"),
-                                          (dict(erasing_fill="white"), "choose pixel"), (dict(method="mgn", image_size=[64, 32]), "multiple of 96"), (dict(method="mgn", backbone="vit_tiny"), "ResNet"),
+                                          (dict(erasing_fill="white"), "choose 'pixel'"), (dict(method="mgn", image_size=[64, 32]), "multiple of 96"), (dict(method="mgn", backbone="vit_tiny"), "ResNet"),
                                           (dict(method="transreid", backbone="resnet18", overlap=False, drop_path=None), "class token"), (dict(overlap=True), "no convolutional patch stem"), (dict(drop_path=.1, backbone="ghostnet_0_5"), "no drop path"), (dict(protocol="markt"), "is none of"),
                                           (dict(keep_list="/nowhere.txt"), "nowhere.txt")])
 def test_what_cannot_work_is_named(people, runs, changes, word):

@@ -21,7 +21,7 @@ from cion_nb.training.distill import CollapseWatch, ProjectionHead
 from cion_nb.training.engine import _trim_log, fit, Position, warmup_cosine
 from cion_nb.training.pretrain import Distillation, equal_budget, identity_labels, pretrain, WatchedRun
 from cion_nb.companion.reproduce import make_run, make_runs, plan, STAGES
-from cion_nb.core.settings import METHODS, recipe, table5
+from cion_nb.core.settings import recipe, table5
 from cion_nb.core.runs import MissingRun, Run
 from cion_nb.core.samples import make_samples, read_samples, write_samples
 from cion_nb.training.views import normalise
@@ -135,7 +135,7 @@ def test_lup_style_is_its_released_scripts():
 
 def test_a_recipes_erasing_reaches_the_views(people, runs):
     for rule in ("zhong", "timm"): assert pretrain_room.MomentumContrast(asked(people, "lup", erasing_rule=rule)).views.recipe["erase_rule"] == rule
-    with pytest.raises(ValueError, match="erase_rule='tim'"): pretrain(asked(people, "lup", erasing_rule="tim"))
+    with pytest.raises(ValueError, match="erasing_rule='tim': choose 'zhong' or 'timm'"): pretrain(asked(people, "lup", erasing_rule="tim"))
 
 
 def test_fit_is_dinos_loop(people, runs):
@@ -484,7 +484,7 @@ def test_identities_of_other_data_are_refused(people, runs):
     with pytest.raises(ValueError, match="other data"): identity_labels(read_samples(people), run.recipe)
 
 
-@pytest.mark.parametrize("changes,word", [(dict(optimizer="adamm"), "has sgd"), (dict(epochs=0), "must be positive"), (dict(batch_size=0), "must be positive")])
+@pytest.mark.parametrize("changes,word", [(dict(optimizer="adamm"), "choose 'sgd' or 'adam'"), (dict(epochs=0), "must be positive"), (dict(batch_size=0), "must be positive")])
 def test_settings_that_cannot_work_are_refused(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): finetune(recipe("finetune", "tiny", data=str(people), **changes))
 

@@ -142,7 +142,8 @@ def check_values(
     else: return
     needs = {}
     for error in errors: needs.setdefault(error["loc"][0], {})[_needed(error)] = None
-    raise ValueError("; ".join(f"{stage} setting {name}={values[name]!r}: {' or '.join(said)}" for name, said in needs.items()))
+    told = {name: " or ".join(said).replace(" is needed or ", " or ") for name, said in needs.items()}
+    raise ValueError("; ".join(f"{stage} setting {name}={values[name]!r}: {said}" for name, said in told.items()))
 
 # %% ../../nbs/0_core/01_settings.ipynb #3df7eaa9
 def settings_class(stage: str) -> type[Settings]:

@@ -92,7 +92,7 @@ class BatchSettings(Settings):
     "How a batch is composed, and what follows its gradient."
     k: Count = setting(4, "images a person, or a cluster, in a batch", "released configs")
     optimizer: Literal["sgd", "adam"] = setting("sgd", "the optimizer", "released configs")
-    momentum: Share = setting(0.9, "of SGD", "released configs")
+    momentum: Share = setting(0.9, "momentum of SGD", "released configs")
 
 class RateSettings(Settings):
     "The learning rate: linear warm-up, a level, half a cosine."
