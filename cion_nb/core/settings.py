@@ -24,7 +24,7 @@ from .files import project_root
 
 # %% ../../nbs/0_core/01_settings.ipynb #e4560733
 PROFILES = ("smoke", "tiny", "small", "paper")
-# Where each stage lives: imported when it is asked for, by name, and by nobody above it (the one exception to the order of folders).
+# Where each stage lives: imported when it is asked for, by this name; the one exception to the order of folders.
 STAGES = dict(world="data/film", extract="models/features", denoise="identities/denoise", pretrain="training/pretrain",
               finetune="training/finetune", usl="training/cluster_contrast", uda="training/cluster_contrast")
 TRAININGS = ("pretrain", "finetune", "usl", "uda")
@@ -73,7 +73,8 @@ class Settings(BaseModel):
     def names(cls) -> tuple[str, ...]:
         "The settings in their order."
         bases = [name for base in cls.__bases__ if issubclass(base, Settings) for name in base.names()]
-        return tuple(name for name in dict.fromkeys([*bases, *inspect.get_annotations(cls)]) if name in cls.model_fields)
+        once = dict.fromkeys([*bases, *inspect.get_annotations(cls)])
+        return tuple(name for name in once if name in cls.model_fields)
 
     @classmethod
     @cache
@@ -110,9 +111,10 @@ class Settings(BaseModel):
         return set()
 
 # %% ../../nbs/0_core/01_settings.ipynb #42615646
-_NEEDED = dict(int_type="a whole number is needed", float_type="a number is needed", bool_type="true or false is needed",
-               string_type="text is needed", list_type="a list is needed", dict_type="a recipe (named values) is needed",
-               finite_number="a finite number is needed")
+_NEEDED = dict(
+    int_type="a whole number is needed", float_type="a number is needed", finite_number="a finite number is needed",
+    bool_type="true or false is needed", string_type="text is needed", list_type="a list is needed",
+    dict_type="a recipe (named values) is needed")
 _COUNTS = {2: "two", 3: "three"}
 
 def _needed(error: dict) -> str:
@@ -193,7 +195,7 @@ def as_before(
 # %% ../../nbs/0_core/01_settings.ipynb #48caf989
 def describe(
     stage: str,
-) -> "pd.DataFrame":   # one row a setting: type, range, meaning, source, and its value in each profile
+) -> "pd.DataFrame":   # one row a setting: type, range, meaning, its value in each profile, source
     "The settings of a stage as a table."
     import pandas as pd
     known, recipes = settings_class(stage), {profile: recipe(stage, profile) for profile in reversed(PROFILES)}
@@ -202,14 +204,16 @@ def describe(
     for name in known.names():
         about = schema[name]
         limits = ", ".join(known.methods) if name == "method" else _range_text(about)
-        told = dict(setting=name, type=_type_text(about), range=limits, meaning=about["description"], source=about["source"])
-        rows.append(told | {profile: _value_text(made[name]) for profile, made in recipes.items()})
+        told = dict(setting=name, type=_type_text(about), range=limits, meaning=about["description"])
+        values = {profile: _value_text(made[name]) for profile, made in recipes.items()}
+        rows.append(told | values | dict(source=about["source"]))
     return pd.DataFrame(rows)
 
 def _type_text(schema: dict) -> str:
     "A type of the JSON schema in words."
-    if "anyOf" in schema: return " or ".join(_type_text(kind) for kind in schema["anyOf"]).replace("named values", "recipe")
-    words = dict(integer="whole number", number="number", string="text", boolean="true or false", null="none", object="named values")
+    if "anyOf" in schema: return " or ".join(map(_type_text, schema["anyOf"])).replace("named values", "recipe")
+    words = dict(integer="whole number", number="number", string="text", boolean="true or false", null="none",
+                 object="named values")
     if schema.get("type") == "array": return f"list of {_type_text(schema['items'])}s".replace("texts", "text")
     return words[schema["type"]]
 
@@ -225,8 +229,10 @@ def _range_text(schema: dict) -> str:
 
 def _value_text(value) -> str:
     "A value as JSON; a nested recipe by its stage."
-    if isinstance(value, dict) and "stage" in value: return f"{value['stage']} {value['bank']}" if value["stage"] == "world" else f"a run of {value['stage']}"
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str): return value
+    if value is None: return "none"
+    if not isinstance(value, dict) or "stage" not in value: return json.dumps(value)
+    return f"world {value['bank']}" if value["stage"] == "world" else f"a run of {value['stage']}"
 
 # %% ../../nbs/0_core/01_settings.ipynb #e46b1290
 def table5() -> "pd.DataFrame":

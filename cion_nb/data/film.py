@@ -49,14 +49,15 @@ class Video:
 # %% ../../nbs/1_data/06_film.ipynb #c8fb02f4
 class WorldSettings(Settings):
     "The embedded data set: `make_world(size, seed, bank=bank, **values)`, rendered."
-    size: Literal["tiny", "small", "paper"] = setting("paper", "how many people, cameras and images: a key of `PROFILES` of this room")
+    size: Literal["tiny", "small", "paper"] = setting(
+        "paper", "how many people, cameras and images: a key of `PROFILES` of this room")
     seed: Whole = setting(0, "whom and what is drawn; replicates of an experiment are worlds of other seeds")
     bank: Literal["A", "B"] = setting("A", "which streets, light and cameras; B never lends anything to A")
     values: dict = setting({}, "values of the world's profile to change, such as company=0.5")
 
+_THUMBNAIL = dict(pretrain_people=8, appearances=2, walks_per_video=4, train_people=8, test_people=6, distractors=12)
 WorldSettings.profiles = dict(
-    small=dict(size="small"), tiny=dict(size="tiny"),
-    smoke=dict(size="tiny", values=dict(pretrain_people=8, appearances=2, walks_per_video=4, train_people=8, test_people=6, distractors=12)))
+    small=dict(size="small"), tiny=dict(size="tiny"), smoke=dict(size="tiny", values=_THUMBNAIL))
 
 # %% ../../nbs/1_data/06_film.ipynb #eaca80fe
 @dataclass

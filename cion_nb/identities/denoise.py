@@ -37,20 +37,27 @@ from ..core.settings import Count, setting, Settings, Whole
 class DenoiseSettings(Settings):
     "Progressive multi-level denoising, Eq. 4-7."
     features: dict = setting(dict(stage="extract"), "the run whose features and table are denoised", "CION Sec. 3.2")
-    sigma_cst: float = setting(0.20, "how far an image may lie from the mean of its tracklet (cosine distance)", "Eq. 4-5; value Sec. 4.1", ge=0, le=2)
-    sigma_drm: float = setting(0.18, "how near two identities must lie to be one (cosine distance)", "Eq. 6-7; value Sec. 4.1", ge=0, le=2)
-    half_width: Whole | None = setting(1000, "positions to either side that an identity is compared with; none: all", "Eq. 7; value Sec. 4.1")
-    levels: list[Literal["tracklet", "video", "cross"]] = setting(["tracklet", "video", "cross"], "which levels run, in this order", "CION Sec. 3.2")
-    link: Literal["threshold", "reciprocal"] = setting("threshold", "how Eq. 6-7 link: by the threshold, or by k-reciprocal neighbours", "Eq. 6-7")
+    sigma_cst: float = setting(
+        0.20, "how far an image may lie from the mean of its tracklet (cosine)", "Eq. 4-5; value Sec. 4.1", ge=0, le=2)
+    sigma_drm: float = setting(
+        0.18, "how near two identities must lie to be one (cosine)", "Eq. 6-7; value Sec. 4.1", ge=0, le=2)
+    half_width: Whole | None = setting(
+        1000, "positions to either side that an identity is compared with; none: all", "Eq. 7; value Sec. 4.1")
+    levels: list[Literal["tracklet", "video", "cross"]] = setting(
+        ["tracklet", "video", "cross"], "which levels run, in this order", "CION Sec. 3.2")
+    link: Literal["threshold", "reciprocal"] = setting(
+        "threshold", "how Eq. 6-7 link: by the threshold, or by k-reciprocal neighbours", "Eq. 6-7")
     k1: int = setting(10, "reciprocal links: neighbours of a list, itself included", ge=3)
     k2: Count = setting(3, "reciprocal links: neighbours of the local mean")
     eps: float = setting(0.4, "reciprocal links: the largest Jaccard distance that links", gt=0, lt=1)
     min_samples: Count = setting(2, "reciprocal links: a core point has so many within eps, itself included")
-    centre: Literal["video"] | None = setting(None, "video: compare centroids without what the tracklets of a video have in common")
+    centre: Literal["video"] | None = setting(
+        None, "video: compare centroids without what the tracklets of a video have in common")
     cannot_link: Literal["frames"] | None = setting(None, "frames: tracklets seen together never end in one identity")
 
 DenoiseSettings.profiles = dict(
-    small=dict(sigma_cst=0.558, sigma_drm=0.125, half_width=None, link="reciprocal", k1=10, k2=3, eps=0.3, min_samples=2, centre="video"),
+    small=dict(sigma_cst=0.558, sigma_drm=0.125, half_width=None,
+               link="reciprocal", k1=10, k2=3, eps=0.3, min_samples=2, centre="video"),
     tiny=dict(sigma_cst=0.5, sigma_drm=0.2), smoke=dict(sigma_cst=0.5, sigma_drm=0.2))
 
 # %% ../../nbs/3_identities/08_denoise.ipynb #3abf38ec

@@ -31,18 +31,22 @@ from .precision import trust_inference
 # %% ../../nbs/2_models/05_features.ipynb #4e84da89
 class ExtractSettings(Settings):
     "Features of a table of images by a run's model, or by a file of `save_backbone`."
-    data: str | dict = setting("cion_al", "the images: a data set's name, a samples .parquet, or a world's recipe", "CION Sec. 4.1")
+    data: str | dict = setting(
+        "cion_al", "the images: a data set's name, a samples .parquet, or a world's recipe", "CION Sec. 4.1")
     data_root: str | None = setting(None, "the folder that holds a named data set; none: beside its table")
     annotation: str | None = setting(None, "of cion_al: the JSON list of identities and files")
-    subset: Literal["tracklets", "train", "test"] = setting("tracklets", "which images of the data set", "CION Sec. 3.2")
-    model: str | dict | None = setting(None, "the extractor: a run's recipe, or a file (the paper's is a ViT-B fine-tuned on UFine6926)", "CION Sec. 4.1")
+    subset: Literal["tracklets", "train", "test"] = setting(
+        "tracklets", "which images of the data set", "CION Sec. 3.2")
+    model: str | dict | None = setting(
+        None, "the extractor: a run's recipe, or a file", "CION Sec. 4.1: ViT-B fine-tuned on UFine6926, not released")
     flip: bool = setting(False, "average with the features of the mirrored images")
     batch_size: Count = setting(256, "images that go through the model together")
     precision: Literal["float16", "float32"] = setting("float16", "numbers of the stored rows")
 
 _OF_WORLD_B = dict(stage="finetune", data=dict(stage="world", bank="B"), feature="after_neck")   # it never saw world A
+_OF_MANY = _OF_WORLD_B | dict(backbone="resnet18_ibn", epochs=20, images_per_epoch=1600, warmup_epochs=2)
 ExtractSettings.profiles = dict(
-    small=dict(data=dict(stage="world", bank="A"), model=_OF_WORLD_B | dict(backbone="resnet18_ibn", epochs=20, images_per_epoch=1600, warmup_epochs=2)),
+    small=dict(data=dict(stage="world", bank="A"), model=_OF_MANY),
     tiny=dict(data=dict(stage="world", bank="A"), model=_OF_WORLD_B | dict(epochs=30, warmup_epochs=3)),
     smoke=dict(data=dict(stage="world", bank="A"), model=_OF_WORLD_B))
 

@@ -21,8 +21,9 @@ from ..core.weights import checkpoint_metadata, fill_module
 from .engine import (
     BudgetSettings, budget, DataSettings, fit, MachineSettings, NetworkSettings, Task, to_channels_last)
 from ..data.datasets import read_data
-from .finetune import (
-    BatchSettings, ColourSettings, CropSettings, make_backbone, of_all_ranks, ScoreSettings, StartSettings, test_model, test_set)
+from cion_nb.training.finetune import (
+    BatchSettings, ColourSettings, CropSettings, make_backbone, of_all_ranks, ScoreSettings, StartSettings, test_model,
+    test_set)
 from ..identities.neighbours import cluster, CLUSTERERS, knn_part, merge_neighbours, Neighbours
 from ..identities.truth import identity_scores
 from ..core.files import atomic
@@ -34,17 +35,21 @@ from .views import embed_rows, erase_, ImageStore, normalise, TrainTransform
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #81287a8a
 class PoolingSettings(Settings):
     "From a map to a feature."
-    pooling: Literal["auto", "gem", "backbone"] = setting("auto", "GeM, or the backbone's own; auto: GeM for ResNets", "released scripts")
+    pooling: Literal["auto", "gem", "backbone"] = setting(
+        "auto", "GeM, or the backbone's own; auto: GeM for ResNets", "released scripts")
 
 class ClusterSettings(Settings):
     "Clusters, and the memory of them."
-    k1: Count = setting(30, "neighbours of the k-reciprocal sets, the point itself included", "released script's default")
+    k1: Count = setting(
+        30, "neighbours of the k-reciprocal sets, the point itself included", "released script's default")
     k2: Count = setting(6, "neighbours of the local mean", "released script's default")
-    clusterer: Literal["dbscan", "hdbscan"] = setting("dbscan", "how images are clustered by Jaccard distance", "released code")
+    clusterer: Literal["dbscan", "hdbscan"] = setting(
+        "dbscan", "how images are clustered by Jaccard distance", "released code")
     eps: PositiveShare = setting(0.6, "DBSCAN: images this near are neighbours", "released scripts: 0.7 on MSMT17")
     min_samples: Count = setting(4, "a core point has so many within eps, itself included", "released code")
     probes: Count | None = setting(None, "lists of an approximate search that are looked into; none: an exact search")
-    memory_update: Literal["hard", "each", "mean", "random"] = setting("hard", "which image of a cluster moves its entry: the least similar, each, the mean, any", "released scripts: --use-hard")
+    memory_update: Literal["hard", "each", "mean", "random"] = setting(
+        "hard", "which image of a cluster moves its entry: the least similar, each, …", "released scripts: --use-hard")
     memory_momentum: Share = setting(0.2, "share of the old entry that stays", "released script's default")
     temperature: Positive = setting(0.05, "of the softmax over the clusters", "released script's default")
 
@@ -57,28 +62,34 @@ class StepSettings(Settings):
 
 class NormSettings(Settings):
     "BatchNorm, and the tests on the way."
-    ghost_bn: int | None = setting(64, "images that share BatchNorm statistics; none: those of a process", "released scripts: 4 GPUs (2 on MSMT17)", ge=2)
+    ghost_bn: int | None = setting(
+        64, "images that share BatchNorm statistics; none: a process's", "released scripts: 4 GPUs (2 on MSMT17)", ge=2)
     sync_bn: bool = MachineSettings.again("sync_bn", False, "released code: DataParallel")
-    test_every: Whole = setting(10, "epochs between tests, to look at and never to choose by; 0: none", "released scripts: 50 on MSMT17")
+    test_every: Whole = setting(
+        10, "epochs between tests, to look at and never to choose by; 0: none", "released scripts: 50 on MSMT17")
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #29b677f3
 def released_clustering(
     backbone: str,
     data: str = "market1501",  # or "msmt17"
 ) -> dict:
-    "In what the released scripts differ by data set, and the drop path of their ViTs (the script's default; no script runs them)."
+    "In what the released scripts differ by data set, and the drop path of their ViTs (a default; no script runs them)."
     by_data = dict(eps=0.7, ghost_bn=128, test_every=50) if data == "msmt17" else {}
     return by_data | (dict(drop_path=0.3) if backbone.startswith("vit") else {})
 
-class UslSettings(DataSettings, ScoreSettings, NetworkSettings, StartSettings, PoolingSettings, ColourSettings, ClusterSettings, BudgetSettings,
-                  BatchSettings, StepSettings, CropSettings, NormSettings, MachineSettings):
+class UslSettings(
+    DataSettings, ScoreSettings, NetworkSettings, StartSettings, PoolingSettings, ColourSettings, ClusterSettings,
+    BudgetSettings, BatchSettings, StepSettings, CropSettings, NormSettings, MachineSettings,
+):
     "Cluster contrast without labels."
     epochs: Count = BudgetSettings.again("epochs", 50, "released script's default")
-    images_per_epoch: Count = setting(51200, "images between two clusterings, a multiple of batch_size", "released scripts: 200 steps of 256")
+    images_per_epoch: Count = setting(
+        51200, "images between two clusterings, a multiple of batch_size", "released scripts: 200 steps of 256")
     batch_size: Count = BudgetSettings.again("batch_size", 256, "released scripts")
     k: Count = BatchSettings.again("k", 8, "released scripts")
     erasing_rule: Literal["zhong", "timm"] = CropSettings.again("erasing_rule", "zhong", "released code")
-    erasing_fill: list[float] = setting([0.485, 0.456, 0.406], "what the box is filled with, after normalising: a number a colour", "released code", length=3)
+    erasing_fill: list[float] = setting(
+        [0.485, 0.456, 0.406], "what the box is filled with: a number a colour, normalised", "released code", length=3)
     interpolation: Literal["bilinear", "bicubic"] = CropSettings.again("interpolation", "bicubic", "released code")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = MachineSettings.again("precision", "fp32", "released code")
     seed: Whole = MachineSettings.again("seed", 1, "released script's default")
@@ -91,19 +102,20 @@ class UslSettings(DataSettings, ScoreSettings, NetworkSettings, StartSettings, P
 
 class UdaSettings(UslSettings):
     "The same from a network that was fine-tuned on another, labelled data set."
-    weights: str | dict | None = setting(None, "what it starts from: the recipe of a fine-tuning on the source, or a file", "CION Sec. 4.1")
+    weights: str | dict | None = setting(
+        None, "what it starts from: the recipe of a fine-tuning on the source, or a file", "CION Sec. 4.1")
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #291b738b
-_TINY = dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], k1=12, k2=3, epochs=10, images_per_epoch=640,
-             batch_size=64, k=4, optimizer="adam", lr=1e-3, lr_step=6, ghost_bn=None, weights=dict(stage="pretrain"), pad=3, erasing=0.0,
-             interpolation="bilinear", test_every=2, precision="auto", workers=0, checkpoint_minutes=2, seed=0)
+_SHORT = dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", weights=dict(stage="pretrain"),
+              batch_size=64, optimizer="adam", lr=1e-3, ghost_bn=None, precision="auto", workers=0)
+_TINY = _SHORT | dict(image_size=[64, 32], k1=12, k2=3, epochs=10, images_per_epoch=640, k=4, lr_step=6, pad=3,
+                      erasing=0.0, interpolation="bilinear", test_every=2, checkpoint_minutes=2, seed=0)
 UslSettings.profiles = dict(
-    small=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[128, 64], k1=20, k2=4, epochs=20, images_per_epoch=3200,
-               batch_size=64, optimizer="adam", lr=1e-3, lr_step=12, ghost_bn=None, weights=dict(stage="pretrain"), pad=5, precision="auto",
-               workers=0, checkpoint_minutes=5),
+    small=_SHORT | dict(image_size=[128, 64], k1=20, k2=4, epochs=20, images_per_epoch=3200, lr_step=12, pad=5,
+                        checkpoint_minutes=5),
     tiny=_TINY, smoke=_TINY | dict(epochs=2, images_per_epoch=64, batch_size=16, min_samples=2, test_every=0))
 _OF_THE_SOURCE = dict(stage="finetune", data=dict(stage="world", bank="B"), weights=dict(stage="pretrain"))
-UdaSettings.profiles = {profile: values | dict(weights=_OF_THE_SOURCE) for profile, values in UslSettings.profiles.items()}
+UdaSettings.profiles = {name: values | dict(weights=_OF_THE_SOURCE) for name, values in UslSettings.profiles.items()}
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #04be6bc7
 class GeM(nn.Module):

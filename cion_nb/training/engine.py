@@ -27,13 +27,15 @@ from ..core.settings import Count, NotNegative, Positive, setting, Settings, Who
 # %% ../../nbs/5_training/02_engine.ipynb #718ea69d
 class DataSettings(Settings):
     "The images of a training."
-    data: str | dict = setting("market1501", "the images: a data set's name, a samples .parquet, or a world's recipe", "CION Sec. 4.1")
+    data: str | dict = setting(
+        "market1501", "the images: a data set's name, a samples .parquet, or a world's recipe", "CION Sec. 4.1")
     data_root: str | None = setting(None, "the folder that holds a named data set; none: beside its table")
 
 class NetworkSettings(Settings):
     "The network that is trained."
     backbone: str = setting("resnet50_ibn", "an architecture of `list_backbones()`", "CION Table 3")
-    image_size: list[Count] = setting([256, 128], "height and width of an image that the network sees", "CION Sec. 4.1", length=2)
+    image_size: list[Count] = setting(
+        [256, 128], "height and width of an image that the network sees", "CION Sec. 4.1", length=2)
 
 class BudgetSettings(Settings):
     "How much is seen. Epochs are counted from 0; a schedule's position is the share of the images seen."
@@ -43,7 +45,8 @@ class BudgetSettings(Settings):
 
 class MachineSettings(Settings):
     "How the loop computes, watches and keeps a run. Workers, checkpoints and trackers leave no trace in a run's name."
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("fp16", "numbers the network computes with; auto: what this machine is good at", "released code: autocast")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "fp16", "numbers the network computes with; auto: what this machine is good at", "released code: autocast")
     channels_last: bool = setting(True, "memory layout of images and filters: the same result, faster")
     compile: bool = setting(False, "torch.compile")
     sync_bn: bool = setting(True, "BatchNorm statistics over all GPUs", "released code: SyncBN")

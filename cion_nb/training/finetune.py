@@ -53,7 +53,8 @@ class ScoreSettings(Settings):
 
 class StartSettings(Settings):
     "The backbone before the training."
-    weights: str | dict | None = setting(None, "what it starts from: a run's recipe, a file, imagenet; none: random", "CION Sec. 4.1")
+    weights: str | dict | None = setting(
+        None, "what it starts from: a run's recipe, a file, imagenet; none: random", "CION Sec. 4.1")
     drop_path: Share | None = setting(None, "stochastic depth; none: the architecture's", "released code")
     overlap: bool = setting(False, "overlapping patches of a ViT (TransReID's)", "released code")
 
@@ -68,8 +69,10 @@ class CropSettings(Settings):
     pad: Whole = setting(10, "black pixels on every side before cropping back", "released configs")
     erasing: Share = setting(0.5, "chance to erase a box", "released configs")
     erasing_rule: Literal["zhong", "timm"] = setting("timm", "how the box is drawn", "released code", since="timm")
-    erasing_fill: Literal["pixel", "const", "black"] = setting("pixel", "what the box is filled with: noise, the mean colour, or black", "released code")
-    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "how test images are resized", "released code", since="bilinear")
+    erasing_fill: Literal["pixel", "const", "black"] = setting(
+        "pixel", "what the box is filled with: noise, the mean colour, or black", "released code")
+    interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear", "how test images are resized", "released code", since="bilinear")
 
     @classmethod
     def unread(cls, recipe):
@@ -83,8 +86,8 @@ class TuningSettings(Settings):
 
 class PartSettings(Settings):
     "On how much of the data."
-    few_ids: PositiveShare = setting(1.0, "share of the people", "CION Sec. 4.3")
-    few_images: PositiveShare = setting(1.0, "share of each person's images", "CION Sec. 4.3")
+    few_ids: PositiveShare = setting(1.0, "share of the people", "LUP (Fu et al. 2021): small-scale")
+    few_images: PositiveShare = setting(1.0, "share of each person's images", "LUP (Fu et al. 2021): few-shot")
     keep_list: str | None = setting(None, "a text file of the images or people that are kept")
     held_out: float = setting(0.0, "share of the people kept out to choose the best state by", ge=0, lt=1)
 
@@ -109,7 +112,8 @@ class RateSettings(Settings):
 # %% ../../nbs/5_training/07_finetune.ipynb #938441bf
 class TripletSettings(Settings):
     "Losses of fine-tuning."
-    lr_by: Literal["epoch", "step"] = setting("epoch", "when the learning rate changes", "released cosine_lr.py", since="epoch")
+    lr_by: Literal["epoch", "step"] = setting(
+        "epoch", "when the learning rate changes", "released cosine_lr.py", since="epoch")
     label_smoothing: Share = setting(0.0, "label smoothing of the cross-entropy", "released configs")
     margin: float | None = setting(None, "margin of the triplet loss; none: the soft margin", "released configs")
     triplet_weight: NotNegative = setting(1.0, "weight of the triplet loss beside cross-entropy", "released configs")
@@ -126,17 +130,21 @@ class BranchSettings(Settings):
 
 class FeatureSettings(Settings):
     "What is compared in the test."
-    feature: Literal["before_neck", "after_neck"] = setting("before_neck", "the feature on which side of the BNNeck", "released configs")
+    feature: Literal["before_neck", "after_neck"] = setting(
+        "before_neck", "the feature on which side of the BNNeck", "released configs")
 
 # %% ../../nbs/5_training/07_finetune.ipynb #a13af7c7
 RELEASED_BATCHES = dict(   # all others: 64
     market1501={32: "ghostnet_0_5", 120: "convnext_base", 128: "repvit_m0_9 resnet101 resnet152 resnet152_ibn volo_d3",
                 256: "convnext_small edgenext_small repvit_m1_0 resnet18 resnet18_ibn volo_d1 volo_d2",
                 384: "vit_base", 512: "resnet50 resnet50_ibn vit_small vit_tiny"},
-    msmt17={32: "edgenext_x_small ghostnet_0_5 resnet18 resnet18_ibn", 128: "resnet101 resnet101_ibn resnet152 resnet152_ibn volo_d1",
+    msmt17={32: "edgenext_x_small ghostnet_0_5 resnet18 resnet18_ibn",
+            128: "resnet101 resnet101_ibn resnet152 resnet152_ibn volo_d1",
             256: "convnext_base convnext_small", 384: "vit_base", 512: "vit_small vit_tiny"})
-RELEASED_EXCEPTIONS = {("market1501", "convnext_base"): dict(lr=0.0008, lr_per=120), ("msmt17", "swin_base"): dict(lr=0.0008),
-                       ("market1501", "ghostnet_0_5"): dict(warmup_epochs=40)}
+RELEASED_EXCEPTIONS = {
+    ("market1501", "convnext_base"): dict(lr=0.0008, lr_per=120),
+    ("market1501", "ghostnet_0_5"): dict(warmup_epochs=40),
+    ("msmt17", "swin_base"): dict(lr=0.0008)}
 
 def released_finetuning(
     backbone: str,             # one of the 32
@@ -150,19 +158,26 @@ def released_finetuning(
 # %% ../../nbs/5_training/07_finetune.ipynb #5643344d
 TUNINGS = dict(
     bnneck=dict(),
-    transreid=dict(paper=dict(backbone="vit_base", lr=0.032, warmup_epochs=5, drop_path=0.1, jpm=True, sie=True, overlap=True),   # He et al. 2021: 0.008 at batch 64
-                   small=dict(backbone="vit_small", lr=0.032), tiny=dict(backbone="vit_tiny", lr=0.032)),
-    mgn=dict(paper=dict(image_size=[384, 128], mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],                              # FastReID's, as released
-                        epochs=60, batch_size=64, k=16, optimizer="adam", lr=3.5e-4, lr_per=64, lr_end=0.0022, warmup_epochs=10,
-                        constant_until=30, weight_decay=5e-4, bias_lr=1.0, freeze_epochs=10, erasing_rule="zhong", erasing_fill="black",
-                        interpolation="bicubic", lr_by="step", label_smoothing=0.1, gather_triplets=True, feature="after_neck"),
-             small=dict(image_size=[192, 64], epochs=30, batch_size=64, k=4, lr=3.5e-4, lr_per=64, warmup_epochs=3, constant_until=15, freeze_epochs=3),
-             tiny=dict(image_size=[96, 32], k=4, lr=2e-3, lr_per=32, constant_until=6, freeze_epochs=0)))
+    transreid=dict(                              # He et al. 2021: 0.008 at batch 64
+        paper=dict(backbone="vit_base", lr=0.032, warmup_epochs=5, drop_path=0.1, jpm=True, sie=True, overlap=True),
+        small=dict(backbone="vit_small", lr=0.032), tiny=dict(backbone="vit_tiny", lr=0.032)),
+    mgn=dict(                                    # FastReID's, as released
+        paper=dict(image_size=[384, 128], mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], epochs=60,
+                   batch_size=64, k=16, optimizer="adam", lr=3.5e-4, lr_per=64, lr_end=0.0022, lr_by="step",
+                   warmup_epochs=10, constant_until=30, freeze_epochs=10, weight_decay=5e-4, bias_lr=1.0,
+                   erasing_rule="zhong", erasing_fill="black", interpolation="bicubic", label_smoothing=0.1,
+                   gather_triplets=True, feature="after_neck"),
+        small=dict(image_size=[192, 64], epochs=30, batch_size=64, k=4, lr=3.5e-4, lr_per=64, warmup_epochs=3,
+                   constant_until=15, freeze_epochs=3),
+        tiny=dict(image_size=[96, 32], k=4, lr=2e-3, lr_per=32, constant_until=6, freeze_epochs=0)))
 for _tuning in TUNINGS.values():
     if "tiny" in _tuning: _tuning["smoke"] = _tuning["tiny"]
 
-class FinetuneSettings(TuningSettings, DataSettings, PartSettings, ScoreSettings, NetworkSettings, StartSettings, ColourSettings, BudgetSettings,
-                       BatchSettings, RateSettings, CropSettings, TripletSettings, BranchSettings, FeatureSettings, MachineSettings):
+class FinetuneSettings(
+    TuningSettings, DataSettings, PartSettings, ScoreSettings, NetworkSettings, StartSettings, ColourSettings,
+    BudgetSettings, BatchSettings, RateSettings, CropSettings, TripletSettings, BranchSettings, FeatureSettings,
+    MachineSettings,
+):
     "Fine-tuning on labelled people."
     epochs: Positive = BudgetSettings.again("epochs", 120, "released configs")
     batch_size: Count = BudgetSettings.again("batch_size", 64, "released configs: 32 … 512 by backbone and data")
@@ -170,7 +185,7 @@ class FinetuneSettings(TuningSettings, DataSettings, PartSettings, ScoreSettings
 
     @classmethod
     def differences(cls, profile, chosen):
-        "The method's paper values, the profile, the method's own in this profile; of the baseline at `paper`, the released configuration."
+        "The method's paper values, the profile, the method's own in it; at `paper` the baseline's released configuration."
         refuse_unknown("method", chosen["method"], TUNINGS)
         mine = TUNINGS[chosen["method"]]
         found = mine.get("paper", {}) | cls.profiles.get(profile, {}) | mine.get(profile, {})
@@ -178,11 +193,13 @@ class FinetuneSettings(TuningSettings, DataSettings, PartSettings, ScoreSettings
         return found | (released_finetuning(chosen["backbone"], chosen["data"]) if is_released else {})
 
 # %% ../../nbs/5_training/07_finetune.ipynb #59eefb8f
-_TINY = dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[64, 32], epochs=10, images_per_epoch=640, batch_size=32,
-             warmup_epochs=1, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=3, erasing=0.0, precision="auto", workers=0, checkpoint_minutes=2)
+_SHORT = dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", lr=0.4, weight_decay=5e-4,
+              label_smoothing=0.1, precision="auto", workers=0)
+_TINY = _SHORT | dict(image_size=[64, 32], epochs=10, images_per_epoch=640, batch_size=32, warmup_epochs=1, pad=3,
+                      erasing=0.0, checkpoint_minutes=2)
 FinetuneSettings.profiles = dict(
-    small=dict(data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn", image_size=[128, 64], epochs=30, images_per_epoch=3200,
-               warmup_epochs=3, lr=0.4, weight_decay=5e-4, label_smoothing=0.1, pad=5, precision="auto", workers=0, checkpoint_minutes=5),
+    small=_SHORT | dict(image_size=[128, 64], epochs=30, images_per_epoch=3200, warmup_epochs=3, pad=5,
+                        checkpoint_minutes=5),
     tiny=_TINY, smoke=_TINY | dict(epochs=2, images_per_epoch=128, warmup_epochs=1))
 
 # %% ../../nbs/5_training/07_finetune.ipynb #19bca0f8

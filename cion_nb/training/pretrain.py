@@ -21,8 +21,9 @@ from ..identities.denoise import Denoised
 from .distill import (
     ALARMS, clip_gradients_, CollapseWatch, ContrastHead, feature_rank, freeze_last_layer, IdentityGuidedLoss,
     InfoNCELoss, MultiViewModel, param_groups, ProjectionHead, update_teacher)
-from .engine import (
-    adamw, budget, BudgetSettings, DataSettings, fit, MachineSettings, NetworkSettings, Task, to_channels_last, warmup_cosine)
+from cion_nb.training.engine import (
+    adamw, budget, BudgetSettings, DataSettings, fit, MachineSettings, NetworkSettings, Task, to_channels_last,
+    warmup_cosine)
 from ..data.datasets import read_data
 from ..core.settings import Count, NotNegative, Positive, PositiveShare, recipe, setting, Settings, Share, Whole
 from ..core.runs import is_main_process, licence, Run
@@ -37,27 +38,37 @@ class MethodSettings(Settings):
 class IdentitySettings(Settings):
     "Which images, and who is who in them."
     annotation: str | None = setting(None, "of cion_al: the JSON list of identities and files")
-    identities: str | dict = setting("pid", "whose image it is: a column, image (each its own), or the recipe of a denoising run", "CION Sec. 3.2")
+    identities: str | dict = setting(
+        "pid", "whose image it is: a column, image (each its own), or the recipe of a denoising run", "CION Sec. 3.2")
     data_share: PositiveShare = setting(1.0, "share of the images, by whole identities", "CION Fig. 6-7")
 
 class ViewSettings(Settings):
     "Crops and colours of the views (two global ones and `n_local` local ones an image)."
     local_size: list[Count] = setting([128, 64], "height and width of a local view", "CION Sec. 4.1", length=2)
     n_local: Whole = setting(8, "local views an image", "CION Table 5 (ResNet50-IBN)")
-    global_scale: list[Share] | None = setting([0.4, 1.0], "smallest and largest share of the area in a global view; none: the augmentation's", "DINO", length=2)
-    local_scale: list[Share] = setting([0.05, 0.4], "smallest and largest share of the area in a local view", "DINO", length=2)
-    aspect: list[Positive] | None = setting([0.375, 0.667], "smallest and largest width by height of a crop; none: the augmentation's", "assumed: DINO's, times w/h", length=2)
-    augmentation: Literal["paper", "released", "lup"] = setting("paper", "a key of `VIEW_RECIPES` of room views", "DINO")
+    global_scale: list[Share] | None = setting(
+        [0.4, 1.0], "smallest and largest share of the area in a global view; none: its own", "DINO", length=2)
+    local_scale: list[Share] = setting(
+        [0.05, 0.4], "smallest and largest share of the area in a local view", "DINO", length=2)
+    aspect: list[Positive] | None = setting(
+        [0.375, 0.667], "smallest and largest w / h of a crop; none: its own", "assumed: DINO's, times w / h", length=2)
+    augmentation: Literal["paper", "released", "lup"] = setting(
+        "paper", "a key of `VIEW_RECIPES` of room views", "DINO")
     view_changes: dict = setting({}, "settings of `MultiCrop` to change, such as grey=0.05")
-    erasing_rule: Literal["zhong", "timm"] = setting("zhong", "how an erased box is drawn, where one is", "Zhong et al. 2017; LUP's code", since="timm")
+    erasing_rule: Literal["zhong", "timm"] = setting(
+        "zhong", "how an erased box is drawn, where one is", "Zhong et al. 2017; LUP's code", since="timm")
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #c4c279da
 class LossSettings(Settings):
     "What is learned."
-    loss: Literal["identity", "moco"] = setting("identity", "identity-guided self-distillation, or MoCo's queue", "Eq. 8-9")
-    variant: Literal["paper", "released"] = setting("paper", "which pairs of views Eq. 9 sums: as printed, or as in the released loss.py", "Eq. 9")
-    teacher: Literal["step", "epoch"] = setting("step", "when the teacher follows: after each step (EMA), or at each epoch's end", "DINO; released run.py")
-    centre: Literal["ema", "batch"] = setting("ema", "what is taken from the teacher's outputs: a running mean, or the batch's", "DINO; released loss.py")
+    loss: Literal["identity", "moco"] = setting(
+        "identity", "identity-guided self-distillation, or MoCo's queue", "Eq. 8-9")
+    variant: Literal["paper", "released"] = setting(
+        "paper", "which pairs of views Eq. 9 sums: as printed, or as in the released loss.py", "Eq. 9")
+    teacher: Literal["step", "epoch"] = setting(
+        "step", "when the teacher follows: after each step (EMA), or at each epoch's end", "DINO; released run.py")
+    centre: Literal["ema", "batch"] = setting(
+        "ema", "what is taken from the teacher's outputs: a running mean, or the batch's", "DINO; released loss.py")
 
 class CurriculumSettings(Settings):
     "How a batch is cut, and how it is composed."
@@ -101,14 +112,18 @@ METHODS = dict(
     cion=dict(),
     cion_true=dict(identities="true_pid"),                   # the ceiling: true identities instead of denoised ones
     tracklet=dict(identities="tracklet"),                    # one identity a raw tracklet
-    released=dict(variant="released", out_dim=65336, augmentation="released", global_scale=[0.8, 1.0], local_scale=[0.05, 0.8], aspect=[0.4, 0.6],
-                  clip=3 / 65536),                           # the authors' code clips at 3 while gradients are still scaled, at first by 65,536
+    released=dict(variant="released", out_dim=65336, augmentation="released", global_scale=[0.8, 1.0],
+                  local_scale=[0.05, 0.8], aspect=[0.4, 0.6],
+                  clip=3 / 65536),                           # at 3 while gradients are scaled, at first by 65,536
     dino=dict(identities="image", n_id=[1], n_id_epochs=[0]),   # every image its own identity
-    lup=dict(identities="image", n_id=[1], n_id_epochs=[0], loss="moco", augmentation="lup", n_local=0, global_scale=None, aspect=None,   # LUP's own crops
+    lup=dict(identities="image", n_id=[1], n_id_epochs=[0], loss="moco", augmentation="lup", n_local=0,
+             global_scale=None, aspect=None,                 # LUP's own crops
              optimizer="sgd", lr=0.03, weight_decay=[1e-4, 1e-4], lr_end=0.0, warmup_epochs=0, clip=None))
 
-class PretrainSettings(MethodSettings, DataSettings, IdentitySettings, NetworkSettings, ViewSettings, LossSettings, BudgetSettings,
-                       CurriculumSettings, HeadSettings, OptimisationSettings, QueueSettings, MachineSettings):
+class PretrainSettings(
+    MethodSettings, DataSettings, IdentitySettings, NetworkSettings, ViewSettings, LossSettings, BudgetSettings,
+    CurriculumSettings, HeadSettings, OptimisationSettings, QueueSettings, MachineSettings,
+):
     "Identity-guided self-distillation, and the baselines it is compared with."
     data: str | dict = DataSettings.again("data", "cion_al", "CION Sec. 4.1")
     epochs: Positive = BudgetSettings.again("epochs", 100, "CION Sec. 4.1")
@@ -119,8 +134,8 @@ class PretrainSettings(MethodSettings, DataSettings, IdentitySettings, NetworkSe
     def differences(cls, profile, chosen):
         "Methods that learn denoised identities take those of the data that is trained on, where we can denoise them."
         found, data = super().differences(profile, chosen), chosen["data"]
-        is_denoised = chosen["method"] in ("cion", "released") and isinstance(data, dict)
-        return (dict(identities=dict(stage="denoise", features=dict(stage="extract", data=data))) if is_denoised else {}) | found
+        if chosen["method"] not in ("cion", "released") or not isinstance(data, dict): return found
+        return dict(identities=dict(stage="denoise", features=dict(stage="extract", data=data))) | found
 
     @classmethod
     def unread(cls, recipe):
@@ -128,17 +143,21 @@ class PretrainSettings(MethodSettings, DataSettings, IdentitySettings, NetworkSe
         return set() if recipe["augmentation"] == "lup" or recipe["view_changes"].get("erase") else {"erasing_rule"}
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #5b4fa899
-_SHORT = dict(global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],
-              view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
-              erasing_rule="timm",                                      # of LUP-style's boxes, as when the stored results were made
-              data=dict(stage="world", bank="A"), backbone="resnet10_tiny_ibn",   # in trials this short an 18-layer network's frozen features ended below untrained ones
-              n_local=2, epochs=10, batch_size=48, out_dim=256, head_hidden=256, head_bottleneck=64, head_bn=True,
-              teacher_temp=0.02, ema=[0.97, 1.0], moco_momentum=0.97, lr=1e-2, weight_decay=[0.04, 0.04], warmup_epochs=1,
-              freeze_last_layer_epochs=0, precision="auto", workers=0)
-_TINY = _SHORT | dict(image_size=[64, 32], local_size=[32, 16], images_per_epoch=864, n_id=[2, 4], n_id_epochs=[0, 5], queue=512, checkpoint_minutes=2)
+_SHORT = dict(
+    global_scale=[0.5, 1.0], local_scale=[0.3, 0.7],
+    view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]),
+    erasing_rule="timm",                 # of LUP-style's boxes, as when the stored results were made
+    data=dict(stage="world", bank="A"),
+    backbone="resnet10_tiny_ibn",        # in trials this short 18 layers' frozen features ended below untrained ones
+    n_local=2, epochs=10, batch_size=48, out_dim=256, head_hidden=256, head_bottleneck=64, head_bn=True,
+    teacher_temp=0.02, ema=[0.97, 1.0], moco_momentum=0.97, lr=1e-2, weight_decay=[0.04, 0.04], warmup_epochs=1,
+    freeze_last_layer_epochs=0, precision="auto", workers=0)
+_SMALL = _SHORT | dict(image_size=[128, 64], local_size=[64, 32], images_per_epoch=1920, n_id_epochs=[0, 4, 6, 8],
+                       queue=4096, checkpoint_minutes=5)                 # 400 steps
+_TINY = _SHORT | dict(image_size=[64, 32], local_size=[32, 16], images_per_epoch=864, n_id=[2, 4], n_id_epochs=[0, 5],
+                      queue=512, checkpoint_minutes=2)                   # 180 steps
 PretrainSettings.profiles = dict(
-    small=_SHORT | dict(image_size=[128, 64], local_size=[64, 32], images_per_epoch=1920, n_id_epochs=[0, 4, 6, 8], queue=4096, checkpoint_minutes=5),   # 400 steps
-    tiny=_TINY,                                                                                                                                        # 180 steps
+    small=_SMALL, tiny=_TINY,
     smoke=_TINY | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1], queue=96))
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #8180a853
