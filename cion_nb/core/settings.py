@@ -204,7 +204,9 @@ def describe(
     for name in known.names():
         about = schema[name]
         limits = ", ".join(known.methods) if name == "method" else _range_text(about)
-        told = dict(setting=name, type=_type_text(about), range=limits, meaning=about["description"])
+        is_run = isinstance(about["default"], dict) and "stage" in about["default"]
+        kind = "recipe" if is_run else _type_text(about)
+        told = dict(setting=name, type=kind, range=limits, meaning=about["description"])
         values = {profile: _value_text(made[name]) for profile, made in recipes.items()}
         rows.append(told | values | dict(source=about["source"]))
     return pd.DataFrame(rows)

@@ -55,7 +55,7 @@ class MachineSettings(Settings):
     checkpoint_minutes: NotNegative = setting(30, "time between checkpoints")
     keep_checkpoints: Count = setting(2, "checkpoints that stay")
     trackers: list[str] = setting([], "where the log goes beside the run's folder: tensorboard, wandb, …")
-    seed: Whole = setting(0, "of weights, batches and views")
+    seed: Whole = setting(0, "seed of weights, batches and views")
 
 # %% ../../nbs/5_training/02_engine.ipynb #3a5996c2
 def warmup_cosine(
