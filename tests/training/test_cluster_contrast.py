@@ -281,14 +281,14 @@ def test_recipes_are_the_released_scripts():
 @pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("changes,word",
                          [(dict(k1=65), "the data set has 64 images"), (dict(eps=0.), "must be positive"),
-                          (dict(memory_update="hardest"), "choose one of"),
+                          (dict(memory_update="hardest"), "choose 'hard'"),
                           (dict(pooling="gem", backbone="vit_tiny"), "ResNet"),
                           (dict(images_per_epoch=40), "multiple of batch_size"), (dict(ghost_bn=6), "cannot be cut"),
                           (dict(ghost_bn=1), "at least 2"),
                           (dict(batch_size=64, images_per_epoch=64), "a batch needs 16 clusters"),
                           (dict(eps=.01, min_samples=5), "gave 0 clusters"),
-                          (dict(clusterer="infomap"), "none of dbscan, hdbscan"),
-                          (dict(optimizer="sdg"), "has sgd and adam"), (dict(k=3, batch_size=16), "multiple of k=3"),
+                          (dict(clusterer="infomap"), "choose 'dbscan' or 'hdbscan'"),
+                          (dict(optimizer="sdg"), "choose 'sgd' or 'adam'"), (dict(k=3, batch_size=16), "multiple of k=3"),
                           (dict(epochs=2.5), "whole number"), (dict(erasing_fill=[0., 0.]), "three numbers"),
                           (dict(eps=1.), "between 0 and 1"),
                           (dict(k1=64), "the data set has 64 images"), (dict(iters=200), "not known")])

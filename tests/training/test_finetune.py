@@ -15,7 +15,7 @@ from trainings import asked, quick, what_is_erased
 
 from cion_nb.companion.claims import paper
 from cion_nb.core.runs import licence, made_from, Run
-from cion_nb.core.settings import recipe, released_finetuning
+from cion_nb.core.settings import recipe
 from cion_nb.core.store import Features
 from cion_nb.core.weights import read_checkpoint
 from cion_nb.models.backbones import create_backbone, load_backbone, save_backbone

@@ -29,7 +29,7 @@ def test_one_person_is_an_error(people, runs, tmp_path):
 
 
 @pytest.mark.slow("trains networks")
-@pytest.mark.parametrize("changes,word", [(dict(optimizer="adamm"), "has sgd"), (dict(epochs=0), "must be positive"),
+@pytest.mark.parametrize("changes,word", [(dict(optimizer="adamm"), "choose 'sgd' or 'adam'"), (dict(epochs=0), "must be positive"),
                                           (dict(batch_size=0), "must be positive")])
 def test_settings_that_cannot_work_are_refused(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): finetune(recipe("finetune", "tiny", data=str(people), **changes))
@@ -82,7 +82,7 @@ def test_a_list_of_ones_own(people, runs, tmp_path, capsys):
 @pytest.mark.parametrize("changes,word",
                          [(dict(method="mgnn"), "did you mean 'mgn'"), (dict(jpm=True), "belong to method='transreid'"),
                           (dict(few_ids=1.5), "at most 1"), (dict(held_out=1.), "below 1"),
-                          (dict(erasing_fill="white"), "choose pixel"),
+                          (dict(erasing_fill="white"), "choose 'pixel'"),
                           (dict(method="mgn", image_size=[64, 32]), "multiple of 96"),
                           (dict(method="mgn", backbone="vit_tiny"), "ResNet"),
                           (dict(method="transreid", backbone="resnet18", overlap=False, drop_path=None), "class token"),
