@@ -6,11 +6,12 @@ STAMP   := .venv/.installed
 EXTRAS  := cpu,track,onnx,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-isa test-gpu readme notebooks lab clean
+.PHONY: help install reproduce test test-isa test-gpu lint readme notebooks lab clean
 
 help:
 	@echo "make reproduce   the whole companion at PROFILE=$(PROFILE) -> reports/$(PROFILE)/index.html"
-	@echo "make test        notebooks, pytest, nbdev checks, a papermill run"
+	@echo "make test        notebooks, pytest, nbdev checks, papermill runs; FAST=1: what answers within three minutes"
+	@echo "make lint        ruff on notebooks and tests, and what ruff cannot tell"
 	@echo "make test-isa    precision tests and a smoke road under each instruction set of this CPU"
 	@echo "make test-gpu    every CUDA path against its CPU twin, with a report to paste"
 	@echo "make lab         JupyterLab on the notebooks"
@@ -28,10 +29,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 reproduce: $(STAMP)
-	$(PY) -m cion_nb.reproduce --profile $(PROFILE)
+	$(PY) -m cion_nb reproduce --profile $(PROFILE)
 
 test: $(STAMP)
-	@$(PY) .ci/test.py
+	@FAST=$(FAST) $(PY) .ci/test.py
+
+lint: $(STAMP)
+	@$(PY) .ci/lint.py
 
 test-isa: $(STAMP)
 	@$(PY) .ci/test_isa.py

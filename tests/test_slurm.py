@@ -1,10 +1,11 @@
-"""slurm/pretrain.sh on a real SLURM of two simulated nodes: submitted, asked to stop, requeued, resumed, and the same
-bits as an uninterrupted run.
+"""The job scripts on a real SLURM of two simulated nodes. A pre-training is submitted, asked to stop, requeued, resumed, and
+ends with the bits of an uninterrupted run; denoising is three jobs; features are one.
 
 Needs root. Where SLURM is not installed, CION_NB_TEST_SLURM=1 (or CI=true) allows `apt-get install` of it.
 """
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,9 +15,11 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 from places import ROOT
 
+import cion_nb as cion
 from cion_nb.core.runs import Run
 from cion_nb.core.settings import recipe
 
@@ -193,6 +196,46 @@ def test_a_job_of_two_nodes_is_stopped_requeued_and_ends_as_if_it_was_not(cluste
                                                                   / "backbone.safetensors").read_bytes()
 
 
+def ended(cluster, jobs, out):
+    "Waits for jobs; each must have completed."
+    def state(job): return cluster.state(job)["JobState"]
+
+    cluster.until(lambda: all(state(j) not in ("PENDING", "RUNNING", "COMPLETING") for j in jobs), 240, "jobs did not end")
+    assert all(state(j) == "COMPLETED" for j in jobs), "".join(f.read_text()[-2000:] for f in out.glob("*.out"))
+
+
+@pytest.mark.slow("starts processes")
+def test_denoising_is_three_jobs_and_gives_the_labels_of_one_process(cluster, tmp_path):
+    features, samples = cion.feature_world(900, dim=16, images=6)
+    np.save(tmp_path / "features.npy", features)
+    cion.write_samples(samples, tmp_path / "samples.parquet")
+    env = dict(PYTHON=sys.executable, PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
+               SHARDS="2", SBATCH=f"sbatch --mem=1G --cpus-per-task=1 --output={tmp_path}/%x-%A_%a.out")
+    said = cluster.call("bash", "slurm/denoise.sh", str(tmp_path / "features.npy"), str(tmp_path / "samples.parquet"),
+                        str(tmp_path / "found"), "half_width=100", "measure=false", **env)
+    jobs = re.findall(r"(?:videos|links|merge) (\d+)", said)
+    assert len(jobs) == 3
+    ended(cluster, jobs[-1:], tmp_path)
+    alone = cion.denoise(features, samples, half_width=100, measure=False)
+    assert np.array_equal(cion.Denoised.load(tmp_path / "found").labels, alone.labels)
+
+
+@pytest.mark.slow("starts processes")
+def test_features_by_one_job(cluster, tmp_path):
+    world = tmp_path / "world"
+    cion.render(cion.make_world("tiny", 0, pretrain_people=2, train_people=2, test_people=2, distractors=0), world)
+    samples = cion.read_samples(world / "reid.parquet")
+    model = cion.create_backbone("resnet10_tiny", (64, 32)).eval()
+    file = cion.save_backbone(model, tmp_path / "backbone.safetensors")
+    env = dict(PYTHON=sys.executable, PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
+               DEVICE="cpu", SBATCH=f"sbatch --parsable --mem=2G --cpus-per-task=1 --output={tmp_path}/extract.out")
+    job = cluster.call("bash", "slurm/extract.sh", str(world / "reid.parquet"), "--model", str(file), "--out",
+                       str(tmp_path / "features"), "--set", "batch_size=16", **env).strip()
+    ended(cluster, [job], tmp_path)
+    found, own = cion.read_features(tmp_path / "features"), cion.extract(samples, world, model, tmp_path / "own")
+    assert found.samples.equals(own.samples) and np.abs(found.x.astype(float) - own.x).max() < 2e-3
+
+
 @pytest.mark.slow("starts processes")
 def test_slurm_accepts_what_the_script_asks_for(cluster):
     for more in ((), ("--nodes=2",)):
@@ -224,11 +267,14 @@ def test_wrong_settings_never_reach_the_queue(args, env, word):
 @pytest.mark.slow("starts processes")
 def test_the_settings_file_reaches_sbatch(tmp_path):
     file = tmp_path / "settings.sh"
-    file.write_text('export SBATCH_PARTITION=special\n: "${DATA_ROOT:=/data/CION}"\n: "${DEVICE:=cpu}"\n')
-    p = submit("seed=1", SETTINGS=str(file), SBATCH=f"{sys.executable} {_printer(tmp_path)}")
+    (tmp_path / "CION").mkdir()
+    (tmp_path / "CION" / "list.json").write_text("[]")
+    file.write_text(f'export SBATCH_PARTITION=special\n: "${{DATA_ROOT:={tmp_path}/CION}}"\n: "${{DEVICE:=cpu}}"\n')
+    listed = f"annotation={tmp_path}/CION/list.json"
+    p = submit("seed=1", listed, SETTINGS=str(file), SBATCH=f"{sys.executable} {_printer(tmp_path)}")
     assert p.returncode == 0, p.stderr
     assert json.loads(p.stdout) == dict(SBATCH_PARTITION="special", SBATCH_GRES="none", DEVICE="cpu",
-                                        argv=["slurm/pretrain.sh", "seed=1"])
+                                        argv=["slurm/pretrain.sh", "seed=1", listed])
 
 
 def _printer(folder):

@@ -4,32 +4,52 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'PoolingSettings', 'ClusterSettings', 'StepSettings', 'NormSettings', 'released_clustering', 'UslSettings',
-           'UdaSettings', 'GeM', 'ClusterNet', 'ghost_batchnorm', 'bn_group', 'ClusterMemory', 'ClusterSampler',
-           'ClusterContrast', 'save_clusternet', 'load_clusternet', 'usl', 'uda']
+           'UdaSettings', 'ClusterNet', 'ghost_batchnorm', 'bn_group', 'ClusterMemory', 'ClusterContrast',
+           'save_clusternet', 'load_clusternet', 'usl', 'uda']
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #a0dbf5fa
-import shutil, sys
+import shutil
+import sys
 from pathlib import Path
 from typing import Literal
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from ..models.architectures import architecture
-from ..models.backbones import load_backbone, save_backbone
-from ..core.weights import checkpoint_metadata, fill_module
-from .engine import (
-    BudgetSettings, budget, DataSettings, fit, MachineSettings, NetworkSettings, Task, to_channels_last)
-from ..data.datasets import read_data
-from cion_nb.training.finetune import (
-    BatchSettings, ColourSettings, CropSettings, make_backbone, of_all_ranks, ScoreSettings, StartSettings, test_model,
-    test_set)
-from ..identities.neighbours import cluster, CLUSTERERS, knn_part, merge_neighbours, Neighbours
-from ..identities.truth import identity_scores
+from fastcore.basics import patch
+from torch import nn, Tensor
+
 from ..core.files import atomic
 from ..core.runs import is_main_process, licence, Run
-from ..core.settings import (
-    Count, NotNegative, Positive, PositiveShare, setting, Settings, Share, Whole)
+from ..core.settings import Count, NotNegative, Positive, PositiveShare, setting, Settings, Share, Whole
+from ..core.weights import checkpoint_metadata, fill_module
+from ..data.datasets import read_data
+from ..identities.neighbours import cluster, CLUSTERERS, knn_part, merge_neighbours, Neighbours
+from ..identities.truth import identity_scores
+from ..models.architectures import architecture
+from ..models.backbones import load_backbone, save_backbone
+from cion_nb.training.engine import (
+    BudgetSettings,
+    DataSettings,
+    fit,
+    MachineSettings,
+    NetworkSettings,
+    of_all_ranks,
+    Task,
+    to_channels_last,
+)
+from cion_nb.training.finetune import (
+    BatchSettings,
+    ColourSettings,
+    CropSettings,
+    make_backbone,
+    ScoreSettings,
+    StartSettings,
+    test_model,
+    test_set,
+)
+from .mgn import GeM
+from .samplers import ClusterSampler
 from .views import embed_rows, erase_, ImageStore, normalise, TrainTransform
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #81287a8a
@@ -118,13 +138,6 @@ _OF_THE_SOURCE = dict(stage="finetune", data=dict(stage="world", bank="B"), weig
 UdaSettings.profiles = {name: values | dict(weights=_OF_THE_SOURCE) for name, values in UslSettings.profiles.items()}
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #04be6bc7
-class GeM(nn.Module):
-    "Generalised-mean pooling with a learned exponent: (n, C, h, w) -> (n, C). Values below `eps` count as `eps`."
-    def __init__(self, p: float = 3., eps: float = 1e-6):
-        super().__init__()
-        self.p, self.eps = nn.Parameter(torch.tensor([p])), eps
-    def forward(self, x: Tensor) -> Tensor: return x.float().clamp_min(self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
-
 class ClusterNet(nn.Module):
     "Backbone, pooling, BatchNorm without shift, L2: (n, 3, h, w) -> (n, D) of unit length."
     def __init__(self,
@@ -132,10 +145,15 @@ class ClusterNet(nn.Module):
                  pooling: str = "auto",   # "gem", "backbone" (its own), or "auto": GeM for ResNets, else its own
                 ):
         super().__init__()
-        if pooling not in ("auto", "gem", "backbone"): raise ValueError(f"pooling {pooling!r}: choose auto, gem or backbone")
-        is_resnet = all(hasattr(backbone, n) for n in ("layer4", "global_pool"))
-        if pooling == "gem" and not is_resnet: raise ValueError(f"pooling='gem' needs the map of a ResNet; {getattr(backbone, 'name', type(backbone).__name__)} pools in its own way: pooling='backbone'")
-        self.backbone, self.pool = backbone, GeM() if is_resnet and pooling != "backbone" else None
+        if pooling not in ("auto", "gem", "backbone"):
+            raise ValueError(f"pooling {pooling!r}: choose auto, gem or backbone")
+        is_resnet = all(hasattr(backbone, part) for part in ("layer4", "global_pool"))
+        if pooling == "gem" and not is_resnet:
+            name = getattr(backbone, "name", type(backbone).__name__)
+            raise ValueError(f"pooling='gem' needs the map of a ResNet; {name} pools in its own way: "
+                             "pooling='backbone'")
+        self.backbone = backbone
+        self.pool = GeM([3.]) if is_resnet and pooling != "backbone" else None      # as the released code keeps p: (1,)
         self.neck = nn.BatchNorm1d(backbone.embed_dim)
         self.neck.bias.requires_grad_(False)
         self.name, self.embed_dim, self.input = backbone.name, backbone.embed_dim, backbone.input
@@ -146,11 +164,12 @@ class ClusterNet(nn.Module):
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #4636bb54
 class _Ghost:
-    "Mixed into a BatchNorm: in training, groups of `ghost` rows have their own statistics, and the first group's are kept (as nn.DataParallel keeps the first GPU's)."
+    """Mixed into a BatchNorm: in training, groups of `ghost` rows have their own statistics, and the first group's are
+    kept (as nn.DataParallel keeps the first GPU's)."""
     def forward(self, x):
         if not self.training or len(x) <= self.ghost: return super().forward(x)
         first, *rest = x.split(self.ghost)
-        if len(rest[-1]) == 1: rest[-2:] = [torch.cat(rest[-2:])] if len(rest) > 1 else rest[-1:]          # one image has no variance
+        if len(rest[-1]) == 1 and len(rest) > 1: rest[-2:] = [torch.cat(rest[-2:])]            # one has no variance
         out, momentum, self.momentum = [super().forward(first)], self.momentum, 0.
         try: out += [super(_Ghost, self).forward(part) for part in rest]
         finally: self.momentum = momentum
@@ -165,26 +184,32 @@ def ghost_batchnorm(
     if size < 2: raise ValueError(f"ghost_bn={size}: at least 2 images are needed for a variance")
     for m in model.modules():
         if isinstance(m, _Ghost): m.ghost = size
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm): m.__class__, m.ghost = type(f"Ghost{type(m).__name__}", (_Ghost, type(m)), {}), size
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.__class__ = type(f"Ghost{type(m).__name__}", (_Ghost, type(m)), {})
+            m.ghost = size
     return model
 
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #d8fdf631
 def bn_group(
     r: dict,           # a recipe: has `batch_size`, `ghost_bn`, `sync_bn`
     processes: int = 1,
     cuda: bool = True, # SyncBatchNorm works there only
 ) -> int:              # images that share BatchNorm statistics
-    "The effective batch of BatchNorm. ValueError where the processes' parts cannot be cut into the groups that are asked for."
-    part = r["batch_size"] // processes
-    if r["ghost_bn"] is None: return r["batch_size"] if r["sync_bn"] and cuda and processes > 1 else part
-    if r["sync_bn"] and processes > 1: raise ValueError("ghost_bn and sync_bn exclude each other: set one of them to null or false")
-    if r["ghost_bn"] > part and processes > 1 or part % min(r["ghost_bn"], part): raise ValueError(f"ghost_bn={r['ghost_bn']}: " + (f"{processes} processes with {part} images each cannot be cut into such groups; use fewer processes, or ghost_bn=null" if processes > 1 else f"a batch of {part} images cannot be cut into such groups; use a divisor of it, or ghost_bn=null"))
-    return min(r["ghost_bn"], part)
+    "The effective batch of BatchNorm. ValueError where the processes' parts cannot be cut into the groups asked for."
+    part, group, is_shared = r["batch_size"] // processes, r["ghost_bn"], r["sync_bn"] and processes > 1
+    if group is None: return r["batch_size"] if is_shared and cuda else part
+    if is_shared: raise ValueError("ghost_bn and sync_bn exclude each other: set one of them to null or false")
+    if processes > 1 and group > part or part % min(group, part):
+        said = (f"{processes} processes with {part} images each cannot be cut into such groups; use fewer processes"
+                if processes > 1 else f"a batch of {part} images cannot be cut into such groups; use a divisor of it")
+        raise ValueError(f"ghost_bn={group}: {said}, or ghost_bn=null")
+    return min(group, part)
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #44edea80
 UPDATES = ("each", "hard", "mean", "random")
 
 class ClusterMemory(nn.Module):
-    "A unit vector a cluster, the cluster of every image, and the epoch they belong to; no parameters, part of every checkpoint."
+    "A unit vector a cluster, every image's cluster, and the epoch they belong to: buffers, in every checkpoint."
     def __init__(self,
                  dim: int,
                  n_images: int,
@@ -196,205 +221,280 @@ class ClusterMemory(nn.Module):
         super().__init__()
         if update not in UPDATES: raise ValueError(f"memory update {update!r}: choose one of {', '.join(UPDATES)}")
         self.momentum, self.temperature, self.update, self.seed, self.waiting = momentum, temperature, update, seed, []
-        for name, value in (("centroids", torch.zeros(0, dim)), ("labels", torch.full((n_images,), -1)), ("epoch", torch.tensor(-1)), ("steps", torch.tensor(0))): self.register_buffer(name, value)
-
-    def start(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        "The clusters of an epoch: features (N, D), labels (N,) from 0, -1 for none."
-        kept = labels >= 0
-        sums = features.new_zeros(int(labels.max()) + 1, features.shape[1]).index_add_(0, labels[kept], features[kept])
-        self.centroids, self.labels = F.normalize(sums, dim=1).to(self.centroids.device), labels.to(self.labels.device)
-        self.epoch.fill_(epoch)
+        self.register_buffer("centroids", torch.zeros(0, dim))
+        self.register_buffer("labels", torch.full((n_images,), -1))
+        self.register_buffer("epoch", torch.tensor(-1))
+        self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         "Loss of (n, D) unit features of clusters (n,)."
         return F.cross_entropy(x.float() @ self.centroids.T / self.temperature, y)
 
-    @torch.no_grad()
-    def follow(self, x: Tensor, y: Tensor) -> None:
-        "Move the vectors of the clusters (n,) towards the batch's features (n, D)."
-        x, c = x.float(), self.centroids
-        self.steps += 1
-        if self.update == "each":
-            for row, k in zip(x, y.tolist()): c[k] = F.normalize(self.momentum * c[k] + (1 - self.momentum) * row, dim=0)
-            return
-        which = torch.unique(y)
-        if self.update == "mean": chosen = torch.stack([x[y == k].mean(0) for k in which])
-        else:
-            value = (x * c[y]).sum(1) if self.update == "hard" else torch.rand(len(y), generator=torch.Generator().manual_seed(1_000_003 * self.seed + int(self.steps))).to(x.device)
-            chosen = x[torch.stack([torch.where(y == k, value, torch.inf).argmin() for k in which])]
-        c[which] = F.normalize(self.momentum * c[which] + (1 - self.momentum) * chosen, dim=1)
-
     def _load_from_state_dict(self, state, prefix, *rest):
-        self.centroids = state[prefix + "centroids"].to(self.centroids.device).clone()                # as many as there were
+        self.centroids = state[prefix + "centroids"].to(self.centroids.device).clone()        # as many as there were
         super()._load_from_state_dict(state, prefix, *rest)
 
-# %% ../../nbs/5_training/08_cluster_contrast.ipynb #e800d237
-class ClusterSampler:
-    "Batches of row numbers: `k` images of each of batch_size / k clusters, one camera with others."
-    def __init__(self,
-        labels: np.ndarray,   # (N,) clusters, -1 sits out
-        camids: np.ndarray,   # (N,) cameras; -1 (unknown) is another camera than any
-        batch_size: int,      # images of a batch over all ranks
-        k: int = 8,           # images a cluster
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        if batch_size < 1 or batch_size % (k * world_size): raise ValueError(f"batch_size={batch_size} over {world_size} ranks must be a multiple of k={k}")
-        labels, camids = np.asarray(labels), np.asarray(camids)
-        self.labels, self.camids, self.batch_size, self.k, self.seed, self.rank, self.world_size = labels, camids, batch_size, k, seed, rank, world_size
-        rows = np.flatnonzero(labels >= 0)
-        order = rows[np.argsort(labels[rows], kind="stable")]
-        self.members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
-        if len(self.members) < batch_size // k: raise ValueError(f"a batch of {batch_size} images, {k} a cluster, needs {batch_size // k} clusters, there are {len(self.members)}: use a smaller batch_size or a larger k")
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #db0bb3bd
+@patch
+def start(self: ClusterMemory, features: Tensor, labels: Tensor, epoch: int) -> None:
+    "The clusters of an epoch: features (N, D), labels (N,) from 0, -1 for none."
+    kept = labels >= 0
+    sums = features.new_zeros(int(labels.max()) + 1, features.shape[1]).index_add_(0, labels[kept], features[kept])
+    self.centroids, self.labels = F.normalize(sums, dim=1).to(self.centroids.device), labels.to(self.labels.device)
+    self.epoch.fill_(epoch)
 
-    def plan(self, epoch: int = 0) -> np.ndarray:  # (batches, batch_size) row numbers, over all ranks
-        rng, per_batch = np.random.default_rng([self.seed, epoch]), self.batch_size // self.k
-        chosen = rng.permutation(len(self.members))[:len(self.members) // per_batch * per_batch]
-        return np.stack([self._group(self.members[c], rng) for c in chosen]).reshape(-1, self.batch_size)
+@patch
+@torch.no_grad()
+def follow(self: ClusterMemory, x: Tensor, y: Tensor) -> None:
+    "Move the vectors of the clusters (n,) towards the batch's features (n, D)."
+    x, c = x.float(), self.centroids
+    self.steps += 1
+    if self.update == "each":
+        for row, k in zip(x, y.tolist()): c[k] = F.normalize(self.momentum * c[k] + (1 - self.momentum) * row, dim=0)
+        return
+    which = torch.unique(y)
+    chosen = self._chosen(x, y, which)
+    c[which] = F.normalize(self.momentum * c[which] + (1 - self.momentum) * chosen, dim=1)
 
-    def _group(self, members, rng):
-        first, wanted = members[rng.integers(len(members))], self.k - 1
-        other = members[(self.camids[members] != self.camids[first]) | (self.camids[members] < 0)]
-        other = other[other != first]
-        if not len(other): other = members[members != first] if len(members) > 1 else members
-        return np.r_[first, rng.choice(other, wanted, replace=len(other) < wanted)]
-
-    def batches(self, epoch: int, advance: int = 0):
-        "This rank's rows of each batch of a pass, from batch `advance` on."
-        for batch in self.plan(epoch)[advance:]: yield batch.reshape(self.world_size, -1)[self.rank]
+@patch
+def _chosen(self: ClusterMemory, x, y, which):
+    "For each cluster of `which`, the feature that its vector moves towards."
+    if self.update == "mean": return torch.stack([x[y == k].mean(0) for k in which])
+    if self.update == "hard": value = (x * self.centroids[y]).sum(1)                       # the least similar one
+    else:
+        own = torch.Generator().manual_seed(1_000_003 * self.seed + int(self.steps))
+        value = torch.rand(len(y), generator=own).to(x.device)
+    return x[torch.stack([torch.where(y == k, value, torch.inf).argmin() for k in which])]
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #380a7dda
 class ClusterContrast(Task):
-    "Cluster, contrast, cluster again, on images without labels; a known `pid` serves only to tell how good the clusters are."
+    "Cluster, contrast, cluster again, on images without labels; a known `pid` only tells how good the clusters are."
     def __init__(self, r: dict):
         self.recipe, (samples, root) = r, read_data(r, "train")
         self.samples, self.n_images, self.camid = samples, len(samples), samples.camid.to_numpy(np.int64)
         self.truth, self.bn_batch = samples.pid.to_numpy(), None
         self.images = ImageStore(samples.assign(pid=-1), root)               # a replacement must not know who is who
-        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
+        self.transform = TrainTransform(
+            r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
         self.per_epoch = r["images_per_epoch"] or self.n_images // r["batch_size"] * r["batch_size"]
-        if not self.per_epoch or self.per_epoch % r["batch_size"]: raise ValueError(f"images_per_epoch={self.per_epoch}: a multiple of batch_size={r['batch_size']} is needed, since every epoch clusters anew")
-        if r["clusterer"] not in CLUSTERERS: raise ValueError(f"clusterer {r['clusterer']!r} is none of {', '.join(CLUSTERERS)}")
-        if r["optimizer"] not in ("sgd", "adam"): raise ValueError(f"optimizer {r['optimizer']!r}: cluster contrast has sgd and adam")
-        if self.n_images < 4: raise ValueError(f"the data set has {self.n_images} training images: clusters need more")
-        if r["k1"] >= self.n_images: raise ValueError(f"k1={r['k1']}: the data set has {self.n_images} images; use a smaller k1")
-        if r["batch_size"] % r["k"]: raise ValueError(f"batch_size={r['batch_size']} must be a multiple of k={r['k']}, the images of a cluster")
-        if r["clusterer"] == "dbscan" and not 0 < r["eps"] < 1: raise ValueError(f"eps={r['eps']} must lie between 0 and 1: pairs that share no neighbour have distance 1")
-        if len(r["erasing_fill"]) != 3: raise ValueError(f"erasing_fill={r['erasing_fill']}: three numbers are needed, one a colour")
-
-    def build(self, device):
-        r = self.recipe
-        backbone, self.load_report = make_backbone(r)
-        model = ClusterNet(backbone, r["pooling"]).to(device)
-        if r["ghost_bn"] is not None: ghost_batchnorm(model, r["ghost_bn"])
-        if r["channels_last"]: model = to_channels_last(model)
-        self.modules = dict(model=model, memory=ClusterMemory(model.embed_dim, self.n_images, r["memory_momentum"], r["temperature"], r["memory_update"], r["seed"]).to(device))
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(parameters, lr=r["lr"], momentum=r["momentum"], weight_decay=r["weight_decay"]) if r["optimizer"] == "sgd" else torch.optim.Adam(parameters, lr=r["lr"], weight_decay=r["weight_decay"])
+        _check_clustering(r, self.n_images, self.per_epoch)
 
     def epoch(self, seen): return min(seen // self.per_epoch, self.recipe["epochs"] - 1)
     def phase(self, seen): return self.epoch(seen)
     def horizon(self, seen): return (self.epoch(seen) + 1) * self.per_epoch
 
-    def prepare(self, at, run, accelerator):
-        memory, epoch = self.modules["memory"], self.epoch(at.seen)
-        said = self.bn_batch is None
-        self.bn_batch = bn_group(self.recipe, accelerator.num_processes, accelerator.device.type == "cuda")
-        if said and accelerator.is_main_process: print(f"{run.name}: BatchNorm over {self.bn_batch} images, batches of {self.recipe['batch_size']}, {accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}", file=sys.stderr)
-        if int(memory.epoch) == epoch: return                                 # resumed inside it
-        features = self.features(accelerator); rows, near = self.neighbours(features, accelerator)
-        if len(rows) <= self.recipe["k1"]: raise ValueError(f"{run.name}: {self.n_images - len(rows)} of {self.n_images} images could not be read, and k1={self.recipe['k1']} needs more than {len(rows)}; are the paths right?")
-        labels = torch.full((self.n_images,), -1, device=accelerator.device)
-        if accelerator.is_main_process: labels[rows] = torch.from_numpy(self.labels(features[rows], near)).to(labels.device)
-        if accelerator.num_processes > 1: torch.distributed.broadcast(labels, 0)
-        found, needed = int(labels.max()) + 1, self.recipe["batch_size"] // self.recipe["k"]
-        kept = found < needed
-        if kept and epoch == 0: raise ValueError(f"{run.name}: {self.n_images} images gave {found} clusters of two or more, {int((labels < 0).sum())} images belong to none, and a batch needs {needed} clusters: a better start (weights), another eps, k1 or min_samples, or a smaller batch_size")
-        if kept: memory.epoch.fill_(epoch)
-        else: memory.start(torch.from_numpy(features).to(accelerator.device), labels, epoch)
-        tested = self.test(epoch, run, accelerator)
-        if accelerator.is_main_process:
-            run.log(seen=at.seen + 1, epoch=epoch, search=near.backend, clusters=found, outliers=int((labels < 0).sum()), **dict(kept_the_clusters_before=True) if kept else {}, **self.quality(labels.cpu().numpy()), **tested)
-
-    def features(self, accelerator) -> np.ndarray:
-        "(N, D) features of all images, each rank its share."
-        n, ranks = self.n_images, accelerator.num_processes
-        if ranks > 1:                                                         # each has its own running statistics until now: one network describes all images
-            for b in self.modules["model"].buffers(): torch.distributed.broadcast(b, 0)
-        share = -(-n // ranks); mine = np.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share) % n
-        found = embed_rows(self.modules["model"], self.images, mine, self.recipe["image_size"], autocast=accelerator.autocast)
-        if ranks > 1: found = accelerator.gather(torch.from_numpy(found).to(accelerator.device)).cpu().numpy()[:n]
-        if not np.isfinite(found).all(): raise FloatingPointError(f"the features of {int((~np.isfinite(found)).any(1).sum())} images are not finite: lower lr or use precision='fp32'")
-        return found
-
-    def neighbours(self, features, accelerator) -> tuple[np.ndarray, Neighbours]:
-        "Rows that could be read, and their nearest: each rank searches its part, all get all lists."
-        r, cuda = self.recipe, accelerator.device if accelerator.device.type == "cuda" else None
-        readable = torch.from_numpy(self.images.readable).to(accelerator.device)
-        rows = np.flatnonzero(accelerator.gather(readable[None]).all(0).cpu().numpy())
-        near = knn_part(features[rows], min(r["k1"], len(rows)), accelerator.process_index, accelerator.num_processes, cuda, r["probes"])
-        parts = [accelerator.gather(torch.from_numpy(a)[None].to(accelerator.device)).cpu().numpy() for a in (near.index, near.distance)]
-        return rows, merge_neighbours([Neighbours(i, d, near.backend, part=(p, len(parts[0]))) for p, (i, d) in enumerate(zip(*parts))])
-
-    def labels(self, features, near) -> np.ndarray:
-        "Clusters of rows by their Jaccard distances, -1 for none."
-        r = self.recipe
-        return cluster(features, r["k1"], r["k2"], r["eps"], r["min_samples"], near, clusterer=r["clusterer"])
-
-    def quality(self, labels) -> dict:
-        "Pairwise scores of the clusters against the truth where it is known; nothing else sees it."
-        if (self.truth < 0).all(): return {}
-        s = identity_scores(labels, self.truth)
-        return dict(precision=s.precision, recall=s.recall, f1=s.f1, adjusted_rand=s.adjusted_rand)
-
-    def test(self, epoch, run, accelerator) -> dict:
-        """Score of the model as it is, where the recipe asks for one between epochs: to look at, never to choose by.
-        All processes extract, the first one has the score."""
-        every, folder = self.recipe["test_every"], run.folder / f"test-{epoch}"
-        if not every or not epoch or epoch % every: return {}
-        if accelerator.is_main_process: shutil.rmtree(folder, ignore_errors=True)      # of a run that was killed in its test
-        accelerator.wait_for_everyone()
-        score = test_model(self.modules["model"], self.recipe, folder, accelerator)
-        if score is None: return {}
-        shutil.rmtree(folder)
-        return dict(test_mAP=score.mAP, test_rank1=score.rank1)
-
     def sampler(self, phase, n_pass, advance, rank, world_size):
-        r = self.recipe
-        return ClusterSampler(self.modules["memory"].labels.cpu().numpy(), self.camid, r["batch_size"], r["k"], r["seed"], rank, world_size).batches(n_pass, advance)
+        recipe, labels = self.recipe, self.modules["memory"].labels.cpu().numpy()
+        sampler = ClusterSampler(
+            labels, self.camid, recipe["batch_size"], recipe["k"], recipe["seed"], rank, world_size)
+        return sampler.batches(n_pass, advance)
 
     def load(self, rows, seen):
         pixels, boxes, noise = self.transform(self.images[rows], rows, epoch=seen)
         return dict(pixels=pixels, boxes=boxes, noise=noise, rows=torch.from_numpy(rows))
 
-    def trial(self, model, accelerator):
-        "A batch of made-up clusters, and the features of as many images as are embedded at once (and as the last time)."
-        memory, n, r = self.modules["memory"], self.n_images, self.recipe
-        features, labels = torch.randn(n, memory.centroids.shape[1]), torch.arange(n) % max(n // r["k"], r["batch_size"] // r["k"])
-        memory.start(features.to(accelerator.device), labels.to(accelerator.device), 0)
-        yield from super().trial(model, accelerator)
-        share = -(-n // accelerator.num_processes)
-        for size in {min(share, 256), share % 256} - {0}: embed_rows(self.modules["model"], self.images, np.arange(size) % n, r["image_size"], autocast=accelerator.autocast)
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #3f7ac738
+@patch
+def build(self: ClusterContrast, device):
+    recipe = self.recipe
+    backbone, self.load_report = make_backbone(recipe)
+    model = ClusterNet(backbone, recipe["pooling"]).to(device)
+    if recipe["ghost_bn"] is not None: ghost_batchnorm(model, recipe["ghost_bn"])
+    if recipe["channels_last"]: model = to_channels_last(model)
+    memory = ClusterMemory(model.embed_dim, self.n_images, recipe["memory_momentum"], recipe["temperature"],
+                           recipe["memory_update"], recipe["seed"])
+    self.modules = dict(model=model, memory=memory.to(device))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    common = dict(lr=recipe["lr"], weight_decay=recipe["weight_decay"])
+    if recipe["optimizer"] == "sgd":
+        self.optimizer = torch.optim.SGD(parameters, momentum=recipe["momentum"], **common)
+    else: self.optimizer = torch.optim.Adam(parameters, **common)
 
-    def schedule(self, share):
-        r = self.recipe
-        self.modules["memory"].waiting.clear()     # of a step that was given up
-        lr = r["lr"] * r["lr_factor"] ** (int(share * r["epochs"] + 1e-9) // r["lr_step"])
-        for g in self.optimizer.param_groups: g["lr"] = lr
-        return dict(lr=lr)
+@patch
+def schedule(self: ClusterContrast, share):
+    recipe = self.recipe
+    self.modules["memory"].waiting.clear()     # of a step that was given up
+    lr = recipe["lr"] * recipe["lr_factor"] ** (int(share * recipe["epochs"] + 1e-9) // recipe["lr_step"])
+    for group in self.optimizer.param_groups: group["lr"] = lr
+    return dict(lr=lr)
 
-    def loss(self, model, batch, accelerator):
-        memory, own = self.modules["memory"], self.modules["model"]
-        x = erase_(normalise(batch["pixels"], own.input), batch["boxes"], batch["noise"], "const", tuple(self.recipe["erasing_fill"]))
-        y = memory.labels[batch["rows"]]
-        features = model(x)
-        memory.waiting.append((of_all_ranks(features.detach(), accelerator), of_all_ranks(y, accelerator)))
-        return memory(features, y), {}
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #8445aa08
+@patch
+def loss(self: ClusterContrast, model, batch, accelerator):
+    memory, own = self.modules["memory"], self.modules["model"]
+    x = normalise(batch["pixels"], own.input)
+    x = erase_(x, batch["boxes"], batch["noise"], "const", tuple(self.recipe["erasing_fill"]))
+    y = memory.labels[batch["rows"]]
+    features = model(x)
+    memory.waiting.append((of_all_ranks(features.detach(), accelerator), of_all_ranks(y, accelerator)))
+    return memory(features, y), {}
 
-    def after_step(self, share):
-        memory = self.modules["memory"]
-        memory.follow(*(torch.cat(parts) for parts in zip(*memory.waiting))); memory.waiting.clear()
+@patch
+def after_step(self: ClusterContrast, share):
+    memory = self.modules["memory"]
+    memory.follow(*(torch.cat(parts) for parts in zip(*memory.waiting)))
+    memory.waiting.clear()
+
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #3ba9508d
+@patch
+def prepare(self: ClusterContrast, at, run, accelerator):
+    memory, epoch = self.modules["memory"], self.epoch(at.seen)
+    self._say_batchnorm(run, accelerator)
+    if int(memory.epoch) == epoch: return                                 # resumed inside it
+    features = self.features(accelerator)
+    rows, near = self.neighbours(features, accelerator)
+    labels = self._agreed_labels(features, rows, near, run, accelerator)
+    found, needed = int(labels.max()) + 1, self.recipe["batch_size"] // self.recipe["k"]
+    keeps_old, outliers = found < needed, int((labels < 0).sum())
+    if keeps_old and epoch == 0:
+        raise ValueError(f"{run.name}: {self.n_images} images gave {found} clusters of two or more, {outliers} images "
+                         f"belong to none, and a batch needs {needed} clusters: a better start (weights), "
+                         "another eps, k1 or min_samples, or a smaller batch_size")
+    if keeps_old: memory.epoch.fill_(epoch)
+    else: memory.start(torch.from_numpy(features).to(accelerator.device), labels, epoch)
+    tested = self.test(epoch, run, accelerator)
+    if not accelerator.is_main_process: return
+    kept = dict(kept_the_clusters_before=True) if keeps_old else {}
+    run.log(seen=at.seen + 1, epoch=epoch, search=near.backend, clusters=found, outliers=outliers, **kept,
+            **self.quality(labels.cpu().numpy()), **tested)
+
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #700b37ac
+@patch
+def _agreed_labels(self: ClusterContrast, features, rows, near, run, accelerator):
+    "(N,) clusters as the main process finds them, in every process."
+    n, k1 = self.n_images, self.recipe["k1"]
+    if len(rows) <= k1:
+        raise ValueError(f"{run.name}: {n - len(rows)} of {n} images could not be read, and k1={k1} needs more than "
+                         f"{len(rows)}; are the paths right?")
+    labels = torch.full((n,), -1, device=accelerator.device)
+    if accelerator.is_main_process:
+        labels[rows] = torch.from_numpy(self.labels(features[rows], near)).to(labels.device)
+    if accelerator.num_processes > 1: torch.distributed.broadcast(labels, 0)
+    return labels
+
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #3a7c574e
+@patch
+def features(self: ClusterContrast, accelerator) -> np.ndarray:
+    "(N, D) features of all images, each rank its share."
+    model, n, rank, ranks = self.modules["model"], self.n_images, accelerator.process_index, accelerator.num_processes
+    if ranks > 1:                # each has had its own running statistics: one network is to describe all images
+        for b in model.buffers(): torch.distributed.broadcast(b, 0)
+    share = -(-n // ranks)
+    mine = np.arange(rank * share, (rank + 1) * share) % n
+    found = embed_rows(model, self.images, mine, self.recipe["image_size"], autocast=accelerator.autocast)
+    if ranks > 1: found = accelerator.gather(torch.from_numpy(found).to(accelerator.device)).cpu().numpy()[:n]
+    if not (is_finite := np.isfinite(found).all(1)).all():
+        raise FloatingPointError(f"the features of {int((~is_finite).sum())} images are not finite: "
+                                 "lower lr or use precision='fp32'")
+    return found
+
+@patch
+def neighbours(self: ClusterContrast, features, accelerator) -> tuple[np.ndarray, Neighbours]:
+    "Rows that could be read, and their nearest: each rank searches its part, all get all lists."
+    recipe, device, rank, ranks = self.recipe, accelerator.device, accelerator.process_index, accelerator.num_processes
+    everyones = lambda x: accelerator.gather(x[None].to(device)).cpu().numpy()                 # (ranks, …)
+    rows = np.flatnonzero(everyones(torch.from_numpy(self.images.readable)).all(0))
+    k1, cuda = min(recipe["k1"], len(rows)), device if device.type == "cuda" else None
+    near = knn_part(features[rows], k1, rank, ranks, cuda, recipe["probes"])
+    index, distance = (everyones(torch.from_numpy(a)) for a in (near.index, near.distance))
+    parts = [Neighbours(index[p], distance[p], near.backend, part=(p, len(index))) for p in range(len(index))]
+    return rows, merge_neighbours(parts)
+
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #072418d5
+@patch
+def labels(self: ClusterContrast, features, near) -> np.ndarray:
+    "Clusters of rows by their Jaccard distances, -1 for none."
+    recipe = self.recipe
+    return cluster(features, recipe["k1"], recipe["k2"], recipe["eps"], recipe["min_samples"], near,
+                   clusterer=recipe["clusterer"])
+
+@patch
+def quality(self: ClusterContrast, labels) -> dict:
+    "Pairwise scores of the clusters against the truth where it is known; nothing else sees it."
+    if (self.truth < 0).all(): return {}
+    scores = identity_scores(labels, self.truth)
+    return {name: getattr(scores, name) for name in ("precision", "recall", "f1", "adjusted_rand")}
+
+@patch
+def test(self: ClusterContrast, epoch, run, accelerator) -> dict:
+    """Score of the model as it is, where the recipe asks for one between epochs: to look at, never to choose by.
+    All processes extract, the first one has the score."""
+    every, folder = self.recipe["test_every"], run.folder / f"test-{epoch}"
+    if not every or not epoch or epoch % every: return {}
+    if accelerator.is_main_process: shutil.rmtree(folder, ignore_errors=True)      # of a run killed in its test
+    accelerator.wait_for_everyone()
+    score = test_model(self.modules["model"], self.recipe, folder, accelerator)
+    if score is None: return {}
+    shutil.rmtree(folder)
+    return dict(test_mAP=score.mAP, test_rank1=score.rank1)
+
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #7291630c
+@patch
+def _say_batchnorm(self: ClusterContrast, run, accelerator):
+    "Once: how many images share BatchNorm's statistics."
+    processes, is_first = accelerator.num_processes, self.bn_batch is None
+    self.bn_batch = bn_group(self.recipe, processes, accelerator.device.type == "cuda")
+    if not is_first or not accelerator.is_main_process: return
+    of = f"batches of {self.recipe['batch_size']}, {processes} process{'es' if processes > 1 else ''}"
+    print(f"{run.name}: BatchNorm over {self.bn_batch} images, {of}", file=sys.stderr)
+
+@patch
+def trial(self: ClusterContrast, model, accelerator):
+    "A batch of made-up clusters, and the features of as many images as are embedded at once (and as the last time)."
+    memory, n, recipe = self.modules["memory"], self.n_images, self.recipe
+    features = torch.randn(n, memory.centroids.shape[1])
+    labels = torch.arange(n) % max(n // recipe["k"], recipe["batch_size"] // recipe["k"])
+    memory.start(features.to(accelerator.device), labels.to(accelerator.device), 0)
+    yield from Task.trial(self, model, accelerator)
+    share = -(-n // accelerator.num_processes)
+    for size in {min(share, 256), share % 256} - {0}:
+        rows = np.arange(size) % n
+        embed_rows(self.modules["model"], self.images, rows, recipe["image_size"], autocast=accelerator.autocast)
+
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #390e38ac
+def _check_clustering(r: dict, n_images: int, per_epoch: int) -> None:
+    "ValueError naming the first value of a recipe that cannot work on so many images."
+    batch = r["batch_size"]
+    if not per_epoch or per_epoch % batch:
+        raise ValueError(f"images_per_epoch={per_epoch}: a multiple of batch_size={batch} is needed, "
+                         "since every epoch clusters anew")
+    if r["clusterer"] not in CLUSTERERS:
+        raise ValueError(f"clusterer {r['clusterer']!r} is none of {', '.join(CLUSTERERS)}")
+    if r["optimizer"] not in ("sgd", "adam"):
+        raise ValueError(f"optimizer {r['optimizer']!r}: cluster contrast has sgd and adam")
+    if n_images < 4: raise ValueError(f"the data set has {n_images} training images: clusters need more")
+    if r["k1"] >= n_images: raise ValueError(f"k1={r['k1']}: the data set has {n_images} images; use a smaller k1")
+    if batch % r["k"]:
+        raise ValueError(f"batch_size={batch} must be a multiple of k={r['k']}, the images of a cluster")
+    if r["clusterer"] == "dbscan" and not 0 < r["eps"] < 1:
+        raise ValueError(f"eps={r['eps']} must lie between 0 and 1: pairs that share no neighbour have distance 1")
+    if len(r["erasing_fill"]) != 3:
+        raise ValueError(f"erasing_fill={r['erasing_fill']}: three numbers are needed, one a colour")
+
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #827aec49
+def save_clusternet(
+    model: ClusterNet,
+    folder: str | Path,
+    **card,
+) -> None:
+    "Write `backbone.safetensors` with its card, and `clusternet.safetensors` with pooling and BatchNorm."
+    from safetensors.torch import save_file
+    save_backbone(model.backbone, Path(folder) / "backbone.safetensors", **card)
+    rest = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+    pooling = "backbone" if model.pool is None else "gem"
+    with atomic(Path(folder) / "clusternet.safetensors") as tmp: save_file(rest, tmp, metadata=dict(pooling=pooling))
+
+def load_clusternet(
+    folder: str | Path,  # of a finished run
+) -> ClusterNet:         # in eval mode
+    "The network of a USL or UDA run."
+    rest = Path(folder) / "clusternet.safetensors"
+    pooling = checkpoint_metadata(rest).get("pooling")
+    if pooling is None:
+        raise ValueError(f"{rest} is no file that save_clusternet wrote: name the folder of a finished USL or UDA run")
+    model = ClusterNet(load_backbone(Path(folder) / "backbone.safetensors"), pooling)
+    fill_module(model, rest, elsewhere="backbone.")
+    return model.eval()
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #309fea52
 def _run(recipe: dict) -> Run:
@@ -405,39 +505,25 @@ def _run(recipe: dict) -> Run:
         test_set(recipe)
         task = ClusterContrast(recipe)
         report = fit(task, run)
-        if is_main_process():
-            model = task.modules["model"].eval()
-            score = test_model(model, recipe, run.folder / "test-features")
-            clusters = [row for row in run.read_log() if "clusters" in row]
-            save_clusternet(model, run.folder, recipe=recipe, run=run.name, licence=licence(recipe), scores=score.asdict())
-            tested = {row["epoch"]: row["test_mAP"] for row in clusters if "test_mAP" in row} | {recipe["epochs"]: score.mAP}
-            best = max(tested, key=tested.get)
-            report |= dict(mAP=score.mAP, rank1=score.rank1, mINP=score.mINP, protocol=score.protocol, train_images=task.n_images, bn_batch=task.bn_batch, last_clusters={k: v for k, v in clusters[-1].items() if k not in ("seen", "test_mAP", "test_rank1")},
-                           best_on_test_never_used=dict(epoch=best, mAP=tested[best]), matched=None if task.load_report is None else len(task.load_report.matched))
+        if is_main_process(): report |= _tested(task, run, recipe)
         run.finish(report)
     return run
 
-def save_clusternet(
-    model: ClusterNet,
-    folder: str | Path,
-    **card,
-) -> None:
-    "Write `backbone.safetensors` with its card, and `clusternet.safetensors` with pooling and BatchNorm."
-    from safetensors.torch import save_file
-    save_backbone(model.backbone, Path(folder) / "backbone.safetensors", **card)
-    with atomic(Path(folder) / "clusternet.safetensors") as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("backbone.")}, tmp, metadata=dict(pooling="backbone" if model.pool is None else "gem"))
+def _tested(task, run, recipe) -> dict:
+    "Test and save the network of a finished training; what `result.json` should say of it."
+    model = task.modules["model"].eval()
+    score = test_model(model, recipe, run.folder / "test-features")
+    save_clusternet(model, run.folder, recipe=recipe, run=run.name, licence=licence(recipe), scores=score.asdict())
+    clusters = [row for row in run.read_log() if "clusters" in row]
+    tested = {row["epoch"]: row["test_mAP"] for row in clusters if "test_mAP" in row} | {recipe["epochs"]: score.mAP}
+    best = max(tested, key=tested.get)
+    last = {name: value for name, value in clusters[-1].items() if name not in ("seen", "test_mAP", "test_rank1")}
+    return dict(mAP=score.mAP, rank1=score.rank1, mINP=score.mINP, protocol=score.protocol,
+                train_images=task.n_images, bn_batch=task.bn_batch, last_clusters=last,
+                best_on_test_never_used=dict(epoch=best, mAP=tested[best]),
+                matched=None if task.load_report is None else len(task.load_report.matched))
 
-def load_clusternet(
-    folder: str | Path,  # of a finished run
-) -> ClusterNet:         # in eval mode
-    "The network of a USL or UDA run."
-    rest = Path(folder) / "clusternet.safetensors"
-    pooling = checkpoint_metadata(rest).get("pooling")
-    if pooling is None: raise ValueError(f"{rest} is no file that save_clusternet wrote: name the folder of a finished USL or UDA run")
-    model = ClusterNet(load_backbone(Path(folder) / "backbone.safetensors"), pooling)
-    fill_module(model, rest, elsewhere="backbone.")
-    return model.eval()
-
+# %% ../../nbs/5_training/08_cluster_contrast.ipynb #7045583a
 def usl(
     recipe: dict,  # as `recipe("usl", ...)` wrote it; the run in `weights` must be done
 ) -> Run:          # holds the network, the log with clusters of every epoch, and `result.json`
@@ -451,6 +537,11 @@ def uda(
     "The same from a backbone that was fine-tuned on another, labelled data set (`weights`)."
     weights = recipe["weights"]
     if recipe["stage"] != "uda": raise ValueError(f"uda takes a recipe of uda, not of {recipe['stage']}")
-    if weights is None or isinstance(weights, dict) and weights["stage"] != "finetune": raise ValueError("uda starts from a network fine-tuned on the source: weights=dict(stage='finetune', …), or a file")
-    if isinstance(weights, dict) and (weights["data"], weights["data_root"]) == (recipe["data"], recipe["data_root"]): raise ValueError("uda: weights were fine-tuned on the target's own labels; name another data set, the source, in weights")
+    if weights is None or isinstance(weights, dict) and weights["stage"] != "finetune":
+        raise ValueError("uda starts from a network fine-tuned on the source: weights=dict(stage='finetune', …), "
+                         "or a file")
+    same = isinstance(weights, dict) and all(weights[name] == recipe[name] for name in ("data", "data_root"))
+    if same:
+        raise ValueError("uda: weights were fine-tuned on the target's own labels; "
+                         "name another data set, the source, in weights")
     return _run(recipe)

@@ -6,23 +6,35 @@
 __all__ = ['DataSettings', 'NetworkSettings', 'BudgetSettings', 'MachineSettings', 'warmup_cosine', 'budget', 'Task', 'Position',
            'batches', 'Loaded', 'loader', 'not_finite', 'save_checkpoint', 'last_checkpoint', 'damage',
            'set_aside_damaged', 'is_strict', 'load_checkpoint', 'Preempted', 'checkpoint_activations',
-           'synchronise_batchnorm', 'adamw', 'to_channels_last', 'make_accelerator', 'fit']
+           'synchronise_batchnorm', 'adamw', 'to_channels_last', 'of_all_ranks', 'make_accelerator', 'fit']
 
 # %% ../../nbs/5_training/02_engine.ipynb #1a4a174f
-import os, pickle, random, shutil, signal, socket, sys, threading, time, warnings, zipfile
+import os
+import pickle
+import random
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Hashable, Iterable, Iterator, Literal, NamedTuple
+from typing import Any, Hashable, Iterable, Iterator, Literal, NamedTuple
+
 import numpy as np
 import torch
-from torch import Tensor, nn
-from ..core.files import read_json
-from ..models.precision import described, known, machine, precision, probe, remember
-from ..core.files import progress, write_json
+from fastcore.basics import patch
+from torch import nn, Tensor
+
+from ..core.files import progress, read_json, write_json
 from ..core.runs import INPUTS, is_main_process, Run, UNHASHED
 from ..core.settings import Count, NotNegative, Positive, setting, Settings, Whole
+from ..models.precision import described, known, machine, precision, probe, remember
 
 # %% ../../nbs/5_training/02_engine.ipynb #718ea69d
 class DataSettings(Settings):
@@ -79,10 +91,16 @@ def budget(
     batch, accumulate = recipe["batch_size"], recipe.get("accumulate", 1)
     for name in ("epochs", "batch_size"):
         if not recipe[name] > 0: raise ValueError(f"{name}={recipe[name]}: must be positive")
-    if accumulate < 1 or batch % accumulate: raise ValueError(f"accumulate={accumulate}: must divide batch_size={batch}, which counts the images of a whole step")
+    if accumulate < 1 or batch % accumulate:
+        raise ValueError(f"accumulate={accumulate}: must divide batch_size={batch}, "
+                         "which counts the images of a whole step")
     if n_images < 1: raise ValueError("the training set is empty: no image is left to learn from")
-    wanted = recipe["epochs"] * (recipe["images_per_epoch"] or n_images)
-    if wanted < batch: raise ValueError(f"batch_size={batch} is more than the {wanted:g} presentations of the whole run ({recipe['epochs']} epochs of {recipe['images_per_epoch'] or n_images} images): use a smaller batch_size, or more epochs or images_per_epoch")
+    an_epoch = recipe["images_per_epoch"] or n_images
+    wanted = recipe["epochs"] * an_epoch
+    if wanted < batch:
+        raise ValueError(f"batch_size={batch} is more than the {wanted:g} presentations of the whole run "
+                         f"({recipe['epochs']} epochs of {an_epoch} images): "
+                         "use a smaller batch_size, or more epochs or images_per_epoch")
     return round(wanted / batch) * batch
 
 # %% ../../nbs/5_training/02_engine.ipynb #3916e206
@@ -98,33 +116,37 @@ class Task:
     def build(self, device: torch.device) -> None:
         "Make `modules` on `device` and the `optimizer`."
         raise TypeError(f"{type(self).__name__} must say how to build its modules")
-    def phase(self, seen: int) -> Hashable:
-        "What kind of batch follows after `seen` images (the curriculum); a change starts a fresh pass."
-    def horizon(self, seen: int) -> float:
-        "Up to which image batches may be drawn ahead of training, after `seen` images: where new labels come from the model, not beyond them."
-        return float("inf")
-    def prepare(self, at: "Position", run: Run, accelerator) -> None:
-        "Called before batches up to the next horizon are drawn, also after a resume: cluster, say."
     def sampler(self, phase, n_pass: int, advance: int, rank: int, world_size: int) -> Iterable[np.ndarray]:
         "Row indices of this rank's batches of pass `n_pass`, from batch `advance` on."
         raise TypeError(f"{type(self).__name__} must say how to sample its batches")
     def load(self, rows: np.ndarray, seen: int) -> Any:
         "The batch (CPU tensors) of these rows; may run in a worker process."
         raise TypeError(f"{type(self).__name__} must say how to load a batch")
-    def schedule(self, share: float) -> dict[str, float]:
-        "Set learning rates and the like for this share of the run; returned values are logged."
-        return {}
     def loss(self, model: nn.Module, batch, accelerator) -> tuple[Tensor, dict]:
         "The loss of a batch and what else to log."
         raise TypeError(f"{type(self).__name__} must say what its loss is")
+
+    def phase(self, seen: int) -> Hashable:
+        "What kind of batch follows after `seen` images (the curriculum); a change starts a fresh pass."
+    def horizon(self, seen: int) -> float:
+        """Up to which image batches may be drawn ahead of training, after `seen` images:
+        where new labels come from the model, not beyond them."""
+        return float("inf")
+    def prepare(self, at: "Position", run: Run, accelerator) -> None:
+        "Called before batches up to the next horizon are drawn, also after a resume: cluster, say."
+    def schedule(self, share: float) -> dict[str, float]:
+        "Set learning rates and the like for this share of the run; returned values are logged."
+        return {}
+    def before_step(self, share: float) -> None: "Clip or drop gradients; they are unscaled."
+    def after_step(self, share: float) -> None: "Update a teacher, a memory, …"
+
     def trial(self, model, accelerator) -> Iterator[Tensor]:
-        "What a probe of the precision runs: the loss of a batch such as training has, and whatever else computes in `accelerator.autocast`. Modules are built anew afterwards."
+        """What a probe of the precision runs: the loss of a batch such as training has, and whatever else computes in
+        `accelerator.autocast`. Modules are built anew afterwards."""
         size = self.recipe["batch_size"] // self.recipe.get("accumulate", 1)
         rows = next(iter(self.sampler(self.phase(0), 0, 0, accelerator.process_index, accelerator.num_processes)))
         self.schedule(0.)
         yield self.loss(model, _to(self.load(rows, size), accelerator.device), accelerator)[0]
-    def before_step(self, share: float) -> None: "Clip or drop gradients; they are unscaled."
-    def after_step(self, share: float) -> None: "Update a teacher, a memory, …"
 
 # %% ../../nbs/5_training/02_engine.ipynb #29e702c2
 @dataclass(frozen=True)
@@ -153,19 +175,21 @@ def batches(
             yield at, rows
             if at.seen >= total or task.phase(at.seen) != phase: break
         if at.seen == before and at.advance == 0:
-            raise ValueError(f"a pass over the training set gives no batch of {size} images (phase {phase}): use a smaller batch_size or more images")
+            raise ValueError(f"a pass over the training set gives no batch of {size} images (phase {phase}): "
+                             "use a smaller batch_size or more images")
         at = Position(at.seen, at.n_pass + 1, 0, task.phase(at.seen))
 
 # %% ../../nbs/5_training/02_engine.ipynb #58461601
 class Loaded(NamedTuple):
-    "A batch, where the run stands after it, the rows it was asked for, and what could not be read (row -> reason) since this process last said so."
+    """A batch, where the run stands after it, the rows it was asked for, and what could not be read (row -> reason)
+    since this process last said so."""
     at: Position
     rows: np.ndarray
     batch: Any
     unreadable: dict
 
 class _Loading(torch.utils.data.Dataset):
-    "Lets a DataLoader's workers call `task.load`; what a worker could not read would be lost with it, so it travels with the batch."
+    "Lets a DataLoader's workers call `task.load`."
     def __init__(self, task): self.task, self.told = task, set()
     def __getitem__(self, item):
         at, rows = item
@@ -175,6 +199,7 @@ class _Loading(torch.utils.data.Dataset):
         self.told |= fresh.keys()
         return Loaded(at, rows, batch, fresh)
 
+# %% ../../nbs/5_training/02_engine.ipynb #657c0656
 def loader(
     task: Task,
     positions: Iterator,  # as `batches` yields
@@ -182,9 +207,10 @@ def loader(
     pin: bool = False,    # page-locked memory, for CUDA
 ) -> Iterable[Loaded]:
     "Load batches in order; how many workers there are changes nothing but the speed."
-    return torch.utils.data.DataLoader(_Loading(task), sampler=positions, batch_size=None, num_workers=workers, pin_memory=pin,
-                                       collate_fn=_same, worker_init_fn=_deaf, prefetch_factor=2 if workers else None,
-                                       generator=torch.Generator())      # its own: a loader draws one number when it starts, and a resumed run starts one more
+    own = torch.Generator()      # a loader draws one number when it starts, and a resumed run starts one more
+    return torch.utils.data.DataLoader(
+        _Loading(task), sampler=positions, batch_size=None, num_workers=workers, pin_memory=pin, collate_fn=_same,
+        worker_init_fn=_deaf, prefetch_factor=2 if workers else None, generator=own)
 
 def _same(item): return item
 
@@ -193,47 +219,56 @@ def _deaf(worker):
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
 
+# %% ../../nbs/5_training/02_engine.ipynb #c2a5306e
+def not_finite(
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None = None,   # its moments too: an infinite one stops its parameter for ever
+) -> str | None:
+    "The name of the first parameter, or parameter's moment, with a NaN or an infinity; None if there is none."
+    named = {p: f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters()}
+    bad = next((key for p, key in named.items() if not p.isfinite().all()), None)
+    if bad or optimizer is None: return bad
+    moments = ((key, moment, x) for p, key in named.items() for moment, x in optimizer.state.get(p, {}).items())
+    return next((f"{key} ({moment} of the optimizer)" for key, moment, x in moments
+                 if isinstance(x, Tensor) and not x.isfinite().all()), None)
+
 # %% ../../nbs/5_training/02_engine.ipynb #12002de6
 def _rng_state():
     kind, keys, *rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
 
-def _set_rng_state(s):
-    version, internal, gauss = s["python"]
+def _set_rng_state(state):
+    version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = s["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest)); torch.set_rng_state(s["torch"])
-    if s["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(s["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
 
+# %% ../../nbs/5_training/02_engine.ipynb #f5db178a
 def _setting(accelerator):
     "What the last bits of a result depend on, beside the recipe."
-    return dict(processes=accelerator.num_processes, threads=torch.get_num_threads() if accelerator.device.type == "cpu" else None,
-                device=accelerator.device.type, precision=accelerator.mixed_precision)
+    device = accelerator.device.type
+    return dict(processes=accelerator.num_processes, threads=torch.get_num_threads() if device == "cpu" else None,
+                device=device, precision=accelerator.mixed_precision)
 
 def _kernels(accelerator):
     "What the last bits depend on and nobody asked for: versions, the processor and what it can, the card."
-    about = machine(); about |= {f"CPU's {name}": value for name, value in about.pop("cpu").items()}
+    about = machine()
+    about |= {f"CPU's {name}": value for name, value in about.pop("cpu").items()}
     if accelerator.device.type == "cuda": about["card"] = torch.cuda.get_device_name(accelerator.device)
-    return {name: value if isinstance(value, (bool, int)) else str(value) for name, value in about.items() if name != "threads"}
+    about.pop("threads", None)
+    return {name: value if isinstance(value, (bool, int)) else str(value) for name, value in about.items()}
 
 def _other_kernels(state, here):
     "A line where a checkpoint was written by other kernels; None where by these, or where it does not say."
-    differs = [f"{name} {value} (now {here.get(name)})" for name, value in state.get("kernels", {}).items() if value != here.get(name)]
+    was = state.get("kernels", {})
+    differs = [f"{name} {value} (now {here.get(name)})" for name, value in was.items() if value != here.get(name)]
     if not differs: return None
-    return (f"may not be bit-identical: checkpoint at image {state['at']['seen']:,} was written with {', '.join(differs[:4])}"
-            + (f" and {len(differs) - 4} more" if len(differs) > 4 else ""))
-
-def not_finite(
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer | None = None,   # its moments too: an infinite one holds its parameter still for ever, and no loss tells
-) -> str | None:
-    "The name of the first parameter, or parameter's moment, with a NaN or an infinity; None if there is none."
-    named = {p: f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters()}
-    bad = next((key for p, key in named.items() if not p.isfinite().all()), None)
-    if bad or optimizer is None: return bad
-    return next((f"{key} ({moment} of the optimizer)" for p, key in named.items() for moment, x in optimizer.state.get(p, {}).items()
-                 if isinstance(x, Tensor) and not x.isfinite().all()), None)
+    more = f" and {len(differs) - 4} more" if len(differs) > 4 else ""
+    return (f"may not be bit-identical: checkpoint at image {state['at']['seen']:,} was written with "
+            f"{', '.join(differs[:4])}{more}")
 
 # %% ../../nbs/5_training/02_engine.ipynb #5d1f0a37
 _NAMED = "seen-" + 12 * "[0-9]"        # nobody's copy beside them is taken for one
@@ -249,21 +284,32 @@ def save_checkpoint(
     "Write `checkpoints/seen-…` with every rank's part."
     folder = run.folder / "checkpoints" / f"seen-{at.seen:012d}"
     if folder.exists(): return folder                                    # whole, since it has its name
-    tmp = folder.with_name("writing-" + folder.name)
-    if accelerator.is_main_process:
-        shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    tmp, is_main = folder.with_name("writing-" + folder.name), accelerator.is_main_process
+    if is_main:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
     accelerator.wait_for_everyone()
     own = dict(rng=_rng_state(), buffers={k: dict(m.named_buffers()) for k, m in task.modules.items()})
     _save(own, tmp / f"rank-{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        _save(dict(at=asdict(at), setting=_setting(accelerator), kernels=_kernels(accelerator), recipe=run.recipe, carried=carried or {},
-                   modules={k: m.state_dict() for k, m in task.modules.items()}, optimizer=_plain(task.optimizer.state_dict()),
-                   scaler=accelerator.scaler.state_dict() if accelerator.scaler else None), tmp / "state.pt")
+    if is_main: _save(_state(task, run, at, accelerator, carried), tmp / "state.pt")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        tmp.rename(folder); _sync(folder.parent)
+    if is_main:
+        tmp.rename(folder)
+        _sync(folder.parent)
         for old in sorted(folder.parent.glob(_NAMED))[:-keep]: shutil.rmtree(old)
     return folder
+
+def last_checkpoint(run: Run) -> Path | None:
+    "The newest checkpoint of a run."
+    return max((run.folder / "checkpoints").glob(_NAMED), default=None)
+
+# %% ../../nbs/5_training/02_engine.ipynb #798c91e4
+def _state(task, run, at, accelerator, carried):
+    "What a checkpoint holds beside each rank's own part."
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+    return dict(at=asdict(at), setting=_setting(accelerator), kernels=_kernels(accelerator), recipe=run.recipe,
+                carried=carried or {}, modules={k: m.state_dict() for k, m in task.modules.items()},
+                optimizer=_plain(task.optimizer.state_dict()), scaler=scaler)
 
 def _plain(x):
     "NumPy's scalars as Python's: a learning rate that NumPy computed would make the file one that is not safe to load."
@@ -272,16 +318,19 @@ def _plain(x):
     return type(x)(_plain(v) for v in x) if isinstance(x, (list, tuple)) else x
 
 def _save(obj, path):
-    with open(path, "wb") as f: torch.save(obj, f); f.flush(); os.fsync(f.fileno())
+    with open(path, "wb") as f:
+        torch.save(obj, f)
+        f.flush()
+        os.fsync(f.fileno())
 
 def _sync(folder):
     "Make a rename outlive a power cut, where the system can."
-    if hasattr(os, "O_DIRECTORY"): fd = os.open(folder, os.O_DIRECTORY); os.fsync(fd); os.close(fd)
+    if not hasattr(os, "O_DIRECTORY"): return
+    fd = os.open(folder, os.O_DIRECTORY)
+    os.fsync(fd)
+    os.close(fd)
 
-def last_checkpoint(run: Run) -> Path | None:
-    "The newest checkpoint of a run."
-    return max((run.folder / "checkpoints").glob(_NAMED), default=None)
-
+# %% ../../nbs/5_training/02_engine.ipynb #507409d7
 def damage(folder: Path) -> str | None:
     "What is wrong with a checkpoint's files, by the checksums inside them; None where they are whole."
     if not (folder / "state.pt").exists(): return "state.pt is missing"
@@ -292,7 +341,8 @@ def damage(folder: Path) -> str | None:
         if torn: return f"{path.name}: {torn} does not match its checksum"
 
 def set_aside_damaged(run: Run) -> list[str]:
-    "Rename damaged checkpoints, the newest ones, to `damaged-…`, so that the run goes on from the newest whole one (or from the start). What to tell the user, a line each."
+    """Rename damaged checkpoints, the newest ones, to `damaged-…`, so that the run goes on from the newest whole one
+    (or from the start). What to tell the user, a line each."""
     said = []
     while (folder := last_checkpoint(run)) and (wrong := damage(folder)):
         kept = folder.with_name("damaged-" + folder.name)
@@ -305,45 +355,61 @@ def set_aside_damaged(run: Run) -> list[str]:
 def is_strict() -> bool:
     "Whether a run may only be resumed bit-identically: unless `$CION_NB_RESUME` is `anyway`."
     said = os.environ.get("CION_NB_RESUME") or "exact"
-    if said not in ("exact", "anyway"): raise ValueError(f"CION_NB_RESUME={said!r}: choose exact (the default) or anyway")
+    if said not in ("exact", "anyway"):
+        raise ValueError(f"CION_NB_RESUME={said!r}: choose exact (the default) or anyway")
     return said == "exact"
 
 def load_checkpoint(
     task: Task,
     folder: Path,
     accelerator,
-    strict: bool | None = None,  # refuse another number of processes, another device or precision; None: as `is_strict` says
+    strict: bool | None = None,  # refuse other numbers of processes, devices, precisions; None: as `is_strict` says
     left: tuple = (),            # settings that may differ, since the run has left them and says so
-) -> tuple[Position, dict]:      # where the run stands, and what was `carried`, with a line in its `notes` if bits may differ from here on
+) -> tuple[Position, dict]:      # where the run stands, and what was `carried`, with `notes` if bits may differ
     "Put everything back."
     strict = is_strict() if strict is None else strict
     try: return _load_checkpoint(task, folder, accelerator, strict, left)
     except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{folder} is no checkpoint of this run ({type(e).__name__}: {' '.join(str(e).split())[:200]}); move it away to go on from the one before it, or from the start") from e
+        said = " ".join(str(e).split())[:200]
+        raise ValueError(f"{folder} is no checkpoint of this run ({type(e).__name__}: {said}); "
+                         "move it away to go on from the one before it, or from the start") from e
 
+# %% ../../nbs/5_training/02_engine.ipynb #531c7d02
 def _load_checkpoint(task, folder, accelerator, strict, left):
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    if strict and accelerator.device.type == "cpu" and state["setting"]["threads"]: torch.set_num_threads(state["setting"]["threads"])
-    here = _setting(accelerator)
-    differs = [f"{name} {value} (now {here[name]})" for name, value in state["setting"].items() if value != here[name] and name not in left]
-    if differs:
-        said = f"checkpoint at image {state['at']['seen']:,} was written by {', '.join(differs)}"
-        if strict: raise ValueError(f"{folder}: {said}; start it again like that, or with CION_NB_RESUME=anyway in the environment (the result is then not bit-identical to an uninterrupted run)")
-        state["carried"].setdefault("notes", []).append(f"not bit-identical: {said}")
-    notes = state["carried"].setdefault("notes", [])
-    if (other := _other_kernels(state, _kernels(accelerator))) and other not in notes: notes.append(other)
+    carried, at, setting = state["carried"], state["at"], state["setting"]
+    if strict and accelerator.device.type == "cpu" and setting["threads"]: torch.set_num_threads(setting["threads"])
+    _note_differences(folder, state, accelerator, strict, left)
     for name, module in task.modules.items(): module.load_state_dict(state["modules"][name])
     task.optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler and state["scaler"]: accelerator.scaler.load_state_dict(state["scaler"])
-    _load_own(task, folder / f"rank-{accelerator.process_index}.pt", accelerator.process_index < state["setting"]["processes"])
-    at = state["at"]
+    rank = accelerator.process_index
+    _load_own(task, folder / f"rank-{rank}.pt", rank < setting["processes"])
     total = budget(task.recipe, task.n_images)
-    if not 0 < at["seen"] <= total: raise ValueError(f"{folder} says that {at['seen']:,} images were seen, and the run has {total:,}: move it away to go on from the one before it")
-    return Position(at["seen"], at["n_pass"], at["advance"], tuple(at["phase"]) if isinstance(at["phase"], list) else at["phase"]), state["carried"]
+    if not 0 < at["seen"] <= total:
+        raise ValueError(f"{folder} says that {at['seen']:,} images were seen, and the run has {total:,}: "
+                         "move it away to go on from the one before it")
+    phase = tuple(at["phase"]) if isinstance(at["phase"], list) else at["phase"]
+    return Position(at["seen"], at["n_pass"], at["advance"], phase), carried
 
+def _note_differences(folder, state, accelerator, strict, left):
+    "A line in the carried notes for each way in which bits may differ from here on; ValueError where they must not."
+    here, notes, differs = _setting(accelerator), state["carried"].setdefault("notes", []), []
+    for name, value in state["setting"].items():
+        if value != here[name] and name not in left: differs.append(f"{name} {value} (now {here[name]})")
+    if differs:
+        said = f"checkpoint at image {state['at']['seen']:,} was written by {', '.join(differs)}"
+        if strict:
+            raise ValueError(f"{folder}: {said}; start it again like that, or with CION_NB_RESUME=anyway "
+                             "in the environment (the result is then not bit-identical to an uninterrupted run)")
+        notes.append(f"not bit-identical: {said}")
+    if (other := _other_kernels(state, _kernels(accelerator))) and other not in notes: notes.append(other)
+
+# %% ../../nbs/5_training/02_engine.ipynb #04239d2b
 def _load_own(task, path, was_there):
-    "This rank's buffers and random numbers; a rank that did not exist before starts from the main one's and its own seed."
-    if not path.exists() and was_there: raise ValueError(f"{path} is missing: move the checkpoint away to go on from the one before it")
+    "This rank's buffers and random numbers; one that did not exist before starts from the main one's and its own seed."
+    if not path.exists() and was_there:
+        raise ValueError(f"{path} is missing: move the checkpoint away to go on from the one before it")
     if not path.exists(): return
     own = torch.load(path, map_location="cpu", weights_only=True)
     for name, module in task.modules.items():
@@ -356,28 +422,32 @@ def _load_own(task, path, was_there):
 class Preempted(SystemExit):
     "The run was asked to stop, has written a checkpoint, and can be resumed: exit code 75 (EX_TEMPFAIL)."
     def __init__(self, said: str):
-        super().__init__(75); self.said = said
+        super().__init__(75)
+        self.said = said
         if is_main_process(): print(said, file=sys.stderr)            # Python prints no message for a number
     def __str__(self): return self.said
-
-@contextmanager
-def _without_denormals(device: torch.device):
-    "On a CPU, values below 1e-38 count as zero: with a collapsed network's gradients it computes ten to twenty times as slowly otherwise."
-    had = float(torch.tensor(1e-40) * 1) != 0
-    if device.type == "cpu": torch.set_flush_denormal(True)
-    try: yield
-    finally:
-        if had: torch.set_flush_denormal(False)
 
 @contextmanager
 def _watching(names=("SIGTERM", "SIGUSR1")):
     "A list that fills when one of these signals comes; handlers are put back afterwards."
     got, old = [], {}
     if threading.current_thread() is threading.main_thread():
-        for s in (getattr(signal, n) for n in names if hasattr(signal, n)): old[s] = signal.signal(s, lambda number, frame: got.append(number))
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            old[number] = signal.signal(number, lambda number, frame: got.append(number))
     try: yield got
     finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+        for number, handler in old.items(): signal.signal(number, handler)
+
+# %% ../../nbs/5_training/02_engine.ipynb #53e66557
+@contextmanager
+def _without_denormals(device: torch.device):
+    """On a CPU, values below 1e-38 count as zero: with a collapsed network's gradients it computes ten to twenty times
+    as slowly otherwise."""
+    had = float(torch.tensor(1e-40) * 1) != 0
+    if device.type == "cpu": torch.set_flush_denormal(True)
+    try: yield
+    finally:
+        if had: torch.set_flush_denormal(False)
 
 # %% ../../nbs/5_training/02_engine.ipynb #8a412d6a
 def checkpoint_activations(model: nn.Module) -> None:
@@ -386,7 +456,10 @@ def checkpoint_activations(model: nn.Module) -> None:
     try:
         if able is None: raise AssertionError("timm's set_grad_checkpointing is missing")
         able.set_grad_checkpointing(True)
-    except AssertionError as e: raise ValueError(f"grad_checkpointing: {type(able or model).__name__} cannot recompute its activations ({e}); set grad_checkpointing=false, and a smaller batch_size (in pre-training: accumulate=2 or more) to save memory") from None
+    except AssertionError as e:
+        raise ValueError(f"grad_checkpointing: {type(able or model).__name__} cannot recompute its activations ({e}); "
+                         "set grad_checkpointing=false, and a smaller batch_size "
+                         "(in pre-training: accumulate=2 or more) to save memory") from None
 
 @contextmanager
 def _statistics_held(model: nn.Module):
@@ -416,10 +489,13 @@ def adamw(
 
 # %% ../../nbs/5_training/02_engine.ipynb #72cd3706
 def to_channels_last(model: nn.Module) -> nn.Module:
-    "The model in channels-last layout; strided 1x1 convolutions of fewer than 16 channels subsample first (oneDNN issue 6035)."
+    """The model in channels-last layout; strided 1x1 convolutions of fewer than 16 channels subsample first (oneDNN
+    issue 6035)."""
     for m in model.modules():
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16 and max(m.stride) > 1 and m.padding == (0, 0):
-            m.register_forward_pre_hook(_Subsample(m.stride)); m.stride = (1, 1)
+        is_pointwise = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.padding == (0, 0)
+        if is_pointwise and m.in_channels < 16 and max(m.stride) > 1:
+            m.register_forward_pre_hook(_Subsample(m.stride))
+            m.stride = (1, 1)
     return model.to(memory_format=torch.channels_last)
 
 class _Subsample:
@@ -427,84 +503,125 @@ class _Subsample:
     def __init__(self, stride): self.stride = stride
     def __call__(self, module, args): return (args[0][..., ::self.stride[0], ::self.stride[1]],)
 
+# %% ../../nbs/5_training/02_engine.ipynb #445be956
+def of_all_ranks(x: Tensor, accelerator) -> Tensor:
+    "Rows of every process, in their order; gradients flow back to each."
+    if accelerator.num_processes == 1: return x
+    if not x.requires_grad: return accelerator.gather(x)
+    from torch.distributed.nn.functional import all_gather
+    return torch.cat(all_gather(x))
+
+def _told_by_all(value, accelerator):
+    "A list of every rank's plain value."
+    from accelerate.utils import gather_object
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+def _as_the_main_one(values, accelerator):
+    "The main process's list of plain values, in every process."
+    from accelerate.utils import broadcast_object_list
+    if accelerator.num_processes > 1: broadcast_object_list(values)
+    return values
+
+def _any_rank(flags, accelerator):
+    "For each flag, whether it is true on any rank (one reduction for all)."
+    if accelerator.num_processes == 1: return flags
+    flags = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(flags) > 0).tolist()
+
 # %% ../../nbs/5_training/02_engine.ipynb #dc10f38a
 def make_accelerator(
     recipe: dict,             # has `precision`, and may have `trackers`
     run: Run | None = None,   # where trackers that write files put them
-    kind: str | None = None,  # "no", "bf16" or "fp16", where that is settled; None: what the hardware offers for the recipe's `precision`
+    kind: str | None = None,  # "no", "bf16" or "fp16", where that is settled; None: what the hardware offers for it
 ):
-    "An `Accelerator` of that precision; also when another run of this process had another one. ValueError for a tracker that is not there."
+    """An `Accelerator` of that precision; also when another run of this process had another one. ValueError for a
+    tracker that is not there."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-    if AcceleratorState._shared_state: AcceleratorState._reset_state()      # the state is one per process and remembers the first precision
+    if AcceleratorState._shared_state: AcceleratorState._reset_state()      # it remembers a process's first precision
     names, cuda = recipe.get("trackers") or [], torch.cuda.is_available()
     if names and run is None: raise ValueError(f"trackers={names}: a run is needed to name what they log")
     project = ProjectConfiguration(str(run.folder), str(run.folder / "trackers")) if names else None
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))      # clustering is one process's: NCCL gives others 10 minutes
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))      # one process clusters; NCCL's own: 10 minutes
     made = Accelerator(mixed_precision=kind or precision(recipe["precision"]), cpu=not cuda, log_with=names or None,
                        project_config=project, kwargs_handlers=[patience])
-    if missing := set(names) - {str(getattr(t, "value", t)) for t in made.log_with}: raise ValueError(f"trackers: {', '.join(sorted(missing))} cannot be imported: pip install {' '.join(sorted(missing))}")
+    if missing := set(names) - {str(getattr(t, "value", t)) for t in made.log_with}:
+        wanted = sorted(missing)
+        raise ValueError(f"trackers: {', '.join(wanted)} cannot be imported: pip install {' '.join(wanted)}")
     return made
 
 def _start_trackers(accelerator, run, at):
     if not accelerator.log_with: return
-    config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in run.recipe.items()}
-    accelerator.init_trackers("cion_nb", config=config if at.seen == 0 else None,
-                              init_kwargs=dict(tensorboard=dict(purge_step=at.seen + 1), wandb=dict(name=run.name, id=run.name, resume="allow")))
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in run.recipe.items()}
+    kinds = dict(tensorboard=dict(purge_step=at.seen + 1), wandb=dict(name=run.name, id=run.name, resume="allow"))
+    accelerator.init_trackers("cion_nb", config=plain if at.seen == 0 else None, init_kwargs=kinds)
 
 # %% ../../nbs/5_training/02_engine.ipynb #9004762b
-_FELL = "fp32.json"       # says that and why a run left the precision that `auto` had chosen; also to whoever resumes it
-
-# Values of a recipe that change no shape: they are not part of what a probe's answer depends on.
-_SHAPELESS = frozenset((*INPUTS, *UNHASHED, *"""data identities seed epochs images_per_epoch n_id_epochs lr lr_per lr_end lr_step lr_factor warmup_epochs warmup_start constant_until weight_decay bias_lr momentum
-    clip freeze_epochs freeze_last_layer_epochs student_temp teacher_temp centre_momentum warmup_teacher_temp warmup_teacher_temp_epochs ema moco_momentum moco_temp memory_momentum temperature eps
-    test_every precision profile protocol flip_test compile erasing erasing_fill flip""".split()))
+_FELL = "fp32.json"       # says, also to whoever resumes a run, why it left the precision that `auto` had chosen
 
 def _settle_precision(task, run, accelerator, folder, strict):
-    "The accelerator that this run computes with, what a probe found (None: none was needed), and what to tell, a line each. ValueError where bf16 is wanted, or was used so far, and is not sound."
+    """The accelerator that this run computes with, what a probe found (None: none was needed), and what to tell, a line
+    each. ValueError where bf16 is wanted, or was used so far, and is not sound."""
     setting, fell = _begun(run, folder, accelerator)
     wanted, kind, begun = task.recipe["precision"], accelerator.mixed_precision, setting.get("precision")
     if fell: return make_accelerator(task.recipe, run, "no"), None, [fell]
     if accelerator.device.type == "cpu":
-        if strict and setting.get("threads"): torch.set_num_threads(setting["threads"])      # they decide about kernels, too
+        if strict and setting.get("threads"): torch.set_num_threads(setting["threads"])      # they decide about kernels
         if wanted != "fp32" and begun in ("no", "bf16"): kind = begun
     if kind != accelerator.mixed_precision: accelerator = make_accelerator(task.recipe, run, kind)
     if kind != "bf16" or accelerator.device.type != "cpu": return accelerator, None, []
     verdict = _agreed_verdict(task, accelerator)
     if verdict.sound: return accelerator, verdict, []
     found = f"bf16 is not sound on this CPU: {verdict.said}"
-    if wanted == "bf16": raise ValueError(f"{run.name}: precision='bf16', but {found}; use precision='fp32', or 'auto', which asks before it takes bf16")
-    if begun and strict: raise ValueError(f"{run.name}: the run was begun in bf16 ({folder}), but {found}; go on where it was begun, or in fp32 with CION_NB_RESUME=anyway in the environment (the result is then not bit-identical to an uninterrupted run), or start it anew: delete {run.folder}")
+    if wanted == "bf16":
+        raise ValueError(f"{run.name}: precision='bf16', but {found}; "
+                         "use precision='fp32', or 'auto', which asks before it takes bf16")
+    if begun and strict:
+        raise ValueError(f"{run.name}: the run was begun in bf16 ({folder}), but {found}; go on where it was begun, "
+                         "or in fp32 with CION_NB_RESUME=anyway in the environment (the result is then not "
+                         f"bit-identical to an uninterrupted run), or start it anew: delete {run.folder}")
     return make_accelerator(task.recipe, run, "no"), verdict, [f"{found}; computed in fp32"]
 
+# %% ../../nbs/5_training/02_engine.ipynb #1b766ad3
 def _begun(run, folder, accelerator):
-    "In what setting the run's checkpoint was written, and why it left that precision (None: it did not). As the main process reads it."
-    from accelerate.utils import broadcast_object_list
+    """In what setting the run's checkpoint was written, and why it left that precision (None: it did not). As the main
+    process reads it."""
     told = [{}, None]
     if accelerator.is_main_process:
         if folder: told[0] = _recorded(folder)
         file = run.folder / _FELL
         if file.exists(): told[1] = read_json(file)["note"]
-    if accelerator.num_processes > 1: broadcast_object_list(told)
-    return told
+    return _as_the_main_one(told, accelerator)
 
 def _recorded(folder):
     "The setting in a checkpoint; empty for a file that is none of ours: `load_checkpoint` has the words for that."
-    try: return dict(torch.load(folder / "state.pt", map_location="cpu", mmap=True, weights_only=True)["setting"])
+    try:
+        return dict(torch.load(folder / "state.pt", map_location="cpu", mmap=True, weights_only=True)["setting"])
     except (LookupError, TypeError, ValueError, RuntimeError, OSError, pickle.UnpicklingError): return {}
 
+# %% ../../nbs/5_training/02_engine.ipynb #50367f02
+# Values of a recipe that change no shape: they are not part of what a probe's answer depends on.
+_SHAPELESS = frozenset((*INPUTS, *UNHASHED, *"""
+    data identities seed epochs images_per_epoch n_id_epochs lr lr_per lr_end lr_step lr_factor warmup_epochs
+    warmup_start constant_until weight_decay bias_lr momentum clip freeze_epochs freeze_last_layer_epochs student_temp
+    teacher_temp centre_momentum warmup_teacher_temp warmup_teacher_temp_epochs ema moco_momentum moco_temp
+    memory_momentum temperature eps test_every precision profile protocol flip_test compile erasing erasing_fill flip
+    """.split()))
+
 def _agreed_verdict(task, accelerator):
-    "Of all ranks: what the first of them found that found a fault, else what the main one found. Probed together or not at all, since a loss may talk to other ranks."
-    from accelerate.utils import gather_object
-    key = dict(task=type(task).__name__, network=described(task.modules), processes=accelerator.num_processes, n_images=task.n_images,
-               recipe={k: v for k, v in task.recipe.items() if k not in _SHAPELESS and not (isinstance(v, dict) and "stage" in v)})
+    """Of all ranks: what the first of them found that found a fault, else what the main one found. Probed together or
+    not at all, since a loss may talk to other ranks."""
+    has_shape = lambda name, value: name not in _SHAPELESS and not (isinstance(value, dict) and "stage" in value)
+    key = dict(task=type(task).__name__, network=described(task.modules), processes=accelerator.num_processes,
+               n_images=task.n_images, recipe={name: v for name, v in task.recipe.items() if has_shape(name, v)})
     verdict = known(key)
     if _any_rank([verdict is None], accelerator)[0]:
         model = _InAutocast(task.modules["model"], accelerator)
         verdict = remember(key, probe(lambda: task.trial(model, accelerator), task.modules))
-        _seed(task.recipe["seed"]); task.build(accelerator.device)                 # as if nothing had been
-    told = gather_object([verdict]) if accelerator.num_processes > 1 else [verdict]
+        _seed(task.recipe["seed"])
+        task.build(accelerator.device)                                           # as if nothing had been
+    told = _told_by_all(verdict, accelerator)
     return next((v for v in told if not v.sound), told[0])
 
 class _InAutocast:
@@ -515,150 +632,83 @@ class _InAutocast:
         with self.accelerator.autocast(): out = self.model(*args)
         return convert_to_fp32(out)
 
+# %% ../../nbs/5_training/02_engine.ipynb #fbe27a4a
+def _agreed_checkpoint(run, accelerator):
+    """The newest whole checkpoint that the main process sees, or None: every rank goes on from the same one; and what
+    was wrong with newer ones."""
+    folder, said = run.folder / "checkpoints", []
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for torn in folder.glob("writing-*"): shutil.rmtree(torn, ignore_errors=True)      # of a run that was killed
+        said = set_aside_damaged(run)
+    name, = _as_the_main_one([getattr(last_checkpoint(run), "name", None)], accelerator)
+    if not folder.exists() or name and not (folder / name).exists():
+        raise FileNotFoundError(f"process {accelerator.process_index} on {socket.gethostname()} does not see "
+                                f"{folder / (name or '')}: all nodes need one file system for the runs; "
+                                "name a folder on it: CION_NB_RUNS=/shared/runs")
+    return folder / name if name else None, said
+
+def _trim_log(run, at, notes=()):
+    """Rows written after the checkpoint that we go on from would otherwise stand twice. Notes that the log does not
+    have yet follow."""
+    rows = [row for row in run.read_log() if isinstance(row, dict) and row.get("seen", 0) <= at.seen]
+    rows += [dict(seen=at.seen, note=note) for note in notes if not any(row.get("note") == note for row in rows)]
+    if rows: run.write_log(rows)
+    else: (run.folder / "log.jsonl").unlink(missing_ok=True)
+
 # %% ../../nbs/5_training/02_engine.ipynb #ce85ae6f
 def _set_up(task, run, strict):
-    "Build the task's modules the same way on every rank, settle the precision, spread them over the devices, and find the place to go on."
-    r = task.recipe
-    accelerator, carried = make_accelerator(r, run), dict(resumed=0, seconds=0., loss=None, notes=[], unreadable={})
+    """Build the task's modules the same way on every rank, settle the precision, spread them over the devices, and find
+    the place to go on."""
+    recipe, at, left = task.recipe, Position(), ()
+    accelerator = make_accelerator(recipe, run)
+    carried = dict(resumed=0, seconds=0., loss=None, notes=[], unreadable={})
     folder, said = _agreed_checkpoint(run, accelerator)
-    _seed(r["seed"])
+    _seed(recipe["seed"])
     task.build(accelerator.device)
-    accelerator, verdict, why = _settle_precision(task, run, accelerator, folder, is_strict() if strict is None else strict)
-    if r["precision"] == "fp16" and accelerator.mixed_precision != "fp16": carried["notes"].append(f"fp16 needs a GPU: computed in {_name(accelerator.mixed_precision)}")
-    if r.get("grad_checkpointing"): checkpoint_activations(task.modules["model"])
-    if r.get("sync_bn") and accelerator.num_processes > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in task.modules["model"].modules()):
-        if accelerator.device.type == "cuda": task.modules = synchronise_batchnorm(task.modules)
-        else: carried["notes"].append("sync_bn needs CUDA: every process has its own BatchNorm statistics")
-    model = accelerator.prepare(task.modules["model"])
-    task.optimizer = accelerator.prepare(task.optimizer)
-    if r.get("compile"):
-        model = torch.compile(model)
-        if "teacher" in task.modules: task.modules["teacher"].compile()
-    _seed(r["seed"] + 1 + accelerator.process_index)
-    at = Position()
+    strictly = is_strict() if strict is None else strict
+    accelerator, verdict, why = _settle_precision(task, run, accelerator, folder, strictly)
+    model = _spread(task, accelerator, carried["notes"])
+    _seed(recipe["seed"] + 1 + accelerator.process_index)
+    has_fallen = (run.folder / _FELL).exists()
+    if has_fallen: left = ("precision",)
     if folder:
-        at, carried = load_checkpoint(task, folder, accelerator, strict, left=("precision",) if (run.folder / _FELL).exists() else ())
+        at, carried = load_checkpoint(task, folder, accelerator, strict, left)
         carried["resumed"] += 1
     carried["notes"] += said + [note for note in why if note not in carried["notes"]]
     if verdict: carried["probe"] = asdict(verdict)
-    if task.images is not None: carried["unreadable"] |= {int(row): reason for row, reason in task.images.reasons.items()}
+    reasons = {} if task.images is None else task.images.reasons
+    carried["unreadable"] |= {int(row): reason for row, reason in reasons.items()}
     if accelerator.is_main_process:
-        _trim_log(run, at, why if (run.folder / _FELL).exists() else ())
+        _trim_log(run, at, why if has_fallen else ())
         for note in carried["notes"]: (_say if note in why else warnings.warn)(f"{run.name}: {note}")
     _start_trackers(accelerator, run, at)
     return accelerator, model, at, carried
 
+# %% ../../nbs/5_training/02_engine.ipynb #2dee8194
 def _say(line): print(line, file=sys.stderr)
-
 def _name(kind): return kind.replace("no", "fp32")
+def _seed(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
-def _seed(seed): random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-
-def _agreed_checkpoint(run, accelerator):
-    "The newest whole checkpoint that the main process sees, or None: every rank goes on from the same one; and what was wrong with newer ones."
-    from accelerate.utils import broadcast_object_list
-    folder, said = run.folder / "checkpoints", []
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        for torn in folder.glob("writing-*"): shutil.rmtree(torn, ignore_errors=True)      # of a run that was killed while it wrote
-        said = set_aside_damaged(run)
-    name = [getattr(last_checkpoint(run), "name", None)]
-    if accelerator.num_processes > 1: broadcast_object_list(name)
-    if not folder.exists() or name[0] and not (folder / name[0]).exists():
-        raise FileNotFoundError(f"process {accelerator.process_index} on {socket.gethostname()} does not see {folder / (name[0] or '')}: all nodes need one file system for the runs; name a folder on it: CION_NB_RUNS=/shared/runs")
-    return folder / name[0] if name[0] else None, said
-
-# %% ../../nbs/5_training/02_engine.ipynb #d154e18c
-def fit(
-    task: Task,
-    run: Run,                    # where checkpoints and the log go; an interrupted run is resumed from there
-    log_every: int = 10,         # optimizer steps between log rows
-    keep: int | None = None,     # checkpoints that stay; None: the recipe's `keep_checkpoints`, else 2
-    strict: bool | None = None,  # refuse to resume where bits would differ; None: as `is_strict` says
-) -> dict:                       # images, loss, images_per_second, train_seconds, precision, probe (of bf16 on a CPU), device, processes, threads, resumed, unreadable, notes
-    """Train `task` to the end of its budget (or from its last checkpoint), in one process or in all that Accelerate started.
-    FloatingPointError: a loss or weights that are not finite, in float32 or for the second time; ValueError: a checkpoint that this machine cannot go on from, `bf16` where it is not sound."""
-    try: return _fit(task, run, log_every, keep, strict)
-    except FloatingPointError as e:
-        from accelerate.state import AcceleratorState
-        used = AcceleratorState().mixed_precision
-        if task.recipe["precision"] != "auto" or used == "no": raise
-        said = str(e).removeprefix(f"{run.name}: ").split(": ")[0]
-    if is_main_process(): write_json(run.folder / _FELL, dict(note=f"{said}, in {used}, which auto had chosen; went back to {getattr(last_checkpoint(run), 'name', 'the start')}, and on from there in fp32"))
-    return _fit(task, run, log_every, keep, strict)
-
-def _fit(task, run, log_every, keep, strict):
-    "One go: from the last checkpoint, or the start, to the end."
-    r = task.recipe
-    total, accumulate = budget(r, task.n_images), r.get("accumulate", 1)
-    keep = keep or r.get("keep_checkpoints", 2)
-    if keep < 1: raise ValueError(f"keep={keep}: at least one checkpoint must stay")
-    accelerator, model, at, carried = _set_up(task, run, strict)
-    cuda = accelerator.device.type == "cuda"
-    bar = progress(total=total, initial=at.seen, desc=run.name, unit="img", show=accelerator.is_main_process)
-    step, rows, seconds_before = at.seen // r["batch_size"], [], carried["seconds"]
-    began = last_save = time.time()
-    logged = at.seen, began
-    def save():
-        carried.update(seconds=seconds_before + time.time() - began, unreadable=_of_all_ranks(carried["unreadable"], accelerator))
-        save_checkpoint(task, run, at, accelerator, keep if at.seen < total else 1, carried)      # a finished run needs no older one
-    try:
-        with _watching() as stop, _without_denormals(accelerator.device):
-            end = at.seen
-            while at.seen < total:
-                if at.seen >= end:
-                    end = min(task.horizon(at.seen), total); task.prepare(at, run, accelerator)
-                    stream = iter(loader(task, batches(task, end, at, accelerator.process_index, accelerator.num_processes), r["workers"], cuda))
-                values, rows_before, share = task.schedule(at.seen / total), rows, at.seen / total
-                carried["loss"], stats, at, rows, fresh = _gradients(task, model, accelerator, stream, accumulate)
-                carried["unreadable"] |= fresh
-                due = time.time() - last_save > 60 * r["checkpoint_minutes"] or at.seen >= total
-                broken, asked, due = _any_rank([not np.isfinite(carried["loss"]), bool(stop), due], accelerator)
-                if not broken: _update(task, accelerator, share)
-                bad = not_finite(task.modules, getattr(task.optimizer, "optimizer", task.optimizer)) if broken or asked or due else None
-                if broken or bad: raise FloatingPointError(_broken(task, run, at, carried["loss"], bad, rows, broken and bad and rows_before, accelerator))
-                task.after_step(at.seen / total)
-                step += 1; bar.update(at.seen - bar.n); bar.set_postfix_str(f"loss {carried['loss']:.3f}", refresh=False)
-                if accelerator.is_main_process and (step % log_every == 0 or at.seen >= total):
-                    row = dict(loss=carried["loss"], **values, **{k: float(v) for k, v in stats.items()}, images_per_second=round((at.seen - logged[0]) / max(time.time() - logged[1], 1e-9), 1))
-                    run.log(seen=at.seen, total=total, n_pass=at.n_pass, **row); accelerator.log(row, step=at.seen)
-                    logged = at.seen, time.time()
-                if asked or due: save(); last_save = time.time()
-                if asked: raise Preempted(f"{run.name}: stopped at image {at.seen:,} of {total:,} with a checkpoint; the same command goes on from there")
-    finally:
-        bar.close()
-        for tracker in getattr(accelerator, "trackers", []): tracker.finish()
-    accelerator.unwrap_model(task.modules["model"], keep_fp32_wrapper=False)        # from here on it computes in the precision that its user asks for
-    return _report(task, run, total, carried, accelerator)
-
-# %% ../../nbs/5_training/02_engine.ipynb #df96bf70
-def _report(task, run, total, carried, accelerator):
-    "What `result.json` should say of the training; unreadable images are listed beside it."
-    unreadable = carried["unreadable"]
-    if unreadable and accelerator.is_main_process:
-        names = _names(task, sorted(unreadable))
-        write_json(run.folder / "unreadable.json", {name: unreadable[row] for name, row in zip(names, sorted(unreadable))})
-    setting = _setting(accelerator) | dict(threads=torch.get_num_threads())
-    return dict(images=total, loss=carried["loss"], images_per_second=round(total / max(carried["seconds"], 1e-9), 1), train_seconds=round(carried["seconds"], 1),
-                **setting, probe=carried.get("probe"), resumed=carried["resumed"], unreadable=len(unreadable), notes=carried["notes"])
-
-def _names(task, rows):
-    "Rows as a reader knows them: by path where the task has a table."
-    return [str(row) if task.samples is None else str(task.samples["path"].iloc[row]) for row in rows]
-
-def _broken(task, run, at, loss, bad, rows, before, accelerator):
-    "Name the batch whose loss is not finite on some rank, or whose update broke the weights; all of its images go to `broken.json`."
-    from accelerate.utils import gather_object
-    told = [dict(rank=accelerator.process_index, loss=float(loss), images=_names(task, np.concatenate(before or rows)))]      # `before`: the rows of the batch that broke the weights, when it was not this one
-    told = gather_object(told) if accelerator.num_processes > 1 else told
-    told = [t for t in told if bad or not np.isfinite(t["loss"])]
-    if accelerator.is_main_process: write_json(run.folder / "broken.json", dict(seen=at.seen, n_pass=at.n_pass, batch=at.advance, weights=bad, ranks=told))
-    names = told[0]["images"]
-    what = f"{bad} is not finite after the update" if bad and not before else f"the loss is {told[0]['loss']}"
-    return (f"{run.name}: {what} in the batch that ends at image {at.seen:,} (pass {at.n_pass}, batch {at.advance}"
-            + (f"; {bad} is not finite since the batch before: " if before else "): ") + f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}{')' if before else ''} "
-            f"(all in {run.folder / 'broken.json'}); {f'the last good checkpoint stays: {good}' if (good := last_checkpoint(run)) else 'no checkpoint was written before it'}: lower lr"
-            + (" or use precision='fp32'" if accelerator.mixed_precision != "no" else ""))
+def _spread(task, accelerator, notes):
+    "The model as it will be called, on this rank's device; what could not be had is added to `notes`."
+    recipe, model = task.recipe, task.modules["model"]
+    if recipe["precision"] == "fp16" and accelerator.mixed_precision != "fp16":
+        notes.append(f"fp16 needs a GPU: computed in {_name(accelerator.mixed_precision)}")
+    if recipe.get("grad_checkpointing"): checkpoint_activations(model)
+    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if recipe.get("sync_bn") and accelerator.num_processes > 1 and has_batchnorm:
+        if accelerator.device.type == "cuda": task.modules = synchronise_batchnorm(task.modules)
+        else: notes.append("sync_bn needs CUDA: every process has its own BatchNorm statistics")
+    model = accelerator.prepare(task.modules["model"])
+    task.optimizer = accelerator.prepare(task.optimizer)
+    if recipe.get("compile"):
+        model = torch.compile(model)
+        if "teacher" in task.modules: task.modules["teacher"].compile()
+    return model
 
 # %% ../../nbs/5_training/02_engine.ipynb #67ef38cf
 def _gradients(task, model, accelerator, stream, accumulate):
@@ -667,7 +717,8 @@ def _gradients(task, model, accelerator, stream, accumulate):
     held = _statistics_held if task.recipe.get("grad_checkpointing") else nullcontext
     for k in range(accumulate):
         at, own, batch, fresh = next(stream)
-        rows.append(own); unreadable |= fresh
+        rows.append(own)
+        unreadable |= fresh
         batch = _to(batch, accelerator.device)
         with accelerator.no_sync(model) if k + 1 < accumulate else nullcontext():
             loss, stats = task.loss(model, batch, accelerator)
@@ -678,7 +729,8 @@ def _gradients(task, model, accelerator, stream, accumulate):
 def _update(task, accelerator, share):
     "The optimizer's step. A NaN on one rank is in every rank's gradients, so no rank comes here then."
     accelerator.unscale_gradients(task.optimizer)
-    task.before_step(share); task.optimizer.step()
+    task.before_step(share)
+    task.optimizer.step()
     task.optimizer.zero_grad(set_to_none=True)
 
 def _to(batch, device):
@@ -687,19 +739,155 @@ def _to(batch, device):
     if isinstance(batch, (list, tuple)): return type(batch)(_to(v, device) for v in batch)
     return batch
 
-def _any_rank(flags, accelerator):
-    "For each flag, whether it is true on any rank (one reduction for all)."
-    if accelerator.num_processes == 1: return flags
-    return (accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device)) > 0).tolist()
+# %% ../../nbs/5_training/02_engine.ipynb #bcac9689
+class _Loop:
+    "A run in training: where it stands, and `step`."
+    def __init__(self, task, run, total, log_every, keep, accelerator, model, at, carried):
+        self.task, self.run, self.total, self.log_every, self.keep = task, run, total, log_every, keep
+        self.accelerator, self.model, self.at, self.carried = accelerator, model, at, carried
+        self.rows, self.n_steps, self.end = [], at.seen // task.recipe["batch_size"], at.seen
+        self.seconds_before = carried["seconds"]
+        self.bar = progress(total=total, initial=at.seen, desc=run.name, unit="img", show=accelerator.is_main_process)
+        self.began = self.saved = time.time()
+        self.logged = at.seen, self.began
 
-def _of_all_ranks(found, accelerator):
-    "One dictionary of every rank's."
-    from accelerate.utils import gather_object
-    return {k: v for one in (gather_object([found]) if accelerator.num_processes > 1 else [found]) for k, v in one.items()}
+    def step(self, stop: list) -> None:
+        "Train on the next step's batches; log, save and leave where that is due."
+        task, accelerator, carried, rows_before = self.task, self.accelerator, self.carried, self.rows
+        if self.at.seen >= self.end: self.draw_ahead()
+        share = self.at.seen / self.total
+        values, accumulate = task.schedule(share), task.recipe.get("accumulate", 1)
+        carried["loss"], stats, self.at, self.rows, fresh = _gradients(
+            task, self.model, accelerator, self.stream, accumulate)
+        carried["unreadable"] |= fresh
+        broken, asked, due = _any_rank([not np.isfinite(carried["loss"]), bool(stop), self.is_due()], accelerator)
+        if not broken: _update(task, accelerator, share)
+        if broken or asked or due: self.check(broken, rows_before)
+        task.after_step(self.at.seen / self.total)
+        self.n_steps += 1
+        self.tell(values, stats)
+        if asked or due: self.save()
+        if asked:
+            raise Preempted(f"{self.run.name}: stopped at image {self.at.seen:,} of {self.total:,} with a checkpoint; "
+                            "the same command goes on from there")
 
-def _trim_log(run, at, notes=()):
-    "Rows written after the checkpoint that we go on from would otherwise stand twice. Notes that the log does not have yet follow."
-    rows = [row for row in run.read_log() if isinstance(row, dict) and row.get("seen", 0) <= at.seen]
-    rows += [dict(seen=at.seen, note=note) for note in notes if not any(row.get("note") == note for row in rows)]
-    if rows: run.write_log(rows)
-    else: (run.folder / "log.jsonl").unlink(missing_ok=True)
+# %% ../../nbs/5_training/02_engine.ipynb #3b065cf8
+@patch
+def draw_ahead(self: _Loop) -> None:
+    "Let the task prepare, then open the stream of batches up to its horizon."
+    task, accelerator = self.task, self.accelerator
+    self.end = min(task.horizon(self.at.seen), self.total)
+    task.prepare(self.at, self.run, accelerator)
+    positions = batches(task, self.end, self.at, accelerator.process_index, accelerator.num_processes)
+    self.stream = iter(loader(task, positions, task.recipe["workers"], accelerator.device.type == "cuda"))
+
+@patch
+def is_due(self: _Loop) -> bool:
+    "Whether a checkpoint is."
+    return time.time() - self.saved > 60 * self.task.recipe["checkpoint_minutes"] or self.at.seen >= self.total
+
+@patch
+def check(self: _Loop, broken, rows_before) -> None:
+    "FloatingPointError where loss or weights are not finite."
+    task, loss = self.task, self.carried["loss"]
+    bad = not_finite(task.modules, getattr(task.optimizer, "optimizer", task.optimizer))
+    before = broken and bad and rows_before
+    if broken or bad:
+        raise FloatingPointError(_broken(task, self.run, self.at, loss, bad, self.rows, before, self.accelerator))
+
+# %% ../../nbs/5_training/02_engine.ipynb #9a786773
+@patch
+def tell(self: _Loop, values, stats) -> None:
+    "Move the bar; every `log_every` steps a row of the log."
+    at, loss = self.at, self.carried["loss"]
+    self.bar.update(at.seen - self.bar.n)
+    self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    if not self.accelerator.is_main_process or self.n_steps % self.log_every and at.seen < self.total: return
+    seen_before, then = self.logged
+    speed = round((at.seen - seen_before) / max(time.time() - then, 1e-9), 1)
+    row = dict(loss=loss, **values, **{k: float(v) for k, v in stats.items()}, images_per_second=speed)
+    self.run.log(seen=at.seen, total=self.total, n_pass=at.n_pass, **row)
+    self.accelerator.log(row, step=at.seen)
+    self.logged = at.seen, time.time()
+
+@patch
+def save(self: _Loop) -> None:
+    "A checkpoint; a finished run needs no older one."
+    everywhere = _told_by_all(self.carried["unreadable"], self.accelerator)
+    unreadable = {row: reason for one in everywhere for row, reason in one.items()}
+    self.carried.update(seconds=self.seconds_before + time.time() - self.began, unreadable=unreadable)
+    keep = self.keep if self.at.seen < self.total else 1
+    save_checkpoint(self.task, self.run, self.at, self.accelerator, keep, self.carried)
+    self.saved = time.time()
+
+# %% ../../nbs/5_training/02_engine.ipynb #d154e18c
+def fit(
+    task: Task,
+    run: Run,                    # where checkpoints and the log go; an interrupted run is resumed from there
+    log_every: int = 10,         # optimizer steps between log rows
+    keep: int | None = None,     # checkpoints that stay; None: the recipe's `keep_checkpoints`, else 2
+    strict: bool | None = None,  # refuse to resume where bits would differ; None: as `is_strict` says
+) -> dict:                       # what `result.json` should say: images, loss, seconds, precision, what was noted, …
+    """Train `task` to the end of its budget (or from its last checkpoint), in one process or in all that Accelerate
+    started. FloatingPointError: a loss or weights that are not finite, in float32 or for the second time; ValueError: a
+    checkpoint that this machine cannot go on from, `bf16` where it is not sound."""
+    try: return _fit(task, run, log_every, keep, strict)
+    except FloatingPointError as e:
+        from accelerate.state import AcceleratorState
+        used = AcceleratorState().mixed_precision
+        if task.recipe["precision"] != "auto" or used == "no": raise
+        said = str(e).removeprefix(f"{run.name}: ").split(": ")[0]
+    start = getattr(last_checkpoint(run), "name", "the start")
+    note = f"{said}, in {used}, which auto had chosen; went back to {start}, and on from there in fp32"
+    if is_main_process(): write_json(run.folder / _FELL, dict(note=note))
+    return _fit(task, run, log_every, keep, strict)
+
+# %% ../../nbs/5_training/02_engine.ipynb #c876daa6
+def _fit(task, run, log_every, keep, strict):
+    "One go: from the last checkpoint, or the start, to the end."
+    total = budget(task.recipe, task.n_images)
+    keep = keep or task.recipe.get("keep_checkpoints", 2)
+    if keep < 1: raise ValueError(f"keep={keep}: at least one checkpoint must stay")
+    accelerator, model, at, carried = _set_up(task, run, strict)
+    loop = _Loop(task, run, total, log_every, keep, accelerator, model, at, carried)
+    try:
+        with _watching() as stop, _without_denormals(accelerator.device):
+            while loop.at.seen < total: loop.step(stop)
+    finally:
+        loop.bar.close()
+        for tracker in getattr(accelerator, "trackers", []): tracker.finish()
+    accelerator.unwrap_model(task.modules["model"], keep_fp32_wrapper=False)        # to compute as its user asks
+    return _report(task, run, total, carried, accelerator)
+
+# %% ../../nbs/5_training/02_engine.ipynb #df96bf70
+def _report(task, run, total, carried, accelerator):
+    "What `result.json` should say of the training; unreadable images are listed beside it."
+    unreadable, seconds = carried["unreadable"], carried["seconds"]
+    if unreadable and accelerator.is_main_process:
+        rows = sorted(unreadable)
+        told = {name: unreadable[row] for name, row in zip(_names(task, rows), rows)}
+        write_json(run.folder / "unreadable.json", told)
+    setting = _setting(accelerator) | dict(threads=torch.get_num_threads())
+    return dict(images=total, loss=carried["loss"], images_per_second=round(total / max(seconds, 1e-9), 1),
+                train_seconds=round(seconds, 1), **setting, probe=carried.get("probe"), resumed=carried["resumed"],
+                unreadable=len(unreadable), notes=carried["notes"])
+
+def _names(task, rows):
+    "Rows as a reader knows them: by path where the task has a table."
+    return [str(row) if task.samples is None else str(task.samples["path"].iloc[row]) for row in rows]
+
+def _broken(task, run, at, loss, bad, rows, before, accelerator):
+    """Name the batch whose loss is not finite on some rank, or whose update broke the weights; all of its images go to
+    `broken.json`. `before`: the rows of the batch that broke the weights, when it was not this one."""
+    own = dict(rank=accelerator.process_index, loss=float(loss), images=_names(task, np.concatenate(before or rows)))
+    told = [one for one in _told_by_all(own, accelerator) if bad or not np.isfinite(one["loss"])]
+    book, names, good = run.folder / "broken.json", told[0]["images"], last_checkpoint(run)
+    if accelerator.is_main_process:
+        write_json(book, dict(seen=at.seen, n_pass=at.n_pass, batch=at.advance, weights=bad, ranks=told))
+    what = f"{bad} is not finite after the update" if bad and not before else f"the loss is {told[0]['loss']}"
+    listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    where = f"; {bad} is not finite since the batch before: {listed})" if before else f"): {listed}"
+    kept = f"the last good checkpoint stays: {good}" if good else "no checkpoint was written before it"
+    remedy = "lower lr" + (" or use precision='fp32'" if accelerator.mixed_precision != "no" else "")
+    return (f"{run.name}: {what} in the batch that ends at image {at.seen:,} "
+            f"(pass {at.n_pass}, batch {at.advance}{where} (all in {book}); {kept}: {remedy}")

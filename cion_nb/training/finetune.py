@@ -6,42 +6,63 @@
 __all__ = ['RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'TUNINGS', 'ScoreSettings', 'StartSettings', 'ColourSettings',
            'CropSettings', 'TuningSettings', 'PartSettings', 'BatchSettings', 'RateSettings', 'TripletSettings',
            'BranchSettings', 'FeatureSettings', 'released_finetuning', 'FinetuneSettings', 'BNNeck',
-           'batch_hard_triplet', 'epoch_lr', 'part_of', 'of_all_ranks', 'held_out_score', 'BestSoFar', 'make_backbone',
-           'make_model', 'FineTuning', 'save_finetuned', 'load_finetuned', 'test_set', 'test_model', 'finetune']
+           'batch_hard_triplet', 'epoch_lr', 'part_of', 'held_out_score', 'BestSoFar', 'make_backbone', 'make_model',
+           'FineTuning', 'save_finetuned', 'load_finetuned', 'test_set', 'test_model', 'finetune']
 
 # %% ../../nbs/5_training/07_finetune.ipynb #3bcf6ca4
+import math
+import sys
+import warnings
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
-import math, sys, warnings
+
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from ..models.architectures import architecture, InputSpec
-from ..models.checkpoints import load_backbone_weights
-from ..models.backbones import create_backbone, load_backbone, save_backbone
-from ..core.weights import checkpoint_metadata, fill_module, read_checkpoint
-from .engine import (
-    budget, BudgetSettings, DataSettings, fit, MachineSettings, NetworkSettings, Task, to_channels_last)
-from ..retrieval.protocols import ranked, tracklet_rows
-from ..retrieval.evaluate import Answers, evaluate
-from ..data.facts import facts_of
-from ..core.store import Features
-from ..data.datasets import read_data
-from ..models.features import extract
-from ..core.files import read_text
-from .mgn import MGN, mgn_loss
-from ..retrieval.protocols import sides
-from ..core.files import atomic, read_json, resolve, write_json
-from ..core.settings import (
-    Count, NotNegative, Positive, PositiveShare, recipe, refuse_unknown, setting, Settings, Share, Whole)
+from fastcore.basics import patch
+from torch import nn, Tensor
+
+from ..core.files import atomic, read_json, read_text, resolve, write_json
 from ..core.runs import is_main_process, licence, Run
+from cion_nb.core.settings import (
+    Count,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    refuse_unknown,
+    setting,
+    Settings,
+    Share,
+    Whole,
+)
+from ..core.store import Features
+from ..core.weights import checkpoint_metadata, fill_module, read_checkpoint
+from ..data.datasets import read_data
+from ..data.facts import facts_of
+from ..models.architectures import architecture, InputSpec
+from ..models.backbones import create_backbone, load_backbone, save_backbone
+from ..models.checkpoints import load_backbone_weights
+from ..models.features import extract
+from ..retrieval.evaluate import Answers, evaluate
+from ..retrieval.protocols import ranked, sides, tracklet_rows
+from cion_nb.training.engine import (
+    budget,
+    BudgetSettings,
+    DataSettings,
+    fit,
+    MachineSettings,
+    NetworkSettings,
+    of_all_ranks,
+    Task,
+    to_channels_last,
+)
+from .mgn import MGN, mgn_loss
+from .samplers import PKSampler
 from .transreid import TransReID, transreid_loss
 from .views import embed_rows, erase_, ImageStore, normalise, TrainTransform
-from .samplers import PKSampler
 
 # %% ../../nbs/5_training/07_finetune.ipynb #338b6381
 class ScoreSettings(Settings):
@@ -204,14 +225,16 @@ FinetuneSettings.profiles = dict(
 
 # %% ../../nbs/5_training/07_finetune.ipynb #19bca0f8
 class BNNeck(nn.Module):
-    "Backbone, BatchNorm without shift, linear classifier without bias. (n, 3, h, w) -> features (n, D) and logits (n, n_ids); in eval mode features only."
+    """Backbone, BatchNorm without shift, linear classifier without bias.
+    (n, 3, h, w) -> features (n, D) and logits (n, n_ids); in eval mode features only."""
     def __init__(self,
                  backbone: nn.Module,             # (n, 3, h, w) -> (n, D), has `embed_dim` and `input`
                  n_ids: int,                      # training identities
                  feature: str = "before_neck",    # what eval mode returns: "before_neck" or "after_neck"
                 ):
         super().__init__()
-        if feature not in ("before_neck", "after_neck"): raise ValueError(f"feature {feature!r}: choose before_neck or after_neck")
+        if feature not in ("before_neck", "after_neck"):
+            raise ValueError(f"feature {feature!r}: choose before_neck or after_neck")
         self.backbone, self.feature = backbone, feature
         self.neck = nn.BatchNorm1d(backbone.embed_dim)
         self.neck.bias.requires_grad_(False)
@@ -234,7 +257,8 @@ def batch_hard_triplet(
     pid: Tensor,                   # (n,) identities
     margin: float | None = None,   # None: soft margin
 ) -> Tensor:                       # scalar
-    "Batch-hard triplet loss (Hermans et al. 2017). An image alone in its identity is its own farthest positive; a batch of one identity is an error."
+    """Batch-hard triplet loss (Hermans et al. 2017). An image alone in its identity is its own farthest positive; a
+    batch of one identity is an error."""
     x = x.float()
     same = pid[:, None] == pid[None]
     if bool(same.all()): raise ValueError("a triplet needs another person: the batch holds one identity only")
@@ -255,10 +279,12 @@ def epoch_lr(
     end: float = 0.002,    # share of `lr` that stays
     constant_until: int = 0, # epoch at which the cosine starts
 ) -> float:
-    "Learning rate of an epoch in the released fine-tuning code (TransReID's solver/cosine_lr.py; FastReID's CosineAnnealingLR with a delay)."
+    """Learning rate of an epoch in the released fine-tuning code (TransReID's solver/cosine_lr.py; FastReID's
+    CosineAnnealingLR with a delay)."""
     if epoch < warmup_epochs: return lr * (start + (1 - start) * epoch / warmup_epochs)
     if epoch < constant_until: return lr
-    return lr * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (epoch - constant_until) / (epochs - constant_until))))
+    angle = math.pi * (epoch - constant_until) / (epochs - constant_until)
+    return lr * (end + (1 - end) * 0.5 * (1 + math.cos(angle)))
 
 # %% ../../nbs/5_training/07_finetune.ipynb #d9f34650
 def part_of(
@@ -268,28 +294,35 @@ def part_of(
     keep_list: str | Path | None = None, # a text file: one path, file name or pid a line, read up to a semicolon
     seed: int = 0,                   # of the orders in which people and images join
 ) -> pd.DataFrame:                   # the rows that stay, in their order
-    "A share of the people or of their images, nested by seed. ValueError for shares outside (0, 1], and for lines of the list that name nothing."
+    """A share of the people or of their images, nested by seed. ValueError for shares outside (0, 1], and for lines of
+    the list that name nothing."""
     for name, share in (("few_ids", few_ids), ("few_images", few_images)):
         if not 0 < share <= 1: raise ValueError(f"{name}={share}: a share above 0 and at most 1")
-    if keep_list is not None:
-        listed = _listed(samples, resolve(keep_list))
-        if is_main_process():
-            people = f"{samples.pid[listed].nunique():,} of {samples.pid.nunique():,} people"
-            print(f"{Path(keep_list).name}: {listed.sum():,} of {len(samples):,} training images are listed, {people}; "
-                  "the others sit out", file=sys.stderr)
-        samples = samples[listed]
-    rng, pid = np.random.default_rng(seed), samples.pid.to_numpy()
-    names, of, counts = np.unique(pid, return_inverse=True, return_counts=True)
+    if keep_list is not None: samples = _only_listed(samples, keep_list)
+    rng = np.random.default_rng(seed)
+    names, of, counts = np.unique(samples.pid.to_numpy(), return_inverse=True, return_counts=True)
     people, place = rng.permutation(len(names)), np.empty(len(samples), np.int64)
     order = np.lexsort((rng.permutation(len(samples)), of))
-    place[order] = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)             # of an image among its person's
-    kept = np.zeros(len(names), bool); kept[people[:max(2, round(few_ids * len(names)))]] = True
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    place[order] = np.arange(len(samples)) - first                             # of an image among its person's
+    kept = np.zeros(len(names), bool)
+    kept[people[:max(2, round(few_ids * len(names)))]] = True
     return samples[kept[of] & (place < np.ceil(few_images * counts - 1e-9)[of])]
+
+# %% ../../nbs/5_training/07_finetune.ipynb #d6ff8f24
+def _only_listed(samples, keep_list):
+    "The rows that a list file names; how many there are is said."
+    listed = _listed(samples, resolve(keep_list))
+    if is_main_process():
+        people = f"{samples.pid[listed].nunique():,} of {samples.pid.nunique():,} people"
+        print(f"{Path(keep_list).name}: {listed.sum():,} of {len(samples):,} training images are listed, {people}; "
+              "the others sit out", file=sys.stderr)
+    return samples[listed]
 
 def _listed(samples, file):
     "Which rows a list file names: all its lines are paths, file names (where each is one image's), or pids."
-    lines = [(n, l.split(";")[0].strip().replace("\\", "/")) for n, l in enumerate(read_text(file).splitlines(), 1)]
-    lines = [(n, str(int(l)) if l.isdecimal() else l) for n, l in lines if l]
+    lines = [line.split(";")[0].strip().replace("\\", "/") for line in read_text(file).splitlines()]
+    lines = [(n, str(int(line)) if line.isdecimal() else line) for n, line in enumerate(lines, 1) if line]
     if not lines: raise ValueError(f"{file} is empty: one path or pid a line is needed")
     names = samples.path.astype(str).str.replace("\\", "/")
     columns = dict(paths=names, files=names.str.rsplit("/", n=1).str[-1], pids=samples.pid.astype(str))
@@ -297,26 +330,19 @@ def _listed(samples, file):
     unknown = {}
     for what, column in columns.items():
         known = set(column)
-        unknown[what] = [(n, l) for n, l in lines if l not in known]
+        unknown[what] = [(n, line) for n, line in lines if line not in known]
     best = min(unknown, key=lambda what: len(unknown[what]))
     if lost := unknown[best]:
-        what = "neither a path nor a pid" if len(lost) == len(lines) else f"none of the {best}"
+        (first, line), what = lost[0], "neither a path nor a pid" if len(lost) == len(lines) else f"none of the {best}"
         raise ValueError(f"{file}: {len(lost)} of {len(lines)} lines name {what} of the train split, "
-                         f"the first: line {lost[0][0]}, {lost[0][1]!r}")
-    return columns[best].isin({l for _, l in lines}).to_numpy()
-
-# %% ../../nbs/5_training/07_finetune.ipynb #fef0f0be
-def of_all_ranks(x: Tensor, accelerator) -> Tensor:
-    "Rows of every process, in their order; gradients flow back to each."
-    if accelerator.num_processes == 1: return x
-    if not x.requires_grad: return accelerator.gather(x)
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x))
+                         f"the first: line {first}, {line!r}")
+    return columns[best].isin({line for _, line in lines}).to_numpy()
 
 # %% ../../nbs/5_training/07_finetune.ipynb #49b6bb2d
 def _hold_out(labels, n, share, seed):
     "Rows of the people who are kept out, at least two people where there are any."
-    if not 0 <= share < 1: raise ValueError(f"held_out={share}: a share of the training people, at least 0 and below 1")
+    if not 0 <= share < 1:
+        raise ValueError(f"held_out={share}: a share of the training people, at least 0 and below 1")
     if not share: return np.zeros(len(labels), bool)
     return np.isin(labels, np.random.default_rng([seed, 1]).permutation(n)[:max(2, round(share * n))])
 
@@ -328,30 +354,36 @@ def held_out_score(
     answers itself. ValueError where nobody has two images to match."""
     samples = samples.assign(path=np.arange(len(samples)).astype(str))         # a row is itself, and nothing else
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                                           # of queries without a match, and that queries lie in the gallery
+        warnings.simplefilter("ignore")                # of queries without a match, and that queries lie in the gallery
         return evaluate(features, features, samples, samples).mAP
 
+# %% ../../nbs/5_training/07_finetune.ipynb #96b52c59
 class BestSoFar(nn.Module):
     "A copy of the model where it scored best; part of every checkpoint."
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = deepcopy(model).requires_grad_(False)
-        self.register_buffer("score", torch.tensor(-1., dtype=torch.float64)); self.register_buffer("epoch", torch.tensor(0., dtype=torch.float64))
+        self.register_buffer("score", torch.tensor(-1., dtype=torch.float64))
+        self.register_buffer("epoch", torch.tensor(0., dtype=torch.float64))
+
     def offer(self, model: nn.Module, score: float, epoch: float) -> None:
         if score <= float(self.score): return
-        self.model.load_state_dict(model.state_dict()); self.score.fill_(score); self.epoch.fill_(epoch)
+        self.model.load_state_dict(model.state_dict())
+        self.score.fill_(score)
+        self.epoch.fill_(epoch)
 
 # %% ../../nbs/5_training/07_finetune.ipynb #8b8cb5db
 def make_backbone(
-    r: dict,  # a recipe: backbone, image_size, drop_path, overlap, mean, std, interpolation, weights (a run's recipe, a file, "imagenet" or None)
+    r: dict,  # a recipe: backbone, image_size, drop_path, overlap, mean, std, interpolation, weights
 ):            # the backbone, and what loading its weights reported (None without weights)
-    "The backbone that a recipe starts from."
-    backbone, report = create_backbone(r["backbone"], r["image_size"], drop_path=r["drop_path"], overlap=r["overlap"]), None
-    if r["weights"] is not None:
-        path = Run(r["weights"]).require().folder / "backbone.safetensors" if isinstance(r["weights"], dict) else r["weights"]
-        report = load_backbone_weights(backbone, path if path == "imagenet" else resolve(path))
+    """The backbone that a recipe starts from; its `weights` are a run's recipe, a file, "imagenet" or None."""
+    weights, report = r["weights"], None
+    backbone = create_backbone(r["backbone"], r["image_size"], drop_path=r["drop_path"], overlap=r["overlap"])
+    if isinstance(weights, dict): weights = Run(weights).require().folder / "backbone.safetensors"
+    if weights is not None:
+        report = load_backbone_weights(backbone, weights if weights == "imagenet" else resolve(weights))
     own = dict(mean=tuple(r["mean"]), std=tuple(r["std"]), interpolation=r["interpolation"])
-    backbone.input = replace(backbone.input, **own)                        # the recipe's, whatever the weights saw before
+    backbone.input = replace(backbone.input, **own)                        # whatever the weights saw before
     return backbone, report
 
 def make_model(
@@ -361,105 +393,162 @@ def make_model(
 ):                       # the model, and what loading its weights reported (None without weights)
     "The network of a recipe's method, with its pre-trained backbone inside."
     backbone, report = make_backbone(r)
-    if r["method"] != "transreid" and (r["jpm"] or r["sie"]): raise ValueError(f"jpm and sie belong to method='transreid', not to {r['method']!r}")
-    if r["method"] == "mgn": return MGN(backbone, n_ids, r["part_dim"]), report
-    if r["method"] == "transreid": return TransReID(backbone, n_ids, n_cameras if r["sie"] else 0, r["jpm"]), report
+    method = r["method"]
+    if method != "transreid" and (r["jpm"] or r["sie"]):
+        raise ValueError(f"jpm and sie belong to method='transreid', not to {method!r}")
+    if method == "mgn": return MGN(backbone, n_ids, r["part_dim"]), report
+    if method == "transreid": return TransReID(backbone, n_ids, n_cameras if r["sie"] else 0, r["jpm"]), report
     return BNNeck(backbone, n_ids, r["feature"]), report
 
+# %% ../../nbs/5_training/07_finetune.ipynb #403f7016
 class FineTuning(Task):
     "PK batches, classification and batch-hard triplets on the `train` split of a data set, or on a part of it."
     def __init__(self, r: dict):
-        if r["optimizer"] not in ("sgd", "adam"): raise ValueError(f"optimizer {r['optimizer']!r}: fine-tuning has sgd and adam")
-        if r["erasing_fill"] not in ("pixel", "const", "black"): raise ValueError(f"erasing_fill {r['erasing_fill']!r}: choose pixel (noise), const (the mean colour) or black")
-        if r["lr_by"] not in ("epoch", "step"): raise ValueError(f"lr_by {r['lr_by']!r}: choose epoch or step")
+        _check_finetuning(r)
         self.recipe = r
         samples, root = read_data(r, "train")
-        if unknown := int((samples.pid < 0).sum()):
-            warnings.warn(f"{unknown} of {len(samples)} training images have no person (pid -1) and sit out")
-            samples = samples[samples.pid >= 0]
-        n_before = len(samples)
-        samples = part_of(samples, r["few_ids"], r["few_images"], r["keep_list"], r["seed"]).reset_index(drop=True)
-        self.n_left_out = n_before - len(samples)
-        names, labels = np.unique(samples.pid.to_numpy(), return_inverse=True)
-        outside = _hold_out(labels, len(names), r["held_out"], r["seed"])
-        names, self.labels = np.unique(np.where(outside, -1, labels), return_inverse=True)
-        if outside.any(): names, self.labels = names[1:], self.labels - 1                        # held-out people have no class
-        if len(names) < 2: raise ValueError(f"fine-tuning needs at least two people, the train split has {len(names)}")
-        self.samples, self.held_out, self.n_images, self.n_ids = samples, np.flatnonzero(outside), int((~outside).sum()), len(names)
-        self.camid, self.images = samples.camid.to_numpy(np.int64), ImageStore(samples, root)
-        if r["sie"] and (self.camid < 0).any(): raise ValueError(f"sie=true needs a camera for every image, and {int((self.camid < 0).sum())} have camid -1, the first: {samples.path[int((self.camid < 0).argmax())]}")
-        self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1       # a person without a readable image sits out
-        self.transform = TrainTransform(r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
+        samples, self.n_left_out = _trained_on(samples, r)
+        self.samples, self.camid = samples, samples.camid.to_numpy(np.int64)
+        self._number_people(r)
+        self.images = ImageStore(samples, root)
+        if r["sie"] and (self.camid < 0).any():
+            unknown, first = int((self.camid < 0).sum()), samples.path[int((self.camid < 0).argmax())]
+            raise ValueError(f"sie=true needs a camera for every image, and {unknown} have camid -1, "
+                             f"the first: {first}")
+        self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1
+        self.transform = TrainTransform(
+            r["image_size"], r["flip"], r["pad"], r["erasing"], "bicubic", r["seed"], r["erasing_rule"])
         try: self.sampler(None, 0, 0, 0, 1)
-        except ValueError as e: raise ValueError(f"{e} (few_ids={r['few_ids']}, few_images={r['few_images']} and held_out={r['held_out']} leave {self.n_images} images of {self.n_ids} people)") from None
-
-    def build(self, device):
-        r = self.recipe
-        model, self.load_report = make_model(r, self.n_ids, int(self.camid.max()) + 1)
-        model = model.to(device)
-        if r["channels_last"]: model = to_channels_last(model)
-        biases = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
-        others = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith("bias")]
-        self.modules = dict(model=model)
-        if len(self.held_out): self.modules["best"] = BestSoFar(model)
-        groups = [dict(params=others, scale=1.), dict(params=biases, scale=r["bias_lr"])]
-        self.optimizer = (torch.optim.SGD(groups, lr=r["lr"], momentum=r["momentum"], weight_decay=r["weight_decay"]) if r["optimizer"] == "sgd"
-                          else torch.optim.Adam(groups, lr=r["lr"], weight_decay=r["weight_decay"]))
+        except ValueError as e:
+            parts = f"few_ids={r['few_ids']}, few_images={r['few_images']} and held_out={r['held_out']}"
+            raise ValueError(f"{e} ({parts} leave {self.n_images} images of {self.n_ids} people)") from None
 
     def sampler(self, phase, n_pass, advance, rank, world_size):
-        r = self.recipe
-        sampler = PKSampler(self.labels, r["batch_size"], r["k"], seed=r["seed"], rank=rank, world_size=world_size)
+        recipe = self.recipe
+        sampler = PKSampler(self.labels, recipe["batch_size"], recipe["k"], seed=recipe["seed"], rank=rank,
+                            world_size=world_size)
         sampler.set_epoch(n_pass, advance)
         return sampler
 
     def load(self, rows, seen):
         pixels, boxes, noise = self.transform(self.images[rows], rows, epoch=seen)
-        return dict(pixels=pixels, boxes=boxes, noise=noise, pid=torch.from_numpy(self.labels[rows]), camid=torch.from_numpy(self.camid[rows]))
+        return dict(pixels=pixels, boxes=boxes, noise=noise, pid=torch.from_numpy(self.labels[rows]),
+                    camid=torch.from_numpy(self.camid[rows]))
 
-    def schedule(self, share):
-        r = self.recipe
-        at, top = share * r["epochs"], r["lr"] * r["batch_size"] / r["lr_per"]
-        lr = epoch_lr(at if r["lr_by"] == "step" else int(at), r["epochs"], top, r["warmup_epochs"], r["warmup_start"], r["lr_end"],
-                      r["constant_until"])
-        for g in self.optimizer.param_groups: g["lr"] = lr * g["scale"]
-        if r["freeze_epochs"]:
-            for m in self._frozen(): m.train(share * r["epochs"] >= r["freeze_epochs"])          # standing still includes the statistics of BatchNorm
-        return dict(lr=lr)
+# %% ../../nbs/5_training/07_finetune.ipynb #5b47943f
+def _trained_on(samples, r):
+    "The rows of a train split that a recipe asks for, and how many it leaves out."
+    if unknown := int((samples.pid < 0).sum()):
+        warnings.warn(f"{unknown} of {len(samples)} training images have no person (pid -1) and sit out")
+        samples = samples[samples.pid >= 0]
+    part = part_of(samples, r["few_ids"], r["few_images"], r["keep_list"], r["seed"]).reset_index(drop=True)
+    return part, len(samples) - len(part)
 
-    def _frozen(self): model = self.modules["model"]; return model.frozen_part() if hasattr(model, "frozen_part") else [model.backbone if hasattr(model, "backbone") else model.vit]
+@patch
+def _number_people(self: FineTuning, r):
+    "Labels 0, 1, … of those who are trained on, -1 of those who are held out, and the numbers of both."
+    names, labels = np.unique(self.samples.pid.to_numpy(), return_inverse=True)
+    outside = _hold_out(labels, len(names), r["held_out"], r["seed"])
+    names, labels = np.unique(np.where(outside, -1, labels), return_inverse=True)
+    if outside.any(): names, labels = names[1:], labels - 1
+    if len(names) < 2: raise ValueError(f"fine-tuning needs at least two people, the train split has {len(names)}")
+    self.labels, self.held_out = labels, np.flatnonzero(outside)
+    self.n_images, self.n_ids = int((~outside).sum()), len(names)
 
-    def loss(self, model, batch, accelerator):
-        r, pid, own = self.recipe, batch["pid"], self.modules["model"]
-        pixels, fill = batch["pixels"], r["erasing_fill"]
-        if fill == "black": pixels = erase_(pixels.clone(), batch["boxes"], batch["noise"], "const")       # before normalisation
-        x = normalise(pixels, own.input)
-        if fill != "black": x = erase_(x, batch["boxes"], batch["noise"], fill)
-        out = model(x, *(batch[c] for c in getattr(own, "columns", ())))
-        def triplet(f, pid): return batch_hard_triplet(*((of_all_ranks(f, accelerator), of_all_ranks(pid, accelerator)) if r["gather_triplets"] else (f, pid)), r["margin"])
-        if r["method"] == "mgn":
-            logits = out["b1"][1]
-            loss, told = mgn_loss(out, pid, triplet, r["label_smoothing"], r["circle_scale"], r["circle_margin"], r["triplet_weight"])
-        else:
-            features, logits = out if r["method"] == "transreid" else ([out[0]], [out[1]])
-            loss, told = transreid_loss(features, logits, pid, lambda l, y: F.cross_entropy(l, y, label_smoothing=r["label_smoothing"]), triplet, r["triplet_weight"])
-            logits = logits[0]
-        return loss, told | dict(accuracy=(logits.argmax(1) == pid).float().mean())
+# %% ../../nbs/5_training/07_finetune.ipynb #f1465326
+@patch
+def build(self: FineTuning, device):
+    recipe = self.recipe
+    model, self.load_report = make_model(recipe, self.n_ids, int(self.camid.max()) + 1)
+    model = model.to(device)
+    if recipe["channels_last"]: model = to_channels_last(model)
+    self.modules = dict(model=model)
+    if len(self.held_out): self.modules["best"] = BestSoFar(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    biases = [p for name, p in trained if name.endswith("bias")]
+    others = [p for name, p in trained if not name.endswith("bias")]
+    groups = [dict(params=others, scale=1.), dict(params=biases, scale=recipe["bias_lr"])]
+    common = dict(lr=recipe["lr"], weight_decay=recipe["weight_decay"])
+    if recipe["optimizer"] == "sgd": self.optimizer = torch.optim.SGD(groups, momentum=recipe["momentum"], **common)
+    else: self.optimizer = torch.optim.Adam(groups, **common)
 
-    def before_step(self, share):
-        if share * self.recipe["epochs"] < self.recipe["freeze_epochs"]:
-            for m in self._frozen():
-                for p in m.parameters(): p.grad = None
+# %% ../../nbs/5_training/07_finetune.ipynb #d281681b
+@patch
+def schedule(self: FineTuning, share):
+    recipe = self.recipe
+    at, top = share * recipe["epochs"], recipe["lr"] * recipe["batch_size"] / recipe["lr_per"]
+    lr = epoch_lr(at if recipe["lr_by"] == "step" else int(at), recipe["epochs"], top, recipe["warmup_epochs"],
+                  recipe["warmup_start"], recipe["lr_end"], recipe["constant_until"])
+    for group in self.optimizer.param_groups: group["lr"] = lr * group["scale"]
+    if recipe["freeze_epochs"]:
+        for m in self._frozen(): m.train(at >= recipe["freeze_epochs"])
+    return dict(lr=lr)
 
-    def after_step(self, share):
-        r = self.recipe
-        tenth = lambda s: int(10 * s + 1e-9)
-        if len(self.held_out) and tenth(share) > tenth(share - r["batch_size"] / self.total()): self.modules["best"].offer(self.modules["model"], self.held_out_mAP(), share * r["epochs"])
+@patch
+def before_step(self: FineTuning, share):
+    if share * self.recipe["epochs"] >= self.recipe["freeze_epochs"]: return
+    for m in self._frozen():
+        for p in m.parameters(): p.grad = None
 
-    def total(self): return budget(self.recipe, self.n_images)
+@patch
+def _frozen(self: FineTuning):
+    model = self.modules["model"]
+    if hasattr(model, "frozen_part"): return model.frozen_part()
+    return [model.backbone if hasattr(model, "backbone") else model.vit]
 
-    def held_out_mAP(self) -> float:
-        "Of the held-out people, every image searching among the others."
-        return held_out_score(embed_rows(self.modules["model"], self.images, self.held_out, self.recipe["image_size"], camid=self.camid), self.samples.iloc[self.held_out])
+# %% ../../nbs/5_training/07_finetune.ipynb #22e4cb61
+@patch
+def loss(self: FineTuning, model, batch, accelerator):
+    recipe, pid = self.recipe, batch["pid"]
+    x, more = self._erased(batch), (batch[column] for column in getattr(self.modules["model"], "columns", ()))
+    out = model(x, *more)
+    def triplet(features, pid):
+        if recipe["gather_triplets"]: features, pid = (of_all_ranks(x, accelerator) for x in (features, pid))
+        return batch_hard_triplet(features, pid, recipe["margin"])
+    def cross_entropy(logits, pid): return F.cross_entropy(logits, pid, label_smoothing=recipe["label_smoothing"])
+    if recipe["method"] == "mgn":
+        logits = out["b1"][1]
+        loss, told = mgn_loss(out, pid, triplet, recipe["label_smoothing"], recipe["circle_scale"],
+                              recipe["circle_margin"], recipe["triplet_weight"])
+    else:
+        features, logits = out if recipe["method"] == "transreid" else ([out[0]], [out[1]])
+        loss, told = transreid_loss(features, logits, pid, cross_entropy, triplet, recipe["triplet_weight"])
+        logits = logits[0]
+    return loss, told | dict(accuracy=(logits.argmax(1) == pid).float().mean())
+
+@patch
+def _erased(self: FineTuning, batch):
+    "The batch's pixels, normalised, their boxes filled."
+    pixels, fill, spec = batch["pixels"], self.recipe["erasing_fill"], self.modules["model"].input
+    if fill == "black": return normalise(erase_(pixels.clone(), batch["boxes"], batch["noise"], "const"), spec)
+    return erase_(normalise(pixels, spec), batch["boxes"], batch["noise"], fill)
+
+# %% ../../nbs/5_training/07_finetune.ipynb #f0619be5
+@patch
+def total(self: FineTuning): return budget(self.recipe, self.n_images)
+
+@patch
+def after_step(self: FineTuning, share):
+    recipe = self.recipe
+    tenth = lambda share: int(10 * share + 1e-9)
+    if not len(self.held_out) or tenth(share) <= tenth(share - recipe["batch_size"] / self.total()): return
+    self.modules["best"].offer(self.modules["model"], self.held_out_mAP(), share * recipe["epochs"])
+
+@patch
+def held_out_mAP(self: FineTuning) -> float:
+    "Of the held-out people, every image searching among the others."
+    size, rows = self.recipe["image_size"], self.held_out
+    features = embed_rows(self.modules["model"], self.images, rows, size, camid=self.camid)
+    return held_out_score(features, self.samples.iloc[rows])
+
+# %% ../../nbs/5_training/07_finetune.ipynb #0be9beba
+def _check_finetuning(r: dict) -> None:
+    "ValueError naming the first value of a recipe that fine-tuning does not have."
+    if r["optimizer"] not in ("sgd", "adam"):
+        raise ValueError(f"optimizer {r['optimizer']!r}: fine-tuning has sgd and adam")
+    if r["erasing_fill"] not in ("pixel", "const", "black"):
+        raise ValueError(f"erasing_fill {r['erasing_fill']!r}: choose pixel (noise), const (the mean colour) or black")
+    if r["lr_by"] not in ("epoch", "step"): raise ValueError(f"lr_by {r['lr_by']!r}: choose epoch or step")
 
 # %% ../../nbs/5_training/07_finetune.ipynb #6f98be82
 def save_finetuned(
@@ -467,42 +556,57 @@ def save_finetuned(
     folder: str | Path,
     **card,              # what the card shall say beside, such as recipe=…
 ) -> None:
-    "Write `backbone.safetensors` with its card and `neck.safetensors`; or `model.safetensors` with a card that says how to build it."
+    """Write `backbone.safetensors` with its card and `neck.safetensors`; or `model.safetensors` with a card that says
+    how to build it."""
     from safetensors.torch import save_file
-    if not isinstance(model, BNNeck):
-        with atomic(Path(folder) / "model.safetensors") as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp)
-        write_json(Path(folder) / "model.json", dict(method="mgn" if isinstance(model, MGN) else "transreid", name=model.name, input=asdict(model.input), embed_dim=model.embed_dim, **_arguments(model)) | card)
+    folder, is_whole = Path(folder), not isinstance(model, BNNeck)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+               if is_whole or not name.startswith("backbone.")}
+    if is_whole:
+        with atomic(folder / "model.safetensors") as tmp: save_file(weights, tmp)
+        write_json(folder / "model.json", _arguments(model) | card)
         return
-    save_backbone(model.backbone, Path(folder) / "backbone.safetensors", **card)
-    rest = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    with atomic(Path(folder) / "neck.safetensors") as tmp: save_file(rest, tmp, metadata=dict(feature=model.feature))
+    save_backbone(model.backbone, folder / "backbone.safetensors", **card)
+    with atomic(folder / "neck.safetensors") as tmp: save_file(weights, tmp, metadata=dict(feature=model.feature))
 
+def _arguments(model):
+    "What `load_finetuned` needs to build an MGN or a TransReID again."
+    method = "mgn" if isinstance(model, MGN) else "transreid"
+    card = dict(method=method, name=model.name, input=asdict(model.input), embed_dim=model.embed_dim, n_ids=model.n_ids)
+    if method == "mgn": return card | dict(dim=model.dim)
+    n_cameras = 0 if model.camera is None else len(model.camera)
+    return card | dict(n_cameras=n_cameras, jpm=model.group is not None, camera_weight=model.camera_weight,
+                       shift=model.shift, overlap=model.vit.overlap)
+
+# %% ../../nbs/5_training/07_finetune.ipynb #05fb27fd
 def load_finetuned(
     folder: str | Path,           # of a finished fine-tuning run
     feature: str | None = None,   # "before_neck" or "after_neck"; None: as it was trained to be tested
 ) -> nn.Module:                   # in eval mode: (n, 3, h, w) -> (n, D) features
     "A fine-tuned model back, with its neck and classifier."
-    if (Path(folder) / "model.json").exists(): return _load_whole(Path(folder))
-    neck = Path(folder) / "neck.safetensors"
+    folder = Path(folder)
+    if (folder / "model.json").exists(): return _load_whole(folder)
+    neck = folder / "neck.safetensors"
     classifier, said = read_checkpoint(neck).get("classifier.weight"), checkpoint_metadata(neck).get("feature")
-    if classifier is None or said is None: raise ValueError(f"{neck} is no neck that save_finetuned wrote: name the folder of a finished fine-tuning run")
-    model = BNNeck(load_backbone(Path(folder) / "backbone.safetensors"), len(classifier), feature or said)
+    if classifier is None or said is None:
+        raise ValueError(f"{neck} is no neck that save_finetuned wrote: name the folder of a finished fine-tuning run")
+    model = BNNeck(load_backbone(folder / "backbone.safetensors"), len(classifier), feature or said)
     fill_module(model, neck, elsewhere="backbone.")
     return model.eval()
 
-def _arguments(model):
-    "What `load_finetuned` needs to build an MGN or a TransReID again."
-    if isinstance(model, MGN): return dict(n_ids=model.n_ids, dim=model.dim)
-    return dict(n_ids=model.n_ids, n_cameras=0 if model.camera is None else len(model.camera), jpm=model.group is not None, camera_weight=model.camera_weight, shift=model.shift, overlap=model.vit.overlap)
+_WHOLE = dict(mgn=("n_ids", "dim"), transreid=("n_ids", "n_cameras", "jpm", "camera_weight", "shift"))
 
 def _load_whole(folder):
-    card = read_json(folder / "model.json")
-    wanted = dict(mgn=("n_ids", "dim"), transreid=("n_ids", "n_cameras", "jpm", "camera_weight", "shift")).get(card.get("method"), ("method: mgn or transreid",))
-    if lacks := [k for k in ("name", "input", *wanted) if k not in card]: raise ValueError(f"{folder / 'model.json'} is no card that save_finetuned wrote: it lacks {', '.join(lacks)}")
+    "An MGN or a TransReID, built as its card says."
+    file = folder / "model.json"
+    card = read_json(file)
+    arguments = _WHOLE.get(card.get("method"), ("method: mgn or transreid",))
+    if lacks := [name for name in ("name", "input", *arguments) if name not in card]:
+        raise ValueError(f"{file} is no card that save_finetuned wrote: it lacks {', '.join(lacks)}")
     spec = InputSpec(**card["input"])
-    backbone = create_backbone(card["name"], (spec.height, spec.width), overlap=card.get("overlap", False)); backbone.input = spec
-    model = (MGN(backbone, card["n_ids"], card["dim"]) if card["method"] == "mgn"
-             else TransReID(backbone, card["n_ids"], card["n_cameras"], card["jpm"], card["camera_weight"], card["shift"]))
+    backbone = create_backbone(card["name"], (spec.height, spec.width), overlap=card.get("overlap", False))
+    backbone.input = spec
+    model = (MGN if card["method"] == "mgn" else TransReID)(backbone, *(card[name] for name in arguments))
     fill_module(model, folder / "model.safetensors")
     model.card = card
     return model.eval()
@@ -511,21 +615,25 @@ def _load_whole(folder):
 def test_set(
     r: dict,              # a recipe: `data` or `test_data`, `protocol`
 ) -> tuple[pd.DataFrame, Path]: # table and root of its images
-    "What a run will be tested on. ValueError where it cannot be: so that it is known before the training, not after it."
-    samples, root = read_data(r if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"]), "test")
-    data = r["test_data"] or r["data"]
+    "What a run will be tested on. ValueError where it cannot be: known before the training, not after it."
+    other = None if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"])
+    samples, root = read_data(other or r, "test")
+    data, protocol = r["test_data"] or r["data"], r["protocol"]
     table = tracklet_rows(samples)[0] if facts_of(data, samples).ranks == "tracklets" else samples
     query, gallery = (table.iloc[rows] for rows in sides(table, data))
-    if not Answers(query, gallery, r["protocol"]).counts.any(): raise ValueError(f"none of the {len(query)} queries has a match in the gallery under the {r['protocol']} protocol: look at pid and camid, or choose another protocol")
+    if not Answers(query, gallery, protocol).counts.any():
+        raise ValueError(f"none of the {len(query)} queries has a match in the gallery under the {protocol} protocol: "
+                         "look at pid and camid, or choose another protocol")
     return samples, root
 
+# %% ../../nbs/5_training/07_finetune.ipynb #40a8c2f5
 def test_model(
     model: nn.Module,     # eval mode returns (n, D) features
     r: dict,              # a fine-tuning recipe: `data` or `test_data`, `protocol`, `flip_test`
     out: str | Path,      # folder for the features
     accelerator=None,     # of a training that goes on: every process calls this and extracts its share; None: one alone
 ):                        # a RetrievalScore; with several processes, the first one's, and None in the others
-    "Features of query and gallery of the recipe's data, or of its `test_data` (direct transfer), then mAP, CMC and mINP."
+    "Features of query and gallery of the recipe's data, or of its `test_data` (direct transfer), then their score."
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     samples, root = test_set(r)
     if ranks > len(samples):
@@ -535,18 +643,24 @@ def test_model(
     found = [extract(samples.iloc[share], root, model, folders[rank], batch_size=256, flip=r["flip_test"])]
     if ranks > 1: accelerator.wait_for_everyone()                # for equal shares of the work, not for one process's
     if rank: return None
-    found += [Features.open(folder) for folder in folders[1:]]
-    features, table = np.concatenate([f.x for f in found]), pd.concat([f.samples for f in found], ignore_index=True)
-    table.attrs = dict(samples.attrs)
-    x, table = ranked(features, table, data := r["test_data"] or r["data"])
+    return _scored(found + [Features.open(folder) for folder in folders[1:]], samples.attrs, r)
+
+def _scored(found, attrs, r):
+    "The score of the features that the processes found."
+    features = np.concatenate([part.x for part in found])
+    table = pd.concat([part.samples for part in found], ignore_index=True)
+    table.attrs, data = dict(attrs), r["test_data"] or r["data"]
+    x, table = ranked(features, table, data)
     query, gallery = sides(table, data)
     score = evaluate(x[query], x[gallery], table.iloc[query], table.iloc[gallery], protocol=r["protocol"])
-    return replace(score, unreadable=[path for f in found for path in f.unreadable.path])
+    return replace(score, unreadable=[path for part in found for path in part.unreadable.path])
 
+# %% ../../nbs/5_training/07_finetune.ipynb #389d99ad
 def finetune(
     recipe: dict,   # as `recipe("finetune", ...)` wrote it; the run in `weights` must be done
 ) -> Run:           # holds `backbone.safetensors`, test features, log, and `result.json` with mAP, rank-1, mINP
-    "Fine-tune on the train split and test on query and gallery. The last state counts, or the best on held-out people: no model is chosen by its test score."
+    """Fine-tune on the train split and test on query and gallery. The last state counts, or the best on held-out
+    people: no model is chosen by its test score."""
     architecture(recipe["backbone"])
     run = Run(recipe)
     with run.computing() as todo:
@@ -554,17 +668,26 @@ def finetune(
         test_set(recipe)
         task = FineTuning(recipe)
         report = fit(task, run)
-        if is_main_process():
-            best = task.modules.get("best")
-            model = (best.model if best else task.modules["model"]).eval()
-            score = test_model(model, recipe, run.folder / "test-features")
-            save_finetuned(model, run.folder, recipe=recipe, run=run.name, licence=licence(recipe), data=dict(train_images=task.n_images, train_ids=task.n_ids),
-                           scores=score.asdict() | dict(flip_test=recipe["flip_test"]))
-            both = set(task.samples.pid) & set(score.per_query.pid) if recipe["test_data"] is None else set()
-            if both: warnings.warn(f"{run.name}: {len(both)} people are in the train split and among the queries ({', '.join(map(str, sorted(both)[:5]))}{', …' if len(both) > 5 else ''}): this score does not tell how the model does on new people")
-            report |= dict(people_in_both=len(both))
-            if best: report |= dict(held_out_mAP=float(best.score), chosen_epoch=float(best.epoch), held_out_images=len(task.held_out))
-            report |= dict(test_unreadable=len(score.unreadable), mAP=score.mAP, rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, flip_test=recipe["flip_test"], train_images=task.n_images, train_ids=task.n_ids, left_out_images=task.n_left_out,
-                           matched=None if task.load_report is None else len(task.load_report.matched))
+        if is_main_process(): report |= _tested(task, run, recipe)
         run.finish(report)
     return run
+
+# %% ../../nbs/5_training/07_finetune.ipynb #110f261d
+def _tested(task, run, recipe) -> dict:
+    "Test and save the model of a finished training; what `result.json` should say of it."
+    best, trained = task.modules.get("best"), dict(train_images=task.n_images, train_ids=task.n_ids)
+    model = (best.model if best else task.modules["model"]).eval()
+    score, flipped = test_model(model, recipe, run.folder / "test-features"), dict(flip_test=recipe["flip_test"])
+    save_finetuned(model, run.folder, recipe=recipe, run=run.name, licence=licence(recipe), data=trained,
+                   scores=score.asdict() | flipped)
+    both = set(task.samples.pid) & set(score.per_query.pid) if recipe["test_data"] is None else set()
+    if both:
+        first = f"{', '.join(map(str, sorted(both)[:5]))}{', …' if len(both) > 5 else ''}"
+        warnings.warn(f"{run.name}: {len(both)} people are in the train split and among the queries ({first}): "
+                      "this score does not tell how the model does on new people")
+    chosen = {} if not best else dict(held_out_mAP=float(best.score), chosen_epoch=float(best.epoch),
+                                      held_out_images=len(task.held_out))
+    return dict(people_in_both=len(both), **chosen, test_unreadable=len(score.unreadable), mAP=score.mAP,
+                rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, **flipped, **trained,
+                left_out_images=task.n_left_out,
+                matched=None if task.load_report is None else len(task.load_report.matched))

@@ -11,24 +11,47 @@ __all__ = ['METHODS', 'TASKS', 'MethodSettings', 'IdentitySettings', 'ViewSettin
 import warnings
 from copy import deepcopy
 from typing import Literal
+
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import nn
+
+from ..core.runs import is_main_process, licence, Run
+from ..core.settings import Count, NotNegative, Positive, PositiveShare, setting, Settings, Share, Whole
+from ..data.datasets import read_data
+from ..identities.denoise import Denoised
 from ..models.architectures import architecture
 from ..models.backbones import create_backbone, save_backbone
-from ..identities.denoise import Denoised
-from .distill import (
-    ALARMS, clip_gradients_, CollapseWatch, ContrastHead, feature_rank, freeze_last_layer, IdentityGuidedLoss,
-    InfoNCELoss, MultiViewModel, param_groups, ProjectionHead, update_teacher)
+from cion_nb.training.distill import (
+    ALARMS,
+    clip_gradients_,
+    CollapseWatch,
+    ContrastHead,
+    feature_rank,
+    freeze_last_layer,
+    IdentityGuidedLoss,
+    InfoNCELoss,
+    MultiViewModel,
+    param_groups,
+    ProjectionHead,
+    update_teacher,
+)
 from cion_nb.training.engine import (
-    adamw, budget, BudgetSettings, DataSettings, fit, MachineSettings, NetworkSettings, Task, to_channels_last,
-    warmup_cosine)
-from ..data.datasets import read_data
-from ..core.settings import Count, NotNegative, Positive, PositiveShare, recipe, setting, Settings, Share, Whole
-from ..core.runs import is_main_process, licence, Run
-from .views import ImageStore, MultiCrop, normalise
+    adamw,
+    budget,
+    BudgetSettings,
+    DataSettings,
+    fit,
+    MachineSettings,
+    NetworkSettings,
+    Task,
+    to_channels_last,
+    warmup_cosine,
+)
 from .samplers import id_curriculum, IdentitySampler
+from .views import ImageStore, MultiCrop, normalise
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #f3bf17f5
 class MethodSettings(Settings):
@@ -163,20 +186,29 @@ PretrainSettings.profiles = dict(
 # %% ../../nbs/5_training/04_pretrain.ipynb #8180a853
 def identity_labels(
     samples: pd.DataFrame,   # the table that is trained on
-    identities: str | dict,  # a column ("pid", "tracklet", "true_pid"), "image", or a denoising recipe whose run is done
+    identities: str | dict,  # a column ("pid", "tracklet", "true_pid"), "image", or the recipe of a denoising run
 ) -> np.ndarray:             # (n,) int64, -1 = left out
-    "The identity of every row, by column, by image, or by a denoising run (joined by path, since extraction may have skipped unreadable images)."
-    if isinstance(identities, dict):
-        run = Run(identities).require()
-        found = Denoised.load(run.folder)
-        paths = pd.read_parquet(run.folder / "samples.parquet", columns=["path"]).path
-        labels = samples.path.map(pd.Series(found.labels, index=paths.to_numpy())).fillna(-1).to_numpy(np.int64)
-        if not (labels >= 0).any(): raise ValueError(f"denoising run {run.name} gives no identity to any of the {len(samples)} images: is it a run on other data?")
-        return labels
+    """The identity of every row, by column, by image, or by a denoising run (joined by path, since extraction may have
+    skipped unreadable images)."""
+    if isinstance(identities, dict): return _denoised_labels(samples, Run(identities).require())
     if identities == "image": return np.arange(len(samples))
-    if identities not in samples: raise ValueError(f"identities={identities!r}: the table has no such column; it has {', '.join(samples.columns)}")
+    if identities not in samples:
+        raise ValueError(f"identities={identities!r}: the table has no such column; "
+                         f"it has {', '.join(samples.columns)}")
     labels = samples[identities].to_numpy(np.int64)
-    if not (labels >= 0).any(): raise ValueError(f"identities={identities!r}: every row is -1 (unknown); use 'tracklet', 'image' or a denoising recipe")
+    if not (labels >= 0).any():
+        raise ValueError(f"identities={identities!r}: every row is -1 (unknown); "
+                         "use 'tracklet', 'image' or a denoising recipe")
+    return labels
+
+def _denoised_labels(samples, run):
+    "The identities that a denoising run found for the images of a table."
+    found = Denoised.load(run.folder)
+    paths = pd.read_parquet(run.folder / "samples.parquet", columns=["path"]).path
+    labels = samples.path.map(pd.Series(found.labels, index=paths.to_numpy())).fillna(-1).to_numpy(np.int64)
+    if not (labels >= 0).any():
+        raise ValueError(f"denoising run {run.name} gives no identity to any of the {len(samples)} images: "
+                         "is it a run on other data?")
     return labels
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #1f30415f
@@ -185,123 +217,164 @@ def keep_share(
     share: float,        # of the labelled images, in (0, 1]
     seed: int = 0,       # the order in which identities join; smaller shares lie inside larger ones
 ) -> np.ndarray:         # (n,) labels, -1 for the identities that stay out
-    "Whole identities, in a seeded order, until they hold this share of the images (at least one identity). ValueError: a share outside (0, 1]."
+    """Whole identities, in a seeded order, until they hold this share of the images (at least one identity).
+    ValueError: a share outside (0, 1]."""
     if not 0 < share <= 1: raise ValueError(f"data_share={share}: a share of the images, above 0 and at most 1")
     if share == 1: return labels
     names, of, counts = np.unique(labels[labels >= 0], return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    joins = np.empty(len(names), bool); joins[order] = np.cumsum(counts[order]) - counts[order] < share * counts.sum() - 1e-9   # what came before is not enough yet
-    kept = labels.copy(); kept[labels >= 0] = np.where(joins[of], labels[labels >= 0], -1)
+    order, joins = np.random.default_rng(seed).permutation(len(names)), np.empty(len(names), bool)
+    came_before = np.cumsum(counts[order]) - counts[order]
+    joins[order] = came_before < share * counts.sum() - 1e-9                   # and is not enough yet
+    kept = labels.copy()
+    kept[labels >= 0] = np.where(joins[of], labels[labels >= 0], -1)
     return kept
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #d42ed19c
 class Pretraining(Task):
     "Images, views and identity batches of a pre-training recipe; subclasses add networks and loss."
     def __init__(self, r: dict):
+        _check_pretraining(r)
         self.recipe = r
-        id_curriculum(0, r["epochs"], r["n_id"], r["n_id_epochs"])
-        late = [n for n, e in zip(r["n_id"], r["n_id_epochs"]) if e >= r["epochs"]]
-        if late: raise ValueError(f"n_id_epochs={r['n_id_epochs']}: the run has {r['epochs']} epochs, so n_id {', '.join(map(str, late))} would never come; give them epochs below {r['epochs']}, or leave them out of n_id")
-        if r["warmup_epochs"] > r["epochs"]: raise ValueError(f"warmup_epochs={r['warmup_epochs']}: the run has {r['epochs']} epochs, so the learning rate would never reach lr")
         samples, root = read_data(r, "tracklets")
         labels = keep_share(identity_labels(samples, r["identities"]), r["data_share"], r["seed"])
-        kept = labels >= 0
-        self.samples, self.labels, self.n_images = samples[kept].reset_index(drop=True), labels[kept], int(kept.sum())
-        pid = -1 if r["identities"] == "image" else self.labels                  # a broken image is replaced within its identity (where every image is one, by any),
-        self.images = ImageStore(self.samples.assign(pid=pid), root)
-        self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1   # and an identity without a readable image sits out
+        self.samples, self.labels = samples[labels >= 0].reset_index(drop=True), labels[labels >= 0]
+        # a broken image is replaced within its identity (where every image is one, by any),
+        # and an identity without a readable image sits out
+        self.images = ImageStore(self.samples.assign(pid=-1 if r["identities"] == "image" else self.labels), root)
+        self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1
         self.n_images = int((self.labels >= 0).sum())
-        self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"], r["aspect"],
-                               recipe=r["augmentation"], seed=r["seed"],
-                               **dict(erase_rule=r["erasing_rule"]) | r["view_changes"])
+        changes = dict(erase_rule=r["erasing_rule"]) | r["view_changes"]
+        self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"],
+                               r["aspect"], recipe=r["augmentation"], seed=r["seed"], **changes)
 
-    def phase(self, seen: int) -> int:
-        "Images an identity, by the share of the budget; it changes between steps, not inside one."
-        r = self.recipe
-        share = (seen - seen % r["batch_size"]) / budget(r, self.n_images)
-        return id_curriculum(r["epochs"] * share, r["epochs"], r["n_id"], r["n_id_epochs"], of=r["epochs"])
+# %% ../../nbs/5_training/04_pretrain.ipynb #207f3739
+@patch
+def phase(self: Pretraining, seen: int) -> int:
+    "Images an identity, by the share of the budget; it changes between steps, not inside one."
+    recipe = self.recipe
+    epochs, step_began = recipe["epochs"], seen - seen % recipe["batch_size"]
+    share = step_began / budget(recipe, self.n_images)
+    return id_curriculum(epochs * share, epochs, recipe["n_id"], recipe["n_id_epochs"], of=epochs)
 
-    def sampler(self, phase, n_pass, advance, rank, world_size):
-        r, s = self.recipe, self.samples
-        sampler = IdentitySampler(self.labels, r["batch_size"], phase, r["seed"], rank, world_size, s.camid, s.tracklet,
-                                  curriculum=r["n_id"], pieces=r["accumulate"])
-        sampler.set_epoch(n_pass, advance)
-        return sampler
+@patch
+def sampler(self: Pretraining, phase, n_pass, advance, rank, world_size):
+    recipe, samples = self.recipe, self.samples
+    sampler = IdentitySampler(self.labels, recipe["batch_size"], phase, recipe["seed"], rank, world_size,
+                              samples.camid, samples.tracklet, curriculum=recipe["n_id"],
+                              pieces=recipe["accumulate"])
+    sampler.set_epoch(n_pass, advance)
+    return sampler
 
-    def load(self, rows, seen):
-        step = self.recipe["batch_size"]
-        end = -(-seen // step) * step              # of the step that this batch belongs to: views do not depend on its cuts
-        n_id = self.phase(end - step)
-        return dict(views=self.views(self.images[rows], rows, epoch=end), identity=torch.arange(len(rows)) // n_id)
+@patch
+def load(self: Pretraining, rows, seen):
+    step = self.recipe["batch_size"]
+    end = -(-seen // step) * step              # of the step that this batch is cut from: views do not know of cuts
+    n_id = self.phase(end - step)
+    return dict(views=self.views(self.images[rows], rows, epoch=end), identity=torch.arange(len(rows)) // n_id)
 
-    def schedule(self, share):
-        r = self.recipe
-        self.modules["loss"].waiting.clear()       # of a step that was given up
-        lr = r["lr"] * r["batch_size"] / r["lr_per"]
-        values = dict(lr=warmup_cosine(share, lr, r["lr_end"], r["warmup_epochs"] / r["epochs"]), weight_decay=warmup_cosine(share, *r["weight_decay"]))
-        for g in self.optimizer.param_groups:
-            g["lr"] = values["lr"]
-            if g["decays"]: g["weight_decay"] = values["weight_decay"]
-        return values
+# %% ../../nbs/5_training/04_pretrain.ipynb #3739744c
+@patch
+def make_optimizer(self: Pretraining, model: nn.Module):
+    "As the recipe names it."
+    recipe, groups = self.recipe, param_groups(model)
+    if recipe["optimizer"] == "sgd": return torch.optim.SGD(groups, lr=recipe["lr"], momentum=0.9)
+    if recipe["optimizer"] == "adamw": return adamw(groups, recipe["lr"])
+    raise ValueError(f"optimizer {recipe['optimizer']!r}: choose adamw or sgd")
 
-    def ranks(self, n):
-        "Effective rank of the `n` global views' features, of teacher and student."
-        return dict(feature_rank=feature_rank(self.modules["teacher"].features), student_rank=feature_rank(self.modules["model"].features[:n]))
+@patch
+def schedule(self: Pretraining, share):
+    recipe = self.recipe
+    self.modules["loss"].waiting.clear()       # of a step that was given up
+    top = recipe["lr"] * recipe["batch_size"] / recipe["lr_per"]
+    lr = warmup_cosine(share, top, recipe["lr_end"], recipe["warmup_epochs"] / recipe["epochs"])
+    weight_decay = warmup_cosine(share, *recipe["weight_decay"])
+    for group in self.optimizer.param_groups:
+        group["lr"] = lr
+        if group["decays"]: group["weight_decay"] = weight_decay
+    return dict(lr=lr, weight_decay=weight_decay)
 
-    def make_optimizer(self, model: nn.Module):
-        r, groups = self.recipe, param_groups(model)
-        if r["optimizer"] == "sgd": return torch.optim.SGD(groups, lr=r["lr"], momentum=0.9)
-        if r["optimizer"] == "adamw": return adamw(groups, r["lr"])
-        raise ValueError(f"optimizer {r['optimizer']!r}: choose adamw or sgd")
+@patch
+def before_step(self: Pretraining, share):
+    if self.recipe["clip"]: clip_gradients_(self.modules["model"].parameters(), self.recipe["clip"])
 
-    def before_step(self, share):
-        if self.recipe["clip"]: clip_gradients_(self.modules["model"].parameters(), self.recipe["clip"])
+@patch
+def ranks(self: Pretraining, n):
+    "Effective rank of the `n` global views' features, of teacher and student."
+    teacher, student = self.modules["teacher"].features, self.modules["model"].features[:n]
+    return dict(feature_rank=feature_rank(teacher), student_rank=feature_rank(student))
+
+# %% ../../nbs/5_training/04_pretrain.ipynb #21506026
+def _check_pretraining(r: dict) -> None:
+    "ValueError for a recipe with values that its epochs do not reach."
+    epochs = r["epochs"]
+    id_curriculum(0, epochs, r["n_id"], r["n_id_epochs"])
+    late = [n for n, epoch in zip(r["n_id"], r["n_id_epochs"]) if epoch >= epochs]
+    if late:
+        raise ValueError(f"n_id_epochs={r['n_id_epochs']}: the run has {epochs} epochs, so n_id "
+                         f"{', '.join(map(str, late))} would never come; give them epochs below {epochs}, "
+                         "or leave them out of n_id")
+    if r["warmup_epochs"] > epochs:
+        raise ValueError(f"warmup_epochs={r['warmup_epochs']}: the run has {epochs} epochs, "
+                         "so the learning rate would never reach lr")
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #9207b557
 class Distillation(Pretraining):
     "Student, EMA teacher, projection heads and Eq. 8-9; with one image an identity it is DINO."
     def __init__(self, r: dict):
-        if r["teacher"] not in ("step", "epoch"): raise ValueError(f"teacher {r['teacher']!r}: choose 'step' (EMA after every step) or 'epoch' (the student, at each epoch's end)")
+        if r["teacher"] not in ("step", "epoch"):
+            raise ValueError(f"teacher {r['teacher']!r}: choose 'step' (EMA after every step) or 'epoch' "
+                             "(the student, at each epoch's end)")
         super().__init__(r)
 
-    def build(self, device):
-        r = self.recipe
-        backbone = create_backbone(r["backbone"], r["image_size"])
-        head = ProjectionHead(backbone.embed_dim, r["out_dim"], r["head_hidden"], r["head_bottleneck"], batch_norm=r["head_bn"])
-        student = MultiViewModel(backbone, head).to(device)
-        if r["channels_last"]: student = to_channels_last(student)
-        teacher = deepcopy(student).requires_grad_(False)          # starts equal, stays in train mode: its BatchNorm has its own statistics
-        loss = IdentityGuidedLoss(r["out_dim"], 2 + r["n_local"], student_temp=r["student_temp"], teacher_temp=r["teacher_temp"],
-                                  centre_momentum=r["centre_momentum"], variant=r["variant"], centre=r["centre"],
-                                  accumulate=r["accumulate"]).to(device)
-        self.modules, self.optimizer = dict(model=student, teacher=teacher, loss=loss), self.make_optimizer(student)
-
     def loss(self, model, batch, accelerator):
-        views = normalise(batch["views"], self.modules["teacher"].backbone.input)
-        with torch.no_grad(), accelerator.autocast(): target = self.modules["teacher"](views[:2])
-        loss = self.modules["loss"](model(views), target.float(), batch["identity"])
-        return loss, {k: v for k, v in self.modules["loss"].last.items() if k != "loss"} | self.ranks(2 * len(batch["identity"]))
+        teacher, loss, identity = self.modules["teacher"], self.modules["loss"], batch["identity"]
+        views = normalise(batch["views"], teacher.backbone.input)
+        with torch.no_grad(), accelerator.autocast(): target = teacher(views[:2])
+        value = loss(model(views), target.float(), identity)
+        told = {name: statistic for name, statistic in loss.last.items() if name != "loss"}
+        return value, told | self.ranks(2 * len(identity))
 
     def schedule(self, share):
-        r = self.recipe
-        self.momentum = warmup_cosine(share, *r["ema"])
-        temp = warmup_cosine(share, r["teacher_temp"], r["teacher_temp"], r["warmup_teacher_temp_epochs"] / r["epochs"], r["warmup_teacher_temp"])
+        recipe = self.recipe
+        warmup = recipe["warmup_teacher_temp_epochs"] / recipe["epochs"]
+        self.momentum, temp = warmup_cosine(share, *recipe["ema"]), recipe["teacher_temp"]
+        temp = warmup_cosine(share, temp, temp, warmup, recipe["warmup_teacher_temp"])
         self.modules["loss"].teacher_temp = temp
         return super().schedule(share) | dict(ema=self.momentum, teacher_temp=temp)
 
     def before_step(self, share):
         super().before_step(share)
-        if share * self.recipe["epochs"] < self.recipe["freeze_last_layer_epochs"]: freeze_last_layer(self.modules["model"].head)
+        is_frozen = share * self.recipe["epochs"] < self.recipe["freeze_last_layer_epochs"]
+        if is_frozen: freeze_last_layer(self.modules["model"].head)
 
-    def after_step(self, share):
-        r = self.recipe
-        if r["teacher"] == "step": update_teacher(self.modules["model"], self.modules["teacher"], self.momentum)
-        elif r["teacher"] == "epoch" and self._crosses_epoch(share): update_teacher(self.modules["model"], self.modules["teacher"], 0.)
+# %% ../../nbs/5_training/04_pretrain.ipynb #8f72be5f
+@patch
+def build(self: Distillation, device):
+    recipe = self.recipe
+    backbone = create_backbone(recipe["backbone"], recipe["image_size"])
+    head = ProjectionHead(backbone.embed_dim, recipe["out_dim"], recipe["head_hidden"], recipe["head_bottleneck"],
+                          batch_norm=recipe["head_bn"])
+    student = MultiViewModel(backbone, head).to(device)
+    if recipe["channels_last"]: student = to_channels_last(student)
+    teacher = deepcopy(student).requires_grad_(False)      # stays in train mode: its BatchNorm has its own statistics
+    loss = IdentityGuidedLoss(
+        recipe["out_dim"], 2 + recipe["n_local"], student_temp=recipe["student_temp"],
+        teacher_temp=recipe["teacher_temp"], centre_momentum=recipe["centre_momentum"], variant=recipe["variant"],
+        centre=recipe["centre"], accumulate=recipe["accumulate"])
+    self.modules = dict(model=student, teacher=teacher, loss=loss.to(device))
+    self.optimizer = self.make_optimizer(student)
 
-    def _crosses_epoch(self, share):
-        "Whether the batch that was just seen ended an epoch (the paper's words: the teacher is frozen over an epoch)."
-        step = self.recipe["batch_size"] / budget(self.recipe, self.n_images)
-        return int(share * self.recipe["epochs"] + 1e-9) > int((share - step) * self.recipe["epochs"] + 1e-9)
+@patch
+def after_step(self: Distillation, share):
+    student, teacher, when = self.modules["model"], self.modules["teacher"], self.recipe["teacher"]
+    if when == "step": update_teacher(student, teacher, self.momentum)
+    elif when == "epoch" and self._crosses_epoch(share): update_teacher(student, teacher, 0.)
+
+@patch
+def _crosses_epoch(self: Distillation, share):
+    "Whether the batch that was just seen ended an epoch (the paper's words: the teacher is frozen over an epoch)."
+    step, epochs = self.recipe["batch_size"] / budget(self.recipe, self.n_images), self.recipe["epochs"]
+    return int(share * epochs + 1e-9) > int((share - step) * epochs + 1e-9)
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #3bfaccc1
 class MomentumContrast(Pretraining):
@@ -311,21 +384,23 @@ class MomentumContrast(Pretraining):
         super().__init__(r)
 
     def build(self, device):
-        r = self.recipe
-        backbone = create_backbone(r["backbone"], r["image_size"])
-        model = MultiViewModel(backbone, ContrastHead(backbone.embed_dim, r["moco_dim"])).to(device)
-        if r["channels_last"]: model = to_channels_last(model)
-        loss = InfoNCELoss(r["moco_dim"], r["queue"], r["moco_temp"], r["accumulate"]).to(device)
+        recipe = self.recipe
+        backbone = create_backbone(recipe["backbone"], recipe["image_size"])
+        model = MultiViewModel(backbone, ContrastHead(backbone.embed_dim, recipe["moco_dim"])).to(device)
+        if recipe["channels_last"]: model = to_channels_last(model)
+        loss = InfoNCELoss(recipe["moco_dim"], recipe["queue"], recipe["moco_temp"], recipe["accumulate"]).to(device)
         self.modules = dict(model=model, teacher=deepcopy(model).requires_grad_(False), loss=loss)
         self.optimizer = self.make_optimizer(model)
 
     def loss(self, model, batch, accelerator):
-        first, second = normalise(batch["views"], self.modules["teacher"].backbone.input)
-        with torch.no_grad(), accelerator.autocast(): keys = self.modules["teacher"]([second])
-        loss = self.modules["loss"](model([first]), keys.float())
-        return loss, dict(top1=self.modules["loss"].last["top1"]) | self.ranks(len(first))
+        teacher, loss = self.modules["teacher"], self.modules["loss"]
+        first, second = normalise(batch["views"], teacher.backbone.input)
+        with torch.no_grad(), accelerator.autocast(): keys = teacher([second])
+        value = loss(model([first]), keys.float())
+        return value, dict(top1=loss.last["top1"]) | self.ranks(len(first))
 
-    def after_step(self, share): update_teacher(self.modules["model"], self.modules["teacher"], self.recipe["moco_momentum"])
+    def after_step(self, share):
+        update_teacher(self.modules["model"], self.modules["teacher"], self.recipe["moco_momentum"])
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #194caeeb
 class WatchedRun(Run):
@@ -337,7 +412,9 @@ class WatchedRun(Run):
             row["alarms"] = sorted(self.watch(row))
             for name in self.watch.rang.keys() - known:
                 key, side, threshold, said = ALARMS[name]
-                warnings.warn(f"{self.name}: alarm {name!r} at image {row['seen']:,}: {key} = {row[key]:.3g} stays {side} {threshold:g}; {said}", RuntimeWarning, stacklevel=2)
+                what = f"{key} = {row[key]:.3g} stays {side} {threshold:g}"
+                warnings.warn(f"{self.name}: alarm {name!r} at image {row['seen']:,}: {what}; {said}", RuntimeWarning,
+                              stacklevel=2)
         super().log(**row)
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #9a891e71
@@ -353,29 +430,47 @@ def pretrain(
         if not todo: return run
         if recipe["loss"] not in TASKS: raise ValueError(f"loss {recipe['loss']!r}: choose one of {', '.join(TASKS)}")
         task = TASKS[recipe["loss"]](recipe)
-        run.watch = CollapseWatch(after=round(recipe["warmup_epochs"] / recipe["epochs"] * budget(recipe, task.n_images)))
+        warm = round(recipe["warmup_epochs"] / recipe["epochs"] * budget(recipe, task.n_images))
+        run.watch = CollapseWatch(after=warm)
         report = fit(task, run)
         if is_main_process():
-            kept = task.modules["teacher" if recipe["loss"] == "identity" else "model"]
-            save_backbone(kept.backbone.cpu(), run.folder / "backbone.safetensors", recipe=recipe, run=run.name, licence=licence(recipe))
-        run.finish(report | dict(train_images=task.n_images, identities=int(len(np.unique(task.labels[task.labels >= 0]))), views=task.views.n_views, alarms=run.watch.rang))
+            kept = task.modules["teacher" if recipe["loss"] == "identity" else "model"].backbone.cpu()
+            file = run.folder / "backbone.safetensors"
+            save_backbone(kept, file, recipe=recipe, run=run.name, licence=licence(recipe))
+        n_identities = len(np.unique(task.labels[task.labels >= 0]))
+        run.finish(report | dict(train_images=task.n_images, identities=int(n_identities), views=task.views.n_views,
+                                 alarms=run.watch.rang))
     return run
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #853a60cd
 def equal_budget(
     runs: list,         # finished pre-training runs (not recipes) that a table compares
 ) -> pd.DataFrame:      # a row a run
-    "Assert that runs had the same data, network, image size, batch and presentations; what else they cost. ValueError that names the first that differs, or where there is none."
+    """Assert that runs had the same data, network, image size, batch and presentations; what else they cost. ValueError
+    that names the first that differs, or where there is none."""
     if not runs: raise ValueError("equal_budget needs at least one run")
     for run in runs:
-        if not isinstance(run, Run): raise TypeError(f"equal_budget compares finished runs, not {type(run).__name__}s: make_runs(recipes) returns them")
+        if not isinstance(run, Run):
+            raise TypeError(f"equal_budget compares finished runs, not {type(run).__name__}s: "
+                            "make_runs(recipes) returns them")
+    for run in runs: _check_same_budget(run, runs[0])
+    return pd.DataFrame([_cost(run.recipe, run.result) for run in runs]).set_index("method")
+
+def _check_same_budget(run, first):
+    "ValueError that names the first thing in which two runs differ."
     same = ("data", "data_root", "annotation", "backbone", "image_size", "batch_size", "epochs", "images_per_epoch")
-    rows = []
-    for run in runs:
-        r, done = run.recipe, run.result
-        for key in same:
-            if r[key] != runs[0].recipe[key]: raise ValueError(f"unequal budget: {run.name} has {key}={r[key]!r}, {runs[0].name} has {runs[0].recipe[key]!r}")
-        if done["images"] != runs[0].result["images"]: raise ValueError(f"unequal budget: {run.name} saw {done['images']:,} presentations, {runs[0].name} {runs[0].result['images']:,}; set images_per_epoch")
-        rows.append(dict(method=r["method"], images=done["train_images"], identities=done["identities"], presentations=done["images"], batch=r["batch_size"],
-                         views=done["views"], view_passes=done["images"] * done["views"], seconds=done["train_seconds"], alarms=", ".join(done["alarms"])))
-    return pd.DataFrame(rows).set_index("method")
+    for name in same:
+        here, there = run.recipe[name], first.recipe[name]
+        if here != there:
+            raise ValueError(f"unequal budget: {run.name} has {name}={here!r}, {first.name} has {there!r}")
+    here, there = run.result["images"], first.result["images"]
+    if here != there:
+        raise ValueError(f"unequal budget: {run.name} saw {here:,} presentations, {first.name} {there:,}; "
+                         "set images_per_epoch")
+
+def _cost(recipe, done):
+    "What a run cost, as a row."
+    return dict(method=recipe["method"], images=done["train_images"], identities=done["identities"],
+                presentations=done["images"], batch=recipe["batch_size"], views=done["views"],
+                view_passes=done["images"] * done["views"], seconds=done["train_seconds"],
+                alarms=", ".join(done["alarms"]))

@@ -23,7 +23,15 @@ from cion_nb.models.checkpoints import load_backbone_weights
 from cion_nb.models.features import embed
 from cion_nb.retrieval.evaluate import evaluate
 from cion_nb.training.cluster_contrast import ClusterNet, load_clusternet, save_clusternet
-from cion_nb.training.finetune import BNNeck, finetune, FineTuning, load_finetuned, make_backbone, save_finetuned
+from cion_nb.training.finetune import (
+    BNNeck,
+    finetune,
+    FineTuning,
+    load_finetuned,
+    make_backbone,
+    released_finetuning,
+    save_finetuned,
+)
 from cion_nb.training.mgn import MGN
 from cion_nb.training.pretrain import pretrain
 
