@@ -143,7 +143,7 @@ def _is_image(name: str) -> bool:
 
 def _is_hidden(name: str) -> bool: return name.startswith(".") or name == "__MACOSX"
 
-# %% ../../nbs/0_core/03_images.ipynb #3f427554
+# %% ../../nbs/0_core/03_images.ipynb #e1ae23a6
 def _walk(root: Path):
     "(path below `root` with a slash behind, hidden folders, files) of each folder, real ones before links."
     def fail(error): raise error                                  # os.walk passes over folders that it may not read
@@ -210,7 +210,7 @@ class Picture(Image.Image):
         self.convert("RGB").save(stored, "JPEG", quality=80)
         return stored.getvalue()
 
-# %% ../../nbs/0_core/03_images.ipynb #bf0de3f0
+# %% ../../nbs/0_core/03_images.ipynb #0c470deb
 def tile(
     images: list,         # of (h, w, 3) uint8 arrays or PIL images, all scaled to one height a row
     columns: int,

@@ -52,7 +52,7 @@ def environment() -> dict:
         processes=int(os.environ.get("WORLD_SIZE", 1)), device=torch.cuda.get_device_name() if cuda else "cpu",
         versions=versions, commit=git_commit())
 
-# %% ../../nbs/0_core/02_runs.ipynb #52cb0e76
+# %% ../../nbs/0_core/02_runs.ipynb #03af1f12
 def _cpu_name():
     "The processor as the system calls it."
     try: return next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
@@ -134,7 +134,7 @@ def run_hash(recipe: dict) -> str:
     if named.get("data", "").endswith(".parquet") and not recipe.get("data_root"): inputs["images"] = _images_print(resolve(named["data"]))      # they lie beside the table
     return fingerprint(dict(recipe=flat, inputs=inputs), 10)
 
-# %% ../../nbs/0_core/02_runs.ipynb #b4cb1da4
+# %% ../../nbs/0_core/02_runs.ipynb #1f34d7d7
 class _Log:
     "The log of a run's folder."
     def log(self, **row) -> None:
@@ -155,7 +155,7 @@ class _Log:
             except json.JSONDecodeError: break
         return rows
 
-# %% ../../nbs/0_core/02_runs.ipynb #1e4b9502
+# %% ../../nbs/0_core/02_runs.ipynb #2f3727d9
 class _Request(_Log):
     "A folder named by its recipe, and how to have it computed."
     def __init__(self,
@@ -299,7 +299,7 @@ def _state_of(folder: Path) -> _State:
     score = " / ".join(f"{100 * s:.1f}" for s in scores if s is not None)
     return _State(folder.name, state, share, score, _bytes_in(folder) / 1e6, folder)
 
-# %% ../../nbs/0_core/02_runs.ipynb #b04ad9af
+# %% ../../nbs/0_core/02_runs.ipynb #60295d60
 def _word_for(folder: Path, result: dict | None, log: list) -> str:
     "The state of a run in one word."
     if result is not None: return "done"
@@ -337,7 +337,7 @@ def list_runs(
                  score=s.score, MB=round(s.MB, 1)) for s in _states(names)]
     return pd.DataFrame(rows, columns=["run", "state", "progress", "score", "MB"])
 
-# %% ../../nbs/0_core/02_runs.ipynb #18186c07
+# %% ../../nbs/0_core/02_runs.ipynb #23f7591b
 def prune_runs(
     *names: str,            # parts of names; none: all
     checkpoints: int = 1,   # that a finished run keeps; 0: it cannot be trained on
@@ -359,7 +359,7 @@ def prune_runs(
 def _holds_a_recipe_alone(folder: Path) -> bool:
     return {f.name for f in folder.iterdir()} <= {"recipe.json", ".run.lock"}
 
-# %% ../../nbs/0_core/02_runs.ipynb #3885007a
+# %% ../../nbs/0_core/02_runs.ipynb #8d62b8c5
 def show_run(
     name: str,
 ) -> str:
@@ -407,7 +407,7 @@ def _refuse_other_type(name: str, value, default) -> None:
         raise ValueError(f"parameter {name!r} is {value!r}, "
                          f"but its default {default!r} is of type {kind}: pass a {kind}")
 
-# %% ../../nbs/0_core/02_runs.ipynb #85fcdaaf
+# %% ../../nbs/0_core/02_runs.ipynb #5554460f
 def _assigned(source):
     "Names a cell assigns, with literal values: `...` for what is no literal, the type for `name: type = None`."
     found = {}

@@ -103,7 +103,7 @@ def _numbers(values: pd.Series) -> pd.Series:
         values = values.mask(values.str.contains("[eE_]", regex=True))
     return pd.to_numeric(values, errors="coerce")
 
-# %% ../../nbs/0_core/04_samples.ipynb #b33c22e0
+# %% ../../nbs/0_core/04_samples.ipynb #20479fed
 def _utf8(values: pd.Series, name: str) -> pd.Series:
     "Text as pandas `string`; ValueError for a row with bytes that are no UTF-8, as names from another system have."
     try: return values.astype(str).astype("string")
@@ -207,7 +207,7 @@ def _locate(path: str, root: Path|None, cut: str|None) -> str:
         if Path(plain).is_relative_to(place): return Path(plain).relative_to(place).as_posix()
     raise ValueError(f"{path} does not lie under root {root}; prefix=... cuts off what stands above the images")
 
-# %% ../../nbs/0_core/04_samples.ipynb #edd6d3d9
+# %% ../../nbs/0_core/04_samples.ipynb #d41c0ba4
 def _slashed(path: str, tidy: bool = True) -> str:
     "Forward slashes, no blanks behind; tidied, none in front either, no './' and '//'."
     tidy, path = tidy or "\\" in path, path.rstrip().replace("\\", "/")
@@ -311,7 +311,7 @@ def _natural(name: str) -> list:
     "Sorting key under which t2 comes before t10."
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
-# %% ../../nbs/0_core/04_samples.ipynb #b3c88801
+# %% ../../nbs/0_core/04_samples.ipynb #f181a131
 @contextmanager
 def _naming(root, paths):
     "Errors on a row of a table made from a folder name the folder and the row's file."
@@ -395,7 +395,7 @@ def _likeliest(left: list, before: tuple, numbers: list) -> list:
         left = [k for k in left if is_better(k)] or left
     return left
 
-# %% ../../nbs/0_core/04_samples.ipynb #d4742e5c
+# %% ../../nbs/0_core/04_samples.ipynb #ac9a5c66
 def _warn_of_frames(root, rows: pd.DataFrame, odd: pd.Series, doubts: list) -> None:
     "One line where a choice was made, one where there was nothing to choose."
     for stem, k, left in doubts[:1]:
@@ -445,7 +445,7 @@ def _compiled(rule: str, pattern) -> re.Pattern:
     try: return re.compile(rule)
     except re.error as e: raise ValueError(f"pattern {pattern!r}: {e}") from None
 
-# %% ../../nbs/0_core/04_samples.ipynb #d8d51dc3
+# %% ../../nbs/0_core/04_samples.ipynb #0de35b80
 def _frames_by(rows: pd.DataFrame, root, pattern) -> tuple[list, dict]:
     "The frame that a pattern finds in each file's name, and `attrs`."
     rule = _pattern(pattern)
@@ -535,7 +535,7 @@ def _mixed_ids(ids: pd.Series, written: pd.Series, words: list, name: str, start
                                 f"and taken for one {name}; a group of another name keeps them apart")
     return said
 
-# %% ../../nbs/0_core/04_samples.ipynb #26f01e4f
+# %% ../../nbs/0_core/04_samples.ipynb #d6fd8e2d
 def _own_tracklets(rows: pd.DataFrame, where, below_person: bool) -> pd.DataFrame:
     "Tracklet numbers made unique where they count within a video, a camera, or a person."
     known = rows[rows["tracklet"] >= 0]
@@ -641,7 +641,7 @@ def _require_columns(header: list, asked: dict, sep: str, path) -> None:
                      f"say columns=dict(path={might}) if it is called otherwise, "
                      f"sep=... if cells do not stand between {sep!r}")
 
-# %% ../../nbs/0_core/04_samples.ipynb #3306315c
+# %% ../../nbs/0_core/04_samples.ipynb #d93cb774
 def _separator(header: str, asked: dict, path) -> str:
     "The separator under which a header has the columns asked for, else the most cells; said where it is not a comma."
     cells = {s: [c.strip() for c in next(csv.reader([header], delimiter=s), [])] for s in ",;\t|"}

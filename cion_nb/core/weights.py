@@ -76,7 +76,7 @@ class Placeholder(dict):
     def __setstate__(self, state):
         if isinstance(state, Mapping): self.__dict__.update({k: v for k, v in state.items() if isinstance(k, str)})
 
-# %% ../../nbs/0_core/06_weights.ipynb #37460bd1
+# %% ../../nbs/0_core/06_weights.ipynb #e7d2f3ba
 class _Empty:
     "Builds an empty container for an object: torch fills no mapping but an `OrderedDict`, no sequence but a `list`."
     def __init__(self, kind):
@@ -152,7 +152,7 @@ def _holds_tensors(x) -> bool:
     if isinstance(x, (list, tuple)): return any(map(_holds_tensors, x))
     return isinstance(x, torch.Tensor) or isinstance(x, Mapping) and any(map(_holds_tensors, x.values()))
 
-# %% ../../nbs/0_core/06_weights.ipynb #3742ce28
+# %% ../../nbs/0_core/06_weights.ipynb #b1a1c666
 def checkpoint_metadata(path: str | Path) -> dict[str, str]: # of a .safetensors file; {} without
     "What a `.safetensors` file says of itself. Errors as of `read_checkpoint`."
     if _kind(Path(path)) != "safetensors": return {}

@@ -50,7 +50,7 @@ class DataReport:
         return (f"<p><b>{escape(self.title)}</b>: {self._verdict()}</p>{table}<ul>"
                 f"{items(self.problems, '<b>problem</b>: ')}{items(self.notes, '')}</ul>")
 
-# %% ../../nbs/1_data/02_check.ipynb #2560517b
+# %% ../../nbs/1_data/02_check.ipynb #b41dc162
 @dataclass
 class _Findings:
     "What was found so far: sentences, and the rows behind them."
@@ -134,7 +134,7 @@ def _look_at_people(samples: pd.DataFrame, found: _Findings) -> None:
         paths = counted(int(again.sum()), "path is", "paths are")
         found.problem(f"{paths} in the table more than once: {first_few(samples['path'][again])}")
 
-# %% ../../nbs/1_data/02_check.ipynb #2c85950d
+# %% ../../nbs/1_data/02_check.ipynb #a3ee99ce
 def _look_at_tracklets(samples: pd.DataFrame, found: _Findings) -> None:
     "Tracklets that show two cameras, or one frame twice, and frames that are no time."
     known = samples[samples["tracklet"] >= 0]
@@ -201,7 +201,7 @@ def _look_at_files(samples: pd.DataFrame, files: pd.DataFrame, found: _Findings)
         those = same[is_twice].sort_values("hash", kind="stable")
         say(f"{counted(those['hash'].nunique(), one, many)}: {first_few(those['path'])}", **{name: those})
 
-# %% ../../nbs/1_data/02_check.ipynb #d9b6205f
+# %% ../../nbs/1_data/02_check.ipynb #00f64071
 def _look_at_oddities(files: pd.DataFrame, found: _Findings) -> None:
     "How images are stored: nearly black, turned, transparent, deep, several in one."
     for name, what, say in (
@@ -220,7 +220,7 @@ def _look_at_oddities(files: pd.DataFrame, found: _Findings) -> None:
     images = counted(len(depths), "grey image has", "grey images have")
     found.note(f"{images} 16 bits, read by the brightest pixel: {by_depth}", bits=depths)
 
-# %% ../../nbs/1_data/02_check.ipynb #6014ed4e
+# %% ../../nbs/1_data/02_check.ipynb #eb6fe1a0
 def _look_at_the_disk(samples: pd.DataFrame, root: Path, found: _Findings) -> None:
     "Below the folder that the table's images share: images it does not name, files of other kinds."
     folders = {p.rpartition("/")[0] for p in samples["path"]}

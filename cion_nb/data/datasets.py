@@ -99,7 +99,7 @@ def read_msmt17(
     offset = rows.attrs["test_pid_offset"]
     return compared(stamp(samples, "msmt17", version=version, test_pid_offset=offset, unlisted=unlisted))
 
-# %% ../../nbs/1_data/01_datasets.ipynb #4f657e43
+# %% ../../nbs/1_data/01_datasets.ipynb #aaa81d20
 def _msmt17_rows(home: Path, train: str, test: str) -> pd.DataFrame:
     "Columns path, pid, split of all four lists; test people counted on from the train people, by `attrs`."
     folders = dict(train=train, val=train, query=test, gallery=test)
@@ -190,7 +190,7 @@ def read_cion_al(
     is_cion = all(re.match(r"(.*/)?sec\d+/", p) for p in samples["path"])
     return stamp(samples, "cion_al" if is_cion else "annotation")
 
-# %% ../../nbs/1_data/01_datasets.ipynb #0bec6d76
+# %% ../../nbs/1_data/01_datasets.ipynb #acbd1cd3
 def _entries(annotation, names: dict) -> list:
     "The list of a JSON file; every entry a dict with an id and a path."
     entries = read_json(annotation)
@@ -351,7 +351,7 @@ def _mars_unlisted_train(home: Path) -> pd.DataFrame:
     row = pd.factorize(t.pid + "C" + t.camid + "T" + t.tracklet)[0]
     return t.assign(path=[f"bbox_train/{n}" for n in names], row=row)
 
-# %% ../../nbs/1_data/01_datasets.ipynb #2d444148
+# %% ../../nbs/1_data/01_datasets.ipynb #4579807e
 def _mars_tracks(t: pd.DataFrame, tracks: np.ndarray, what: str) -> pd.DataFrame:
     """The listed images with the row of their tracklet; those of none are left out with a warning.
     ValueError where rows overlap, leave the list, or name another person or camera."""
@@ -384,7 +384,7 @@ def _refuse_ranges(first: np.ndarray, last: np.ndarray, n: int, what: str) -> No
         one, two = order[twice[0]], order[twice[0] + 1]
         raise ValueError(f"{what}, rows {one + 1} and {two + 1} both hold image {first[two] + 1}")
 
-# %% ../../nbs/1_data/01_datasets.ipynb #453fa702
+# %% ../../nbs/1_data/01_datasets.ipynb #45f5824e
 def _mat(file: Path, name: str) -> np.ndarray:
     "Whole numbers of a MATLAB file's variable; ValueError naming the file where it is damaged or has no such variable."
     from scipy.io import loadmat

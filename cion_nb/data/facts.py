@@ -56,7 +56,7 @@ DATASETS = {
 }
 NO_FACTS = DatasetFacts("", {}, "", "", "")
 
-# %% ../../nbs/1_data/00_facts.ipynb #77ae6926
+# %% ../../nbs/1_data/00_facts.ipynb #61363dd7
 DATASETS |= {
     "cuhk03np_labeled": DatasetFacts(
         "CUHK03-NP, labeled", dict(train=(7_368, 767), query=(1_400, 700), gallery=(5_328, 700)),
@@ -83,7 +83,7 @@ DATASETS |= {
         note="protocol clothes_changing is its second setting"),
 }
 
-# %% ../../nbs/1_data/00_facts.ipynb #72769c6e
+# %% ../../nbs/1_data/00_facts.ipynb #ad4cd8f8
 DATASETS |= {
     "mars": DatasetFacts(
         "MARS", dict(train=(509_914, 625), query=(None, 626)),
@@ -196,7 +196,7 @@ def the_home(
         print(f"{title}: taken from {outer[0]}; not from {others}, which lies inside it")
     return outer[0]
 
-# %% ../../nbs/1_data/00_facts.ipynb #42390b2f
+# %% ../../nbs/1_data/00_facts.ipynb #cc4b5990
 def not_found(root, title: str, word: str, folders: tuple) -> FileNotFoundError:
     "An error that says where we looked, what is nearly there, and what to pass."
     root = Path(root)
