@@ -7,7 +7,15 @@ __all__ = ['TRACKERS', 'BOX_COLUMNS', 'create_tracker', 'detect', 'NothingLeft',
            'contact_sheet']
 
 # %% ../../nbs/1_data/10_tracking.ipynb #804d60d4
-import inspect, itertools, json, os, re, shutil, warnings, zipfile
+import colorsys
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import warnings
+import zipfile
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib import metadata
@@ -15,16 +23,17 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw
 from filelock import FileLock, Timeout
+from PIL import Image, ImageDraw
 from ..core.files import atomic, fingerprint, progress, read_json, resolve, write_json
 from ..core.images import open_image
 from ..core.samples import make_samples, read_samples, write_samples
-from .videos import image_sequence, named_few, opencv, optional, UnreadableVideo, Video
 from .detectors import create_detector, no_boxes
+from .videos import image_sequence, named_few, opencv, optional, UnreadableVideo, Video
 
 # %% ../../nbs/1_data/10_tracking.ipynb #af7573f0
-TRACKERS = dict(bytetrack="ByteTrackTracker", sort="SORTTracker", ocsort="OCSORTTracker", botsort="BoTSORTTracker", cbiou="CBIoUTracker")
+TRACKERS = dict(bytetrack="ByteTrackTracker", sort="SORTTracker", ocsort="OCSORTTracker", botsort="BoTSORTTracker",
+                cbiou="CBIoUTracker")
 
 def create_tracker(
     name: str = "bytetrack",  # one of `TRACKERS`, in any spelling ("OC-SORT", "BoT-SORT")
@@ -37,19 +46,23 @@ def create_tracker(
     make = getattr(optional("trackers", "track"), TRACKERS[key])
     try: return make(frame_rate=fps, **settings)
     except TypeError as e:
-        raise ValueError(f"{name}: {e}; its settings are {', '.join(p for p in inspect.signature(make).parameters if p != 'frame_rate')}") from None
+        known = ", ".join(p for p in inspect.signature(make).parameters if p != "frame_rate")
+        raise ValueError(f"{name}: {e}; its settings are {known}") from None
 
 # %% ../../nbs/1_data/10_tracking.ipynb #dc0048ce
 def _detector_settings(detector) -> dict:
     "What tells this detector's results from another's."
     own = getattr(detector, "settings", None)
-    return own if own is not None else dict(detector=f"{type(detector).__module__}.{type(detector).__qualname__}", settings=repr(sorted(vars(detector).items())))
+    if own is not None: return own
+    name = f"{type(detector).__module__}.{type(detector).__qualname__}"
+    return dict(detector=name, settings=repr(sorted(vars(detector).items())))
 
 def _checked(found, n, detector):
-    "A detector's answer as float32 arrays without NaN and how many had some, or a ValueError that says what it should have been."
+    "A detector's answer as float32 arrays without NaN and how many had some, or a ValueError that says what is wrong."
     found = [(np.asarray(b, np.float32).reshape(-1, 4), np.asarray(s, np.float32).reshape(-1)) for b, s in found]
     if len(found) != n or any(len(b) != len(s) for b, s in found):
-        raise ValueError(f"{type(detector).__name__}.detect returned {[(b.shape, s.shape) for b, s in found]} for {n} frames; "
+        shapes = [(b.shape, s.shape) for b, s in found]
+        raise ValueError(f"{type(detector).__name__}.detect returned {shapes} for {n} frames; "
                          "it must return for each frame boxes (n, 4) and scores (n,)")
     finite = [np.isfinite(b).all(1) & np.isfinite(s) for b, s in found]
     return [(b[ok], s[ok]) for (b, s), ok in zip(found, finite)], sum(int((~ok).sum()) for ok in finite)
@@ -62,10 +75,11 @@ def _read_block(file: Path):
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return None
 
 def _detect_block(detector, walk, block, size, bar):
-    "The next `block` frames of `walk`, detected `size` at a time: their numbers, boxes and scores, and how many were not finite."
+    "The next `block` frames, detected `size` at a time: their numbers, boxes and scores, and how many were not finite."
     numbers, found, lost, uses_frames = [], [], 0, getattr(detector, "uses_frames", True)
     while len(numbers) < block:
-        part = [(n, picture() if uses_frames else n) for n, picture in itertools.islice(walk, min(size, block - len(numbers)))]
+        few = itertools.islice(walk, min(size, block - len(numbers)))
+        part = [(n, picture() if uses_frames else n) for n, picture in few]
         if not part: break
         numbers += [n for n, _ in part]
         checked, n = _checked(detector.detect([p for _, p in part]), len(part), detector)
@@ -74,36 +88,50 @@ def _detect_block(detector, walk, block, size, bar):
     return numbers, found, lost
 
 # %% ../../nbs/1_data/10_tracking.ipynb #2d90d67a
+_CORNERS = ["left", "top", "right", "bottom"]
+
 def detect(
     video,              # video file, folder of images or pattern
     detector,           # a detector, or a string that `create_detector` knows
     cache,              # folder for the blocks; a folder per detector is made in it
     stride: int = 1,
     block: int = 64,    # frames a block
-) -> tuple[pd.DataFrame, int]: # boxes: frame, left, top, right, bottom, score; and how many frames the file really holds
-    "All boxes of a video; continues where an earlier call was stopped. What had to be assumed of the video is warned of."
+) -> tuple[pd.DataFrame, int]: # boxes: frame, left, top, right, bottom, score; and how many frames the file holds
+    "All boxes of a video; continues where an earlier call was stopped. What had to be assumed is warned of."
     reader = Video(video)
     for note in reader.notes: warnings.warn(f"{video}: {note}", stacklevel=2)
     return _detect(reader, create_detector(detector), cache, stride, block)
 
+# %% ../../nbs/1_data/10_tracking.ipynb #96374f17
 def _detect(reader: Video, detector, cache, stride: int, block: int = 64) -> tuple[pd.DataFrame, int]:
     "`detect` on a video that was opened for it; `attrs` count boxes that were not finite."
     cache = Path(cache) / fingerprint([reader.content, _detector_settings(detector), stride, block])
-    blocks = list(itertools.takewhile(lambda b: b is not None, (_read_block(cache / f"{i:06d}.npz") for i in itertools.count())))
-    if not blocks or blocks[-1]["end"] < 0:
-        size = int(np.clip(2 ** 26 // (reader.info.width * reader.info.height * 3 + 1), 1, 8))    # frames at once: 64 MB at most
-        walk = reader.frames(stride, start=int(blocks[-1]["next"]) if blocks else 0)
-        with progress(total=-(-reader.info.frames // stride) or None, initial=len(blocks) * block, desc=f"detect {reader.path.name}", unit="frame") as bar:
-            while not blocks or blocks[-1]["end"] < 0:
-                numbers, found, lost = _detect_block(detector, walk, block, size, bar)
-                blocks.append(dict(frame=np.repeat(np.array(numbers, np.int64), [len(s) for _, s in found]),
-                                   box=np.concatenate([b for b, _ in found] or [no_boxes()[0]]), score=np.concatenate([s for _, s in found] or [no_boxes()[1]]),
-                                   end=np.int64(reader.read if len(numbers) < block else -1), next=np.int64(reader.read), not_finite=np.int64(lost)))
-                with atomic(cache / f"{len(blocks) - 1:06d}.npz") as tmp: np.savez(tmp, **blocks[-1])
-    boxes = pd.DataFrame(np.concatenate([b["box"] for b in blocks]), columns=["left", "top", "right", "bottom"])
+    there = (_read_block(cache / f"{i:06d}.npz") for i in itertools.count())
+    blocks = list(itertools.takewhile(lambda b: b is not None, there))
+    if not blocks or blocks[-1]["end"] < 0: blocks += _make_blocks(reader, detector, cache, stride, block, blocks)
+    boxes = pd.DataFrame(np.concatenate([b["box"] for b in blocks]), columns=_CORNERS)
     boxes.insert(0, "frame", np.concatenate([b["frame"] for b in blocks]))
     boxes.attrs["not_finite"] = int(sum(b["not_finite"] for b in blocks))
     return boxes.assign(score=np.concatenate([b["score"] for b in blocks])), int(blocks[-1]["end"])
+
+# %% ../../nbs/1_data/10_tracking.ipynb #9e82f5a0
+def _make_blocks(reader: Video, detector, cache: Path, stride: int, block: int, before: list) -> list:
+    "Detect the frames after the blocks `before`; each block is a file before the next is begun."
+    out, end = [], -1
+    size = int(np.clip(2 ** 26 // (reader.info.width * reader.info.height * 3 + 1), 1, 8))     # frames at once: 64 MB
+    walk = reader.frames(stride, start=int(before[-1]["next"]) if before else 0)
+    total, done = -(-reader.info.frames // stride) or None, len(before) * block
+    with progress(total=total, initial=done, desc=f"detect {reader.path.name}", unit="frame") as bar:
+        while end < 0:
+            numbers, found, lost = _detect_block(detector, walk, block, size, bar)
+            end = reader.read if len(numbers) < block else -1
+            boxes, scores = [b for b, _ in found], [s for _, s in found]
+            out.append(dict(
+                frame=np.repeat(np.array(numbers, np.int64), [len(s) for s in scores]),
+                box=np.concatenate(boxes or [no_boxes()[0]]), score=np.concatenate(scores or [no_boxes()[1]]),
+                end=np.int64(end), next=np.int64(reader.read), not_finite=np.int64(lost)))
+            with atomic(cache / f"{len(before) + len(out) - 1:06d}.npz") as tmp: np.savez(tmp, **out[-1])
+    return out
 
 # %% ../../nbs/1_data/10_tracking.ipynb #14527eb6
 def _tracked(
@@ -112,12 +140,14 @@ def _tracked(
     tracker,              # of `create_tracker`
 ) -> Iterator:            # frame number, its picture function, rows of `boxes` that have a track, their track ids
     "Run a tracker over the frames, those with nobody included."
-    Detections, needs_picture = optional("supervision", "track").Detections, getattr(tracker, "cmc", None) is not None
-    rows_of, xyxy, score = boxes.groupby("frame").indices, boxes[["left", "top", "right", "bottom"]].to_numpy(np.float32), boxes["score"].to_numpy(np.float32)
-    none = np.zeros(0, np.int64)
+    Detections = optional("supervision", "track").Detections
+    needs_picture = getattr(tracker, "cmc", None) is not None
+    rows_of, none = boxes.groupby("frame").indices, np.zeros(0, np.int64)
+    xyxy, score = boxes[_CORNERS].to_numpy(np.float32), boxes["score"].to_numpy(np.float32)
     for number, picture in walk:
         rows = rows_of.get(number, none)
-        seen = Detections(xyxy=xyxy[rows], confidence=score[rows], class_id=np.zeros(len(rows), int), data={"row": rows})
+        classes = np.zeros(len(rows), int)
+        seen = Detections(xyxy=xyxy[rows], confidence=score[rows], class_id=classes, data={"row": rows})
         out = tracker.update(seen, frame=picture()) if needs_picture else tracker.update(seen)
         ids = np.asarray(out.tracker_id if out.tracker_id is not None else none)
         yield number, picture, np.asarray(out.data.get("row", none))[ids >= 0], ids[ids >= 0]
@@ -144,13 +174,16 @@ def _cut(
     boxes: pd.DataFrame, out: Path, name: str, size: tuple, settings: dict,
 ) -> tuple[pd.DataFrame, dict]:  # one row a crop; counts
     "Write a crop for every tracked box that is large enough; number tracklets in order of their first crop."
-    xyxy, score = boxes[["left", "top", "right", "bottom"]].to_numpy(np.float32), boxes["score"].to_numpy(np.float32)
+    xyxy, score = boxes[_CORNERS].to_numpy(np.float32), boxes["score"].to_numpy(np.float32)
     parts, tracklets, counts = [], {}, dict(frames=0, tracked=0, outside=0, too_small=0, crops_written=0)
     for number, picture, rows, ids in tracked:
         x1, y1, x2, y2 = box = _clip(xyxy[rows], *size).T
         large = (y2 - y1 >= max(1, settings["min_height"])) & (x2 - x1 >= max(1, settings["min_width"]))
         outside = (y2 <= y1) | (x2 <= x1)
-        counts["frames"] += 1; counts["tracked"] += len(rows); counts["outside"] += int(outside.sum()); counts["too_small"] += int((~large & ~outside).sum())
+        counts["frames"] += 1
+        counts["tracked"] += len(rows)
+        counts["outside"] += int(outside.sum())
+        counts["too_small"] += int((~large & ~outside).sum())
         for (l, t, r, b), row, i in zip(box.T[large].tolist(), rows[large].tolist(), ids[large].tolist()):
             tracklet = tracklets.setdefault(i, settings["first_tracklet"] + len(tracklets))
             path = f"crops/{name}/{tracklet:06d}/{number:06d}.jpg"
@@ -168,32 +201,40 @@ class NothingLeft(ValueError): "There were boxes, and a filter or a mismatch lef
 def _check_boxes(boxes: pd.DataFrame, size: tuple, what: str) -> list[str]:
     "What is odd about boxes in a picture of `size`. NothingLeft where they are no boxes of it."
     if not len(boxes): return []
-    x1, y1, x2, y2 = boxes[["left", "top", "right", "bottom"]].to_numpy(float).T
-    (h, w), flat = size, (x2 <= x1) | (y2 <= y1)
+    x1, y1, x2, y2 = boxes[_CORNERS].to_numpy(float).T
+    (h, w), flat, n = size, (x2 <= x1) | (y2 <= y1), len(boxes)
     outside = (x2 <= 0) | (y2 <= 0) | (x1 >= w) | (y1 >= h)
-    beyond = (x2 > 1.02 * w) | (y2 > 1.02 * h)
+    beyond = (x2 > 1.02 * w) | (y2 > 1.02 * h) | outside
     as_corners = (x2 - x1 <= 1.02 * w) & (y2 - y1 <= 1.02 * h) & (x2 - x1 > x1) & (y2 - y1 > y1)
-    if max(x2.max(), y2.max()) <= 2: raise NothingLeft(f"{what}: no box reaches beyond 2 pixels: fractions of the picture? They must be pixels")
-    if flat.mean() > .5: raise NothingLeft(f"{what}: {flat.sum()} of {len(boxes)} boxes have right <= left or bottom <= top: "
-                                           "left, top, width, height from a detector that must give left, top, right, bottom?")
-    if (beyond | outside).mean() > .2 and as_corners.mean() > .95: raise NothingLeft(
-        f"{what}: {(beyond | outside).sum()} of {len(boxes)} boxes leave the picture ({w}x{h}), and all lie in it if their numbers are "
-        "left, top, right, bottom: MOT has left, top, width, height")
-    if outside.mean() > .5: raise NothingLeft(f"{what}: {outside.sum()} of {len(boxes)} boxes lie outside of the picture ({w}x{h}): "
-                                              "another video, or another resolution?")
-    return [f"{what}: {outside.sum()} of {len(boxes)} boxes lie outside of the picture ({w}x{h})"] if outside.any() else []
+    if max(x2.max(), y2.max()) <= 2:
+        raise NothingLeft(f"{what}: no box reaches beyond 2 pixels: fractions of the picture? They must be pixels")
+    if flat.mean() > .5:
+        raise NothingLeft(f"{what}: {flat.sum()} of {n} boxes have right <= left or bottom <= top: left, top, width, "
+                          "height from a detector that must give left, top, right, bottom?")
+    if beyond.mean() > .2 and as_corners.mean() > .95:
+        raise NothingLeft(f"{what}: {beyond.sum()} of {n} boxes leave the picture ({w}x{h}), and all lie in it if "
+                          "their numbers are left, top, right, bottom: MOT has left, top, width, height")
+    said = f"{what}: {outside.sum()} of {n} boxes lie outside of the picture ({w}x{h})"
+    if outside.mean() > .5: raise NothingLeft(f"{said}: another video, or another resolution?")
+    return [said] if outside.any() else []
 
+# %% ../../nbs/1_data/10_tracking.ipynb #9e8cc7fd
 def _check_frames(detector, reader: Video, stride: int) -> tuple[list[str], int]:
-    "Boxes of a file that belong to frames the video lacks: what to say, and how many. NothingLeft where it is most of them."
+    "Boxes of a file in frames that the video lacks: what to say, and how many. NothingLeft where it is most of them."
     if not hasattr(detector, "unused"): return [], 0
     broke_off = reader.read < reader.info.frames
     lost, last = detector.unused(reader.numbers, stride)
-    held = sum(len(s) for f, (_, s) in detector._of.items() if f % stride == 0)
-    if not broke_off and lost > .5 * held: raise NothingLeft(
-        f"{lost} of {held} detections lie in frames that {reader.path} lacks (it has {len(reader.numbers)}; the last box is in frame {last + 1}, from 1): another video?")
-    if lost and not broke_off: return [f"{lost} detections lie in frames that the video lacks; the last is in frame {last + 1} (from 1), it has {len(reader.numbers)}"], lost
-    if 0 <= last < .5 * (reader.read - 1): return [f"the detections end in frame {last + 1} of {reader.read} (from 1): are they of this video?"], lost
-    return [], lost
+    held, frames = detector.held(stride), len(reader.numbers)
+    if not broke_off and lost > .5 * held:
+        raise NothingLeft(f"{lost} of {held} detections lie in frames that {reader.path} lacks (it has {frames}; the "
+                          f"last box is in frame {last + 1}, from 1): another video?")
+    said = []
+    if lost and not broke_off:
+        said = [f"{lost} detections lie in frames that the video lacks; the last is in frame {last + 1} (from 1), it "
+                f"has {frames}"]
+    elif 0 <= last < .5 * (reader.read - 1):
+        said = [f"the detections end in frame {last + 1} of {reader.read} (from 1): are they of this video?"]
+    return said, lost
 
 def _some_left(n: int, left: int, frames: int, why: str) -> list[str]:
     "NothingLeft where a step lost all of many boxes; what to say where it lost all of a few."
@@ -205,7 +246,7 @@ def _some_left(n: int, left: int, frames: int, why: str) -> list[str]:
 BOX_COLUMNS = ("x", "y", "w", "h", "score")   # left, top, width, height in pixels; the detector's score
 
 def track(
-    video,                              # video file, folder of numbered images (or its parent with seqinfo.ini), or pattern (img1/%06d.jpg)
+    video,                              # video file, folder of numbered images or its parent, or a pattern
     out,                                # folder for this video's crops, table and cached detections
     detector="torchvision",             # a detector, or "hog", "torchvision", "yolox.onnx", "det.txt"
     tracker: str = "bytetrack",         # one of `TRACKERS`, or a tracker object of the library
@@ -222,70 +263,105 @@ def track(
     resume: bool = True,                # use what an earlier call left in `out`; False starts over
 ) -> pd.DataFrame:                      # samples with x, y, w, h (pixels) and score; sorted by tracklet and frame
     """Cut every tracked person out of a video: `out/crops/…`, `out/samples.parquet`, `out/tracking.json`.
-    A video without people gives an empty table; one that breaks off gives what was there and a warning; one that cannot be read raises `UnreadableVideo`;
-    boxes of which a filter leaves none raise `NothingLeft`. What was left out is counted in `attrs["counts"]`."""
+    A video without people gives an empty table; one that breaks off gives what was there and a warning; one that cannot
+    be read raises `UnreadableVideo`; boxes of which a filter leaves none raise `NothingLeft`. What was left out is
+    counted in `attrs["counts"]`."""
     if stride < 1: raise ValueError(f"stride {stride}: it must be 1 or more")
     video, out = resolve(video), resolve(out)
     reader = Video(video, frame_rate)
-    name = video_name if video_name is not None else reader.name
     with closing(Video(video, frame_rate).frames()) as walk: size = next(walk)[1]().shape[:2]
-    detector, fps = create_detector(detector), reader.info.fps / stride
-    made = create_tracker(tracker, fps, **(tracker_settings or {})) if isinstance(tracker, str) else tracker
-    settings = dict(video=reader.content, video_name=name, detector=_detector_settings(detector), tracker=tracker if isinstance(tracker, str) else repr(vars(tracker)),
-                    tracker_settings=tracker_settings or {}, trackers=metadata.version("trackers"), stride=stride, min_height=min_height, min_width=min_width, min_score=min_score,
-                    camid=camid, first_tracklet=first_tracklet, crop_quality=crop_quality, fps=reader.info.fps)
+    detector, fps, is_named = create_detector(detector), reader.info.fps / stride, isinstance(tracker, str)
+    made = create_tracker(tracker, fps, **(tracker_settings or {})) if is_named else tracker
+    settings = dict(
+        video=reader.content, video_name=reader.name if video_name is None else video_name,
+        detector=_detector_settings(detector), tracker=tracker if is_named else repr(vars(tracker)),
+        tracker_settings=tracker_settings or {}, trackers=metadata.version("trackers"), stride=stride,
+        min_height=min_height, min_width=min_width, min_score=min_score, camid=camid, first_tracklet=first_tracklet,
+        crop_quality=crop_quality, fps=reader.info.fps)
     with _claimed(out, settings, resume) as finished:
         if finished is None: finished = _track(video, reader, detector, made, out, size, settings)
     samples, report = finished
-    for note in report["notes"]: warnings.warn(f"{video}: {note}", stacklevel=2)
-    if report["video"]["read"] < report["video"]["frames"]:
-        warnings.warn(f"{video}: {report['video']['read']} of the {report['video']['frames']} announced frames could be read; the file breaks off or is damaged there. "
-                      "The table holds what came before", stacklevel=2)
+    for note in (*report["notes"], *_broken_off(report["video"])): warnings.warn(f"{video}: {note}", stacklevel=2)
     samples.attrs["counts"] = report["counts"]
     return samples
 
 # %% ../../nbs/1_data/10_tracking.ipynb #e2ae126e
+def _broken_off(video: dict) -> list[str]:
+    "What to say of a video that ends before its announced end."
+    if video["read"] >= video["frames"]: return []
+    return [f"{video['read']} of the {video['frames']} announced frames could be read; the file breaks off or is "
+            "damaged there. The table holds what came before"]
+
+# %% ../../nbs/1_data/10_tracking.ipynb #5ebe80f5
 def _track(video: Path, reader: Video, detector, made, out: Path, size: tuple, settings: dict):
     "Detect, compare, track, cut, in a folder that is claimed: the table and its report."
     stride = settings["stride"]
-    boxes, n_read = _detect(reader, detector, out / "detections", stride)
-    reader.read = n_read
+    boxes, reader.read = _detect(reader, detector, out / "detections", stride)
     said, unused = _check_frames(detector, reader, stride)
     notes = reader.notes + said + _check_boxes(boxes, size, "detections")
-    if boxes.attrs["not_finite"]: notes.append(f"{boxes.attrs['not_finite']} boxes of the detector are not finite")
+    not_finite = boxes.attrs["not_finite"]
+    if not_finite: notes.append(f"{not_finite} boxes of the detector are not finite")
     kept = boxes[boxes["score"] >= settings["min_score"]].reset_index(drop=True)
     n_frames = 1 if not getattr(detector, "uses_frames", True) else -(-len(reader.numbers) // stride)
-    notes += _some_left(len(boxes), len(kept), n_frames, f"all {len(boxes)} detections are below min_score={settings['min_score']} "
-                        f"(the best has {boxes['score'].max():.3g}): lower it")
+    best = f"(the best has {boxes['score'].max():.3g})"
+    notes += _some_left(len(boxes), len(kept), n_frames,
+                        f"all {len(boxes)} detections are below min_score={settings['min_score']} {best}: lower it")
     made.reset()
     walked = Video(video, settings["fps"])
-    walk = progress(walked.frames(stride, stop=n_read), total=-(-n_read // stride), desc=f"track {video.name}", unit="frame")
+    walk = walked.frames(stride, stop=reader.read)
+    walk = progress(walk, total=-(-reader.read // stride), desc=f"track {video.name}", unit="frame")
     rows, counts = _cut(_tracked(kept, walk, made), kept, out, _folder(settings["video_name"]), size, settings)
-    notes += _some_left(counts["tracked"], len(rows), counts["frames"], f"all {counts['tracked']} tracked boxes are lower than min_height={settings['min_height']}, "
-                        f"narrower than min_width={settings['min_width']} or outside of the picture: lower these")
-    if len(kept) and not counts["tracked"]: notes.append(f"the tracker made no track of {len(kept)} detections (best score {kept['score'].max():.3g}): see its settings")
-    counts |= dict(found=len(boxes), below_score=len(boxes) - len(kept), detections=len(kept), untracked=len(kept) - counts["tracked"],
-                   not_finite=boxes.attrs["not_finite"], in_missing_frames=unused) | {f"file_{k}": n for k, n in getattr(detector, "counts", {}).items()}
-    return _finish(out, rows, settings, dict(file=video.name, **asdict(reader.info), read=n_read), counts, notes + walked.uneven)
+    why = _TOO_SMALL.format(counts["tracked"], **settings)
+    notes += _some_left(counts["tracked"], len(rows), counts["frames"], why)
+    if len(kept) and not counts["tracked"]:
+        notes.append(f"the tracker made no track of {len(kept)} detections (best score {kept['score'].max():.3g}): "
+                     "see its settings")
+    counts |= dict(found=len(boxes), below_score=len(boxes) - len(kept), detections=len(kept),
+                   untracked=len(kept) - counts["tracked"], not_finite=not_finite, in_missing_frames=unused)
+    counts |= {f"file_{k}": n for k, n in getattr(detector, "counts", {}).items()}
+    told = dict(file=video.name, **asdict(reader.info), read=reader.read)
+    return _finish(out, rows, settings, told, counts, notes + walked.uneven)
+
+_TOO_SMALL = ("all {} tracked boxes are lower than min_height={min_height}, narrower than min_width={min_width} or "
+              "outside of the picture: lower these")
+
+# %% ../../nbs/1_data/10_tracking.ipynb #c486c772
+def _finish(out: Path, rows: pd.DataFrame, settings: dict, video: dict, counts: dict, notes: list):
+    "Table first, report last: a folder whose report says `finished` is whole."
+    tracklet, frame = rows["tracklet"].to_numpy(), rows["frame"].to_numpy()
+    samples = make_samples(rows["path"].tolist(), camid=settings["camid"], video=settings["video_name"],
+                           tracklet=tracklet, frame=frame)
+    samples = samples.assign(**{c: rows[c].to_numpy(np.float32) for c in BOX_COLUMNS})
+    write_samples(samples, out / "samples.parquet")
+    versions = {p: metadata.version(p) for p in ("opencv-python", "trackers", "numpy")}
+    counts = counts | dict(crops=len(samples))
+    report = dict(settings=settings, video=video, counts=counts, notes=notes, versions=versions, finished=True)
+    write_json(out / "tracking.json", report)
+    return samples, report
 
 # %% ../../nbs/1_data/10_tracking.ipynb #dfe9acf5
 def _folder(name: str) -> str: return re.sub(r"[^\w.-]+", "_", name).strip("._") or "video"
 
+# %% ../../nbs/1_data/10_tracking.ipynb #0231ef36
 @contextmanager
 def _claimed(out: Path, settings: dict, resume: bool):
-    "Hold `out` for this process. Yields what is finished there with these settings, else None, with crops of other settings removed."
+    "Hold `out` for this process. Yields what is finished there with these settings, else None, other crops removed."
     out.mkdir(parents=True, exist_ok=True)
     lock, state = FileLock(out / ".lock", timeout=0), out / "tracking.json"
     try: lock.acquire()
-    except Timeout: raise RuntimeError(f"{out} is being written by another process; wait for it, or give each video a folder of its own") from None
+    except Timeout:
+        raise RuntimeError(f"{out} is being written by another process; wait for it, or give each video a folder of "
+                           "its own") from None
     try:
         before = read_json(state) if state.exists() else None
-        if before is None and (out / "crops").exists(): raise ValueError(f"{out / 'crops'} exists but was not written by `track`; give an empty folder")
+        if before is None and (out / "crops").exists():
+            raise ValueError(f"{out / 'crops'} exists but was not written by `track`; give an empty folder")
         if before and before["settings"]["video"] != settings["video"] and resume:
-            raise ValueError(f"{out} holds the crops of another video ({before['settings']['video_name']}); give each video a folder of its own, or pass resume=False to replace them")
+            raise ValueError(f"{out} holds the crops of another video ({before['settings']['video_name']}); give each "
+                             "video a folder of its own, or pass resume=False to replace them")
         same = before is not None and before["settings"] == json.loads(json.dumps(settings)) and resume
         if not same:
-            for folder in ("crops",) if resume else ("crops", "detections"): shutil.rmtree(out / folder, ignore_errors=True)
+            for old in ("crops",) if resume else ("crops", "detections"): shutil.rmtree(out / old, ignore_errors=True)
             (out / "samples.parquet").unlink(missing_ok=True)
             write_json(state, dict(settings=settings, finished=False))
         yield _finished(out, before) if same and before["finished"] else None
@@ -298,17 +374,6 @@ def _finished(out, report):
     report.setdefault("notes", [])
     return (samples, report) if all((out / p).exists() for p in samples["path"]) else None
 
-# %% ../../nbs/1_data/10_tracking.ipynb #c486c772
-def _finish(out: Path, rows: pd.DataFrame, settings: dict, video: dict, counts: dict, notes: list):
-    "Table first, report last: a folder whose report says `finished` is whole."
-    samples = make_samples(rows["path"].tolist(), camid=settings["camid"], video=settings["video_name"], tracklet=rows["tracklet"].to_numpy(), frame=rows["frame"].to_numpy())
-    samples = samples.assign(**{c: rows[c].to_numpy(np.float32) for c in BOX_COLUMNS})
-    write_samples(samples, out / "samples.parquet")
-    versions = {p: metadata.version(p) for p in ("opencv-python", "trackers", "numpy")}
-    report = dict(settings=settings, video=video, counts=counts | dict(crops=len(samples)), notes=notes, versions=versions, finished=True)
-    write_json(out / "tracking.json", report)
-    return samples, report
-
 # %% ../../nbs/1_data/10_tracking.ipynb #455de71b
 def track_videos(
     videos,                    # video files, folders of images or patterns, or a dict name -> one of these
@@ -320,22 +385,20 @@ def track_videos(
 ) -> pd.DataFrame:             # one table, tracklets unique over all videos, paths relative to `out`
     "Track video after video and join their tables; what is done is not done again."
     if on_unreadable not in ("raise", "skip"): raise ValueError(f'on_unreadable {on_unreadable!r}: "raise" or "skip"')
-    if isinstance(videos, (str, Path)): raise ValueError(f"videos={str(videos)!r} is one path: pass a list, or use `track`")
-    named = list(videos.items()) if isinstance(videos, dict) else [(_called(v), v) for v in videos]
-    if isinstance(camids, dict): camids = [camids[name] for name, _ in named]
-    if camids is not None and len(camids) != len(named): raise ValueError(f"{len(camids)} camids for {len(named)} videos: one each")
-    twice = {n for n, _ in named if sum(_folder(n) == _folder(m) for m, _ in named) > 1}
-    if twice: raise ValueError(f"several videos are called {', '.join(sorted(twice))}: pass a dict name -> file")
-    out, detector, tables, n = resolve(out), create_detector(detector), [make_samples([]).assign(**{c: np.zeros(0, np.float32) for c in BOX_COLUMNS})], 0
-    counts, empty = {}, []
-    for i, (name, video) in enumerate(named):
-        try: table = track(video, out / _folder(name), detector, video_name=name, camid=-1 if camids is None else camids[i], **settings)
+    named, camids = _named(videos, camids)
+    out, detector, n, counts, empty = resolve(out), create_detector(detector), 0, {}, []
+    tables = [make_samples([]).assign(**{c: np.zeros(0, np.float32) for c in BOX_COLUMNS})]
+    for (name, video), camid in zip(named, camids):
+        try: table = track(video, out / _folder(name), detector, video_name=name, camid=camid, **settings)
         except UnreadableVideo as e:
             if on_unreadable == "raise": raise
-            warnings.warn(f"skipped: {e}", stacklevel=2); continue
+            warnings.warn(f"skipped: {e}", stacklevel=2)
+            continue
         except NothingLeft as e:
             if len(named) == 1: raise
-            warnings.warn(f"{video}: nothing of it is in the table: {e}", stacklevel=2); empty.append(name); continue
+            warnings.warn(f"{video}: nothing of it is in the table: {e}", stacklevel=2)
+            empty.append(name)
+            continue
         counts[name] = table.attrs["counts"]
         tables.append(table.assign(path=_folder(name) + "/" + table["path"], tracklet=table["tracklet"] + n))
         n += table["tracklet"].nunique()
@@ -344,6 +407,19 @@ def track_videos(
     samples.attrs = dict(counts=counts)
     write_samples(samples, out / "samples.parquet")
     return samples
+
+# %% ../../nbs/1_data/10_tracking.ipynb #91a125fc
+def _named(videos, camids) -> tuple[list, list]:
+    "(name, video) pairs whose names are different folders, and a camera for each."
+    if isinstance(videos, (str, Path)):
+        raise ValueError(f"videos={str(videos)!r} is one path: pass a list, or use `track`")
+    named = list(videos.items()) if isinstance(videos, dict) else [(_called(v), v) for v in videos]
+    if isinstance(camids, dict): camids = [camids[name] for name, _ in named]
+    if camids is not None and len(camids) != len(named):
+        raise ValueError(f"{len(camids)} camids for {len(named)} videos: one each")
+    twice = {n for n, _ in named if sum(_folder(n) == _folder(m) for m, _ in named) > 1}
+    if twice: raise ValueError(f"several videos are called {', '.join(sorted(twice))}: pass a dict name -> file")
+    return named, [-1] * len(named) if camids is None else camids
 
 def _called(video) -> str:
     "The name of a video or sequence by its path; an unreadable one is named by its file."
@@ -355,7 +431,6 @@ def _called(video) -> str:
 # %% ../../nbs/1_data/10_tracking.ipynb #b253daca
 def _colour(i: int) -> tuple:
     "A colour for a number; neighbours differ."
-    import colorsys
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i * 0.6180339887 % 1, 0.75, 1.0))
 
 def draw_tracks(
@@ -384,13 +459,17 @@ def contact_sheet(
     "Crops of one tracklet (or identity) side by side, spread evenly over its frames: a wrong one meets the eye."
     labels = pd.Series(samples[group].to_numpy() if isinstance(group, str) else np.asarray(group))
     members = {k: v for k, v in labels.groupby(labels, sort=False).indices.items() if k != -1}
-    chosen = sorted(members, key=lambda k: -len(members[k]) if order == "size" else members[k][0])[:n_rows]
-    width, paths = height // 2, samples["path"].to_numpy()
-    sheet = Image.new("RGB", (64 + n_columns * (width + 2), max(1, len(chosen)) * (height + 2)), (255, 255, 255))
+    rank = (lambda k: -len(members[k])) if order == "size" else (lambda k: members[k][0])
+    chosen = sorted(members, key=rank)[:n_rows]
+    width, gap, paths = height // 2, 2, samples["path"].to_numpy()
+    size = (64 + n_columns * (width + gap), max(1, len(chosen)) * (height + gap))
+    sheet = Image.new("RGB", size, (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for r, k in enumerate(chosen):
-        rows = members[k]
-        draw.text((3, r * (height + 2) + height // 2 - 12), f"{k}\n{len(rows)} crops", fill=(0, 0, 0))
-        for c, i in enumerate(np.unique(np.linspace(0, len(rows) - 1, min(n_columns, len(rows))).round().astype(int))):
-            sheet.paste(open_image(Path(root) / paths[rows[i]]).resize((width, height)), (64 + c * (width + 2), r * (height + 2)))
+        rows, y = members[k], r * (height + gap)
+        draw.text((3, y + height // 2 - 12), f"{k}\n{len(rows)} crops", fill=(0, 0, 0))
+        spread = np.unique(np.linspace(0, len(rows) - 1, min(n_columns, len(rows))).round().astype(int))
+        for c, i in enumerate(spread):
+            crop = open_image(Path(root) / paths[rows[i]]).resize((width, height))
+            sheet.paste(crop, (64 + c * (width + gap), y))
     return sheet

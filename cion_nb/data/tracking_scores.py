@@ -88,7 +88,8 @@ def _guess_benchmark(table, classes, flag) -> tuple[str, str]:
         return name, f"classes {class_counts(classes)} are taken for {name}'s; `benchmark` or `classes` says otherwise"
     raise ValueError(f"{_where(table)}truth: classes {class_counts(classes)} may be a benchmark's or an annotation "
                      'tool\'s. Pass benchmark="MOT16", "MOT17" or "MOT20" (1 is the pedestrian), benchmark="MOT15" '
-                     "(every box is a person), or classes=(…) with the numbers that are people (VisDrone: classes=(1, 2))")
+                     "(every box is a person), or classes=(…) with the numbers that are people (VisDrone: "
+                     "classes=(1, 2))")
 
 def _flags(table) -> np.ndarray:
     "(N,) whether a truth row is to be scored."

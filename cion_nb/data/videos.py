@@ -6,7 +6,11 @@
 __all__ = ['optional', 'opencv', 'UnreadableVideo', 'VideoInfo', 'named_few', 'image_sequence', 'Video']
 
 # %% ../../nbs/1_data/08_videos.ipynb #8228a8d4
-import configparser, hashlib, importlib, itertools, re
+import configparser
+import hashlib
+import importlib
+import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
@@ -49,6 +53,8 @@ class VideoInfo:
     codec: str     # four characters
 
 # %% ../../nbs/1_data/08_videos.ipynb #f55b42a9
+_NO_RATE = "gives no frame rate, 25 frames per second are assumed; `frame_rate` says otherwise"
+
 def _open_video(path: Path):
     "An opened `cv2.VideoCapture`, its `VideoInfo`, and what was done or assumed."
     cv2, path = opencv(), Path(path)
@@ -60,20 +66,22 @@ def _open_video(path: Path):
     codec = code.to_bytes(4, "little").decode("ascii", "replace").strip("\0 ")
     fps, frames = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     notes, turn = [], int(video.get(cv2.CAP_PROP_ORIENTATION_META)) % 360
-    if not 0 < fps < 1000: notes.append("the container gives no frame rate, 25 frames per second are assumed; `frame_rate` says otherwise")
+    if not 0 < fps < 1000: notes.append(f"the container {_NO_RATE}")
     if turn and video.get(cv2.CAP_PROP_ORIENTATION_AUTO):
-        notes.append(f"the frames are turned by {turn} degrees, as the container asks; boxes made on unturned frames do not fit")
-    info = VideoInfo(int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT)),
-                     float(fps) if 0 < fps < 1000 else 25.0, max(frames, 0), codec)
-    return video, info, notes
+        notes.append(f"the frames are turned by {turn} degrees, as the container asks; boxes made on unturned frames "
+                     "do not fit")
+    width, height = int(video.get(cv2.CAP_PROP_FRAME_WIDTH)), int(video.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    return video, VideoInfo(width, height, float(fps) if 0 < fps < 1000 else 25.0, max(frames, 0), codec), notes
 
 def _why_closed(path: Path) -> str:
+    "What a file that OpenCV does not open seems to be, by its first bytes."
     with open(path, "rb") as f: head = f.read(64)
     if head[4:8] == b"ftyp":
-        return ("an MP4 whose index (moov) is missing or damaged, as after a broken-off copy or recording: copy it again, "
-                "or rebuild the index from a whole file of the same camera")
+        return ("an MP4 whose index (moov) is missing or damaged, as after a broken-off copy or recording: copy it "
+                "again, or rebuild the index from a whole file of the same camera")
     if head[:4] == b"RIFF" or head[4:8] in (b"moov", b"mdat") or head[:4] == b"\x1aE\xdf\xa3":
-        return "a video container, but damaged or in a codec this OpenCV lacks: `ffmpeg -i IN -c:v libx264 OUT.mp4` converts it"
+        return ("a video container, but damaged or in a codec this OpenCV lacks: `ffmpeg -i IN -c:v libx264 OUT.mp4` "
+                "converts it")
     return "no video format that this OpenCV knows (its first bytes are none): check that it is the file you meant"
 
 # %% ../../nbs/1_data/08_videos.ipynb #f3887b4b
@@ -86,44 +94,65 @@ class _Images:
     rate: float       # frames per second
     notes: list       # what was assumed or left out
 
-def named_few(names, most: int = 3) -> str: return ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
+def named_few(names, most: int = 3) -> str:
+    "The first few of many names."
+    return ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
 
-def _image_folder(path: Path) -> Path:
-    "The folder that holds a sequence's images: `path`, or the only one in it that has some."
-    def images(folder): return any(f.suffix.lower() in IMAGE_SUFFIXES for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
-    inner = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] != "." and images(f)]
-    if (info := path / "seqinfo.ini").is_file():
-        told = path / _seqinfo(info).get("imdir", "img1")
-        inner = [told] if told in inner else inner
-    if images(path) + len(inner) == 1: return inner[0] if inner else path
-    if inner: raise UnreadableVideo(path, f"several folders with images ({named_few(['.'] * images(path) + [f.name for f in inner])}): "
-                                          "pass one of them, or all to `track_videos`")
-    held = [f.name for f in path.iterdir() if f.is_file() and f.name[0] != "."]
-    raise UnreadableVideo(path, "a folder without images" + (f"; it holds {named_few(held)}: pass a video file by its own path" if held else ""))
+def _listed_files(folder: Path) -> list[Path]:
+    "Its files in order, without what an operating system leaves there."
+    return [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != "." and f.name.lower() != "thumbs.db"]
 
+# %% ../../nbs/1_data/08_videos.ipynb #8ac225f5
 def _seqinfo(file: Path) -> dict:
     "The `[Sequence]` of a MOTChallenge seqinfo.ini. ValueError that names the file."
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read_string(read_text(file))
         return dict(parser["Sequence"])
-    except (configparser.Error, KeyError) as e: raise ValueError(f"{file} is no seqinfo.ini with a [Sequence] ({e})") from None
+    except (configparser.Error, KeyError) as e:
+        raise ValueError(f"{file} is no seqinfo.ini with a [Sequence] ({e})") from None
 
+def _image_folder(path: Path) -> Path:
+    "The folder that holds a sequence's images: `path`, or the only one in it that has some."
+    shown = lambda folder: (f for f in folder.iterdir() if f.name[0] != ".")
+    images = lambda folder: any(f.suffix.lower() in IMAGE_SUFFIXES for f in shown(folder) if f.is_file())
+    inner = [f for f in sorted(shown(path)) if f.is_dir() and images(f)]
+    if (info := path / "seqinfo.ini").is_file():
+        told = path / _seqinfo(info).get("imdir", "img1")
+        inner = [told] if told in inner else inner
+    if images(path) + len(inner) == 1: return inner[0] if inner else path
+    if inner:
+        names = named_few(["."] * images(path) + [f.name for f in inner])
+        raise UnreadableVideo(path, f"several folders with images ({names}): pass one of them, or all to "
+                                    "`track_videos`")
+    held = [f.name for f in shown(path) if f.is_file()]
+    hint = f"; it holds {named_few(held)}: pass a video file by its own path" if held else ""
+    raise UnreadableVideo(path, "a folder without images" + hint)
+
+# %% ../../nbs/1_data/08_videos.ipynb #66e2a77c
 def _numbers(names: list, folder: Path) -> tuple[dict, str]:
     "File name -> number, by the field of the names that counts; and what to say of the choice."
     split = {n: re.split(r"(\d+)", Path(n).stem) for n in names}
     split = {n: parts for n, parts in split.items() if len(parts) > 1}
-    if not split: raise UnreadableVideo(folder, f"no number in the names of its images ({named_few(names)}); a sequence is numbered: 000001.jpg, …")
+    if not split:
+        raise UnreadableVideo(folder, f"no number in the names of its images ({named_few(names)}); a sequence is "
+                                      "numbered: 000001.jpg, …")
     kinds = {}
     for n, parts in split.items(): kinds.setdefault((*parts[::2], Path(n).suffix.lower()), n)
-    if len(kinds) > 1: raise UnreadableVideo(folder, f"names of several kinds ({named_few(kinds.values())}): pass a pattern, as {folder.name}/%06d.jpg")
+    if len(kinds) > 1:
+        raise UnreadableVideo(folder, f"names of several kinds ({named_few(kinds.values())}): pass a pattern, as "
+                                      f"{folder.name}/%06d.jpg")
     columns = {k: [int(p[k]) for p in split.values()] for k in range(1, len(next(iter(split.values()))), 2)}
     fit = {k: c for k, c in columns.items() if len(set(c)) == len(c)}
-    if not fit: raise UnreadableVideo(folder, f"no number in the names is different in every image ({named_few(split)}): are two files one frame?")
+    if not fit:
+        raise UnreadableVideo(folder, f"no number in the names is different in every image ({named_few(split)}): are "
+                                      "two files one frame?")
     chosen = min(reversed(fit), key=lambda k: max(fit[k]) - min(fit[k]))
-    note = f"of the numbers in the names ({named_few(split, 1)}) the {['first', 'second', 'third', 'fourth', 'fifth'][min(chosen // 2, 4)]} is the frame's"
+    place = ["first", "second", "third", "fourth", "fifth"][min(chosen // 2, 4)]
+    note = f"of the numbers in the names ({named_few(split, 1)}) the {place} is the frame's"
     return dict(zip(split, fit[chosen])), note if len(fit) > 1 else ""
 
+# %% ../../nbs/1_data/08_videos.ipynb #fd717d10
 def _matching(pattern: Path) -> dict:
     "File name -> number of the files that fit a pattern with one `%d`."
     before, width, after = re.fullmatch(r"(.*)%(0\d+)?d(.*)", pattern.name).groups()
@@ -131,37 +160,22 @@ def _matching(pattern: Path) -> dict:
     fits = re.compile(re.escape(before) + r"(\d{%d,})" % int(width or 1) + re.escape(after), re.I)
     found = {f.name: int(m[1]) for f in pattern.parent.iterdir() if (m := fits.fullmatch(f.name))}
     if found: return found
-    raise UnreadableVideo(pattern, f"no file fits this pattern; the folder holds {named_few([f.name for f in pattern.parent.iterdir()]) or 'nothing'}")
+    held = named_few([f.name for f in pattern.parent.iterdir()]) or "nothing"
+    raise UnreadableVideo(pattern, f"no file fits this pattern; the folder holds {held}")
 
 # %% ../../nbs/1_data/08_videos.ipynb #ff6f52d9
-def image_sequence(path: Path, frame_rate: float | None = None) -> _Images | None:
-    "The sequence that a folder or a pattern names, None for any other path. UnreadableVideo for one image of many."
-    if path.is_dir():
-        folder = _image_folder(path)
-        numbers, note = _numbers([f.name for f in _listed_files(folder) if f.suffix.lower() in IMAGE_SUFFIXES], folder)
-    elif re.fullmatch(r"[^%]*%(0\d+)?d[^%]*", path.name) and not path.is_file(): folder, numbers, note = path.parent, _matching(path), ""
-    elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file(): raise UnreadableVideo(
-        path, f"one image, not a video. For the sequence it is part of pass its folder, {path.parent}, or a pattern, "
-              f"{path.parent / re.sub(r'[0-9]+(?=[^0-9]*$)', lambda m: f'%0{len(m[0])}d', path.name)}")
-    else: return None
-    files, gaps = _frames_of(numbers, folder)
-    left = [f for f in _listed_files(folder) if f.name not in numbers and f.name != "seqinfo.ini"]
-    kinds = ", ".join(f"{k or 'no ending'}: {n}" for k, n in pd.Series([f.suffix.lower() for f in left], dtype=object).value_counts().sort_index().items())
-    rate, name, said = _told(folder, files, frame_rate)
-    return _Images(folder, name, files, rate, [n for n in (note, gaps, left and f"{len(left)} files of the folder are no frames ({kinds})", *said) if n])
-
-def _listed_files(folder: Path) -> list[Path]:
-    return [f for f in sorted(folder.iterdir()) if f.is_file() and f.name[0] != "." and f.name.lower() != "thumbs.db"]
-
 def _frames_of(numbers: dict, folder: Path) -> tuple[dict, str]:
     "Frame number from 0 -> name, in order; and what to say of numbers that are missing."
     order = sorted(numbers, key=lambda n: (numbers[n], n))
     first, last = numbers[order[0]], numbers[order[-1]]
     if twice := next(((a, b) for a, b in itertools.pairwise(order) if numbers[a] == numbers[b]), None):
-        raise UnreadableVideo(folder, f"{twice[0]} and {twice[1]} have the same number: pass a pattern that one of them fits")
+        raise UnreadableVideo(folder, f"{twice[0]} and {twice[1]} have the same number: pass a pattern that one of "
+                                      "them fits")
     gone = last - min(first, 1) + 1 - len(order)
-    hole = 1 if first > 1 else next((numbers[a] + 1 for a, b in itertools.pairwise(order) if numbers[b] - numbers[a] > 1), 0)
-    note = f"{gone} of the numbers {min(first, 1)} to {last} have no image, from {hole} on; the names' numbers stay the frames' numbers"
+    gaps = (numbers[a] + 1 for a, b in itertools.pairwise(order) if numbers[b] - numbers[a] > 1)
+    hole = 1 if first > 1 else next(gaps, 0)
+    note = (f"{gone} of the numbers {min(first, 1)} to {last} have no image, from {hole} on; the names' numbers stay "
+            "the frames' numbers")
     return {numbers[n] - min(first, 1): n for n in order}, note if gone else ""
 
 def _told(folder: Path, files: dict, frame_rate: float | None) -> tuple[float, str, list]:
@@ -169,69 +183,110 @@ def _told(folder: Path, files: dict, frame_rate: float | None) -> tuple[float, s
     named = folder.parent if folder.name.lower() in ("img1", "img", "images", "frames") else folder
     file = next((f for f in (folder / "seqinfo.ini", folder.parent / "seqinfo.ini") if f.is_file()), None)
     if file is None:
-        assumed = [] if frame_rate else ["no seqinfo.ini, 25 frames per second are assumed; `frame_rate` says otherwise"]
-        return frame_rate or 25.0, named.name, assumed
+        assumed = "no seqinfo.ini, 25 frames per second are assumed; `frame_rate` says otherwise"
+        return frame_rate or 25.0, named.name, [] if frame_rate else [assumed]
     told, said = _seqinfo(file), []
-    if file.parent != folder and told.get("imdir", folder.name) != folder.name: said.append(f"{file.name} is of {told['imdir']}, not of {folder.name}")
+    if file.parent != folder and told.get("imdir", folder.name) != folder.name:
+        said.append(f"{file.name} is of {told['imdir']}, not of {folder.name}")
     try: rate, length = float(told.get("framerate", "nan")), int(told.get("seqlength", len(files)))
     except ValueError: raise ValueError(f"{file}: frameRate and seqLength are no numbers") from None
     if length != len(files): said.append(f"{file.name} announces {length} frames, there are {len(files)}")
-    if not frame_rate and not 0 < rate < 1000: said.append(f"{file.name} gives no frame rate, 25 frames per second are assumed; `frame_rate` says otherwise")
+    if not frame_rate and not 0 < rate < 1000: said.append(f"{file.name} {_NO_RATE}")
     return frame_rate or (rate if 0 < rate < 1000 else 25.0), told.get("name", named.name), said
+
+# %% ../../nbs/1_data/08_videos.ipynb #e61dfecf
+def image_sequence(path: Path, frame_rate: float | None = None) -> _Images | None:
+    "The sequence that a folder or a pattern names, None for any other path. UnreadableVideo for one image of many."
+    if path.is_dir():
+        folder = _image_folder(path)
+        numbers, note = _numbers([f.name for f in _listed_files(folder) if f.suffix.lower() in IMAGE_SUFFIXES], folder)
+    elif re.fullmatch(r"[^%]*%(0\d+)?d[^%]*", path.name) and not path.is_file():
+        folder, numbers, note = path.parent, _matching(path), ""
+    elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        pattern = re.sub(r"[0-9]+(?=[^0-9]*$)", lambda m: f"%0{len(m[0])}d", path.name)
+        raise UnreadableVideo(path, f"one image, not a video. For the sequence it is part of pass its folder, "
+                                    f"{path.parent}, or a pattern, {path.parent / pattern}")
+    else: return None
+    files, gaps = _frames_of(numbers, folder)
+    left = [f for f in _listed_files(folder) if f.name not in numbers and f.name != "seqinfo.ini"]
+    counts = pd.Series([f.suffix.lower() for f in left], dtype=object).value_counts().sort_index()
+    kinds = ", ".join(f"{k or 'no ending'}: {n}" for k, n in counts.items())
+    rate, name, said = _told(folder, files, frame_rate)
+    others = left and f"{len(left)} files of the folder are no frames ({kinds})"
+    return _Images(folder, name, files, rate, [n for n in (note, gaps, others, *said) if n])
 
 # %% ../../nbs/1_data/08_videos.ipynb #74c98512
 class _ImageCapture:
     "What `cv2.VideoCapture` is for a video file."
     def __init__(self, images: _Images): self._images, self._walk, self.number = images, iter(images.files), -1
+
     def grab(self) -> bool:
         self.number = next(self._walk, None)
         return self.number is not None
+
     def retrieve(self):
         file = self._images.folder / self._images.files[self.number]
         try: return True, np.ascontiguousarray(np.asarray(open_image(file))[..., ::-1])
         except UnreadableImage as e:
-            raise UnreadableVideo(file, f"frame {self.number} (from 0) cannot be read: {e.reason}; copy it again, or delete it (a gap is allowed)") from e
+            raise UnreadableVideo(file, f"frame {self.number} (from 0) cannot be read: {e.reason}; copy it again, or "
+                                        "delete it (a gap is allowed)") from e
+
     def release(self) -> None: self._walk = iter(())
 
+# %% ../../nbs/1_data/08_videos.ipynb #b58ff022
 def _open_images(images: _Images):
     "A capture of a sequence, its `VideoInfo`, and what was assumed. UnreadableVideo where images differ in size."
-    sizes, turned = {}, []
+    sizes, turned = {}, 0
     for name in images.files.values():
         file = images.folder / name
         try:
-            with Image.open(file) as image: sizes[name] = image.size; turned += [name] * (image.getexif().get(274, 1) > 1)
+            with Image.open(file) as image:
+                sizes[name] = image.size
+                turned += image.getexif().get(274, 1) > 1
         except OSError as e:
-            raise UnreadableVideo(file, f"a frame that is empty or no image ({type(e).__name__}); copy it again, or delete it (a gap is allowed)") from e
+            raise UnreadableVideo(file, f"a frame that is empty or no image ({type(e).__name__}); copy it again, or "
+                                        "delete it (a gap is allowed)") from e
     first, size = next(iter(sizes.items()))
     if odd := next((n for n, s in sizes.items() if s != size), None):
-        raise UnreadableVideo(images.folder / odd, "{}x{} pixels, but {} has {}x{}: the images of a sequence have one size".format(*sizes[odd], first, *size))
-    notes = images.notes + ([f"{len(turned)} images have an EXIF orientation, it is treated as by `open_image`"] if turned else [])
-    return _ImageCapture(images), VideoInfo(*size, images.rate, max(images.files) + 1, Path(first).suffix[1:].lower()), notes
+        message = "{}x{} pixels, but {} has {}x{}: the images of a sequence have one size"
+        raise UnreadableVideo(images.folder / odd, message.format(*sizes[odd], first, *size))
+    notes = [f"{turned} images have an EXIF orientation, it is treated as by `open_image`"] if turned else []
+    info = VideoInfo(*size, images.rate, max(images.files) + 1, Path(first).suffix[1:].lower())
+    return _ImageCapture(images), info, images.notes + notes
+
+# %% ../../nbs/1_data/08_videos.ipynb #44d72f56
+def _bytes_of(file: Path, size: int, end: int | None) -> bytes:
+    "A file's content; with `end` its first and last bytes only."
+    with open(file, "rb") as f:
+        if end is None: return f.read()
+        start = f.read(end)
+        f.seek(max(0, size - end))
+        return start + f.read(end)
 
 def _content(path: Path, images: _Images | None, whole: int = 64 << 20, end: int = 32 << 10) -> str:
-    "A video's fingerprint; of a sequence by the numbers, sizes and bytes of its images (ends only, above 64 MB in all)."
+    "A video's fingerprint; a sequence's by numbers, sizes and bytes of its images (ends only, above 64 MB in all)."
     if images is None: return fingerprint(path)
-    files, parts = {n: images.folder / f for n, f in images.files.items()}, []
+    files = {n: images.folder / f for n, f in images.files.items()}
     sizes = {n: f.stat().st_size for n, f in files.items()}
-    small = sum(sizes.values()) <= whole
-    for number, file in files.items():
-        with open(file, "rb") as f:
-            if small: data = f.read()
-            else: data = f.read(end); f.seek(max(0, sizes[number] - end)); data += f.read(end)
-        parts.append((number, sizes[number], hashlib.sha256(data).hexdigest()))
-    return fingerprint(parts)
+    ends = None if sum(sizes.values()) <= whole else end
+    digest = lambda n: hashlib.sha256(_bytes_of(files[n], sizes[n], ends)).hexdigest()
+    return fingerprint([(n, sizes[n], digest(n)) for n in files])
 
 # %% ../../nbs/1_data/08_videos.ipynb #01d47a61
 class Video:
-    "A video file or image sequence, read once from its start; `info` is what it announces, `read` the number after the last frame read."
+    "A video file or image sequence, read once from its start."
     def __init__(self,
-                 path,                            # video file, folder of numbered images, or a pattern such as img1/%06d.jpg
-                 frame_rate: float | None = None, # frames per second; None: what the container or seqinfo.ini says, else 25
+                 path,                            # video file, folder of numbered images, or a pattern (img1/%06d.jpg)
+                 frame_rate: float | None = None, # frames per second; None: what the container or seqinfo.ini says
                 ):
-        if frame_rate is not None and not 0 < frame_rate < 1000: raise ValueError(f"frame_rate {frame_rate}: frames per second, above 0")
-        self.path, self.read, self._images = Path(path), 0, image_sequence(Path(path), frame_rate)
+        if frame_rate is not None and not 0 < frame_rate < 1000:
+            raise ValueError(f"frame_rate {frame_rate}: frames per second, above 0")
+        self.path, self._images = Path(path), image_sequence(Path(path), frame_rate)
+        self.read = 0                                   # the number after the last frame read
         self._capture, self.info, self.notes = _open_images(self._images) if self._images else _open_video(self.path)
-        if frame_rate is not None: self.info.fps, self.notes = float(frame_rate), [n for n in self.notes if "`frame_rate` says" not in n]
+        if frame_rate is not None:
+            self.info.fps = float(frame_rate)
+            self.notes = [n for n in self.notes if "`frame_rate` says" not in n]
         self.name = self._images.name if self._images else self.path.stem
         self._least, self._most = float("inf"), 0.0     # milliseconds from frame to frame, as far as it was walked
 
@@ -250,15 +305,15 @@ class Video:
                 self.read, before = number + 1, self._clock(before)
                 if number >= start and number % stride == 0: yield number, self._picture
         finally: self._capture.release()
-        if self.read == 0:
-            raise UnreadableVideo(self.path, f"it opens (codec {self.info.codec or 'unknown'}, {self.info.frames} frames announced) but no frame of it can be "
-                                             "decoded: a missing codec or a damaged file; `ffmpeg -i IN -c:v libx264 OUT.mp4` shows which, and converts it")
+        if self.read: return
+        raise UnreadableVideo(self.path, _NOTHING.format(self.info.codec or "unknown", self.info.frames))
 
     def _clock(self, before):
         "The time of this frame; keeps the least and the most that passed between two."
         if self._images: return None
         now = self._capture.get(opencv().CAP_PROP_POS_MSEC)
-        if before is not None and now > before: self._least, self._most = min(self._least, now - before), max(self._most, now - before)
+        passed = 0 if before is None else now - before
+        if passed > 0: self._least, self._most = min(self._least, passed), max(self._most, passed)
         return now
 
     def _picture(self):
@@ -268,13 +323,16 @@ class Video:
 
     @property
     def content(self) -> str: return _content(self.path, self._images)
-
     @property
     def numbers(self): return self._images.files if self._images else range(self.read)
 
     @property
     def uneven(self) -> list[str]:
         "What to say of frames that lay unevenly in time, once they were walked through."
-        if self._most < 1.5 * self._least: return []
-        return ["variable frame rate ({:.0f} to {:.0f} ms from frame to frame): frames are numbered by their order and tracked as evenly spaced; "
-                "`ffmpeg -i IN -fps_mode cfr OUT.mp4` makes them so".format(self._least, self._most)]
+        return [] if self._most < 1.5 * self._least else [_UNEVEN.format(self._least, self._most)]
+
+# %% ../../nbs/1_data/08_videos.ipynb #c45a43ec
+_NOTHING = ("it opens (codec {}, {} frames announced) but no frame of it can be decoded: a missing codec or a damaged "
+            "file; `ffmpeg -i IN -c:v libx264 OUT.mp4` shows which, and converts it")
+_UNEVEN = ("variable frame rate ({:.0f} to {:.0f} ms from frame to frame): frames are numbered by their order and "
+           "tracked as evenly spaced; `ffmpeg -i IN -fps_mode cfr OUT.mp4` makes them so")
