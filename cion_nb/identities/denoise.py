@@ -459,7 +459,7 @@ def denoise_shard(
 
 # %% ../../nbs/3_identities/08_denoise.ipynb #73f2107f
 def _do_links(out, parts, store, dim, request, shard, shards, device):
-    "Every so manieth chunk of Eq. 7; how many these are. ValueError: parts are missing."
+    "This shard's chunks of Eq. 7; returns how many these are. ValueError: parts are missing."
     names = [f"part{i:05d}" for i in range(len(parts))]
     missing = [name for name in names if not store.has(name)]
     if missing:

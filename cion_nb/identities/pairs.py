@@ -26,7 +26,7 @@ def unit_rows(
     rows=None,  # row numbers to take, in this order; None for all
 ) -> np.ndarray: # (n, D) float64, every row of length 1
     "The chosen rows of `features` in float64, L2-normalised. ValueError names rows that are not finite or all zero."
-    x = np.array(features if rows is None else features[rows], dtype=np.float64)    # a copy of our own, divided in place
+    x = np.array(features if rows is None else features[rows], dtype=np.float64)     # our own copy, divided in place
     if x.ndim != 2: raise ValueError(f"features must be an (N, D) matrix, got shape {x.shape}")
     with np.errstate(over="ignore"):
         length = np.sqrt(np.einsum("nd,nd->n", x, x))
