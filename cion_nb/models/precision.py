@@ -83,7 +83,7 @@ def fill_freed(
     "Fill blocks of all sizes from 64 bytes on, four each, and free them."
     size = 64
     while size <= most:
-        [torch.full((size // 4,), _WORDS[kind], dtype=torch.int32) for _ in range(4)]    # freed as soon as they are there
+        [torch.full((size // 4,), _WORDS[kind], dtype=torch.int32) for _ in range(4)]    # freed at once
         size *= 2
 
 # %% ../../nbs/2_models/04_precision.ipynb #5c017a3b
