@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['ISA', 'POISONS', 'LIMIT', 'PRODUCTS', 'isa_limit', 'cpu', 'has_fast_bf16', 'precision', 'fill_freed', 'poisoned',
-           'Reading', 'relative_error', 'Watch', 'Verdict', 'probe', 'machine', 'described', 'known', 'remember',
+           'relative_error', 'Reading', 'Watch', 'Verdict', 'probe', 'machine', 'described', 'known', 'remember',
            'trust_inference', 'bf16_matmul_is_sound']
 
 # %% ../../nbs/2_models/04_precision.ipynb #f228b24f
-import ctypes, os, re, sys, time
+import ctypes
+import os
+import re
+import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Callable, Iterable
 import torch
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from ..core.files import read_json
-from ..core.files import fingerprint, runs_dir, write_json
+from ..core.files import fingerprint, read_json, runs_dir, write_json
 
 # %% ../../nbs/2_models/04_precision.ipynb #35694d3c
-ISA = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX512_CORE_AMX", "AVX10_1_512_AMX")
+ISA = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
+       "AVX512_CORE_FP16", "AVX10_1_512", "AVX512_CORE_AMX", "AVX10_1_512_AMX")
 
 def isa_limit() -> str | None:
     "The instruction set that oneDNN may use at most, where the environment says so."
@@ -36,23 +40,25 @@ def cpu() -> dict:
             if ISA.index(limit) < ISA.index(needs): able[name] = False
     return able
 
+# %% ../../nbs/2_models/04_precision.ipynb #ac92789c
 def has_fast_bf16(
     cpu: dict,   # as `cpu()` says
 ) -> bool:
-    """Whether a CPU multiplies bf16 matrices faster than f32: with AMX, or with AVX-512-BF16 on an AMD (measured there: 4.4x).
+    """Whether a CPU multiplies bf16 matrices faster than f32: with AMX, or with AVX-512-BF16 on an AMD (there: 4.4x).
     Intel's AVX-512-BF16 without AMX, as virtual machines show it, was measured at 0.55x."""
     return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
 
 def precision(
     wanted: str,  # "auto", "fp32", "bf16" or "fp16"
 ) -> str:         # what Accelerate calls it
-    "What the hardware offers: `auto` is bf16 where it is fast (`has_fast_bf16`), else fp16 on a GPU and fp32 on a CPU. On a CPU a `probe` has the last word."
-    names = dict(fp32="no", bf16="bf16", fp16="fp16")
+    """What the hardware offers: `auto` is bf16 where it is fast (`has_fast_bf16`), else fp16 on a GPU, fp32 on a CPU.
+    On a CPU a `probe` has the last word."""
+    names, on_gpu = dict(fp32="no", bf16="bf16", fp16="fp16"), torch.cuda.is_available()
     if wanted != "auto":
         if wanted not in names: raise ValueError(f"precision {wanted!r}: choose auto, {', '.join(names)}")
-        if wanted == "fp16" and not torch.cuda.is_available(): return precision("auto")   # fp16 has no CPU kernels worth the name
+        if wanted == "fp16" and not on_gpu: return precision("auto")   # fp16 has no CPU kernels worth the name
         return names[wanted]
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if on_gpu: return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if has_fast_bf16(cpu()) else "no"
 
 # %% ../../nbs/2_models/04_precision.ipynb #a9cd0f9b
@@ -64,7 +70,10 @@ POISONS = tuple(_WORDS)
 def _mallopt():
     "glibc's switch, or None on another C library."
     if not sys.platform.startswith("linux"): return None
-    try: libc = ctypes.CDLL(None); libc.gnu_get_libc_version; return libc.mallopt
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version   # what other C libraries lack
+        return libc.mallopt
     except (OSError, AttributeError): return None
 
 def fill_freed(
@@ -74,9 +83,10 @@ def fill_freed(
     "Fill blocks of all sizes from 64 bytes on, four each, and free them."
     size = 64
     while size <= most:
-        blocks = [torch.full((size // 4,), _WORDS[kind], dtype=torch.int32) for _ in range(4)]; del blocks
+        [torch.full((size // 4,), _WORDS[kind], dtype=torch.int32) for _ in range(4)]    # freed at once
         size *= 2
 
+# %% ../../nbs/2_models/04_precision.ipynb #5c017a3b
 @contextmanager
 def poisoned(
     kind: str = "large",  # one of `POISONS`
@@ -92,7 +102,15 @@ def poisoned(
 
 # %% ../../nbs/2_models/04_precision.ipynb #6a003acb
 LIMIT = .1      # relative L2 error of a product's result, or of one of its gradients, from identical numbers
-PRODUCTS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm einsum scaled_dot_product_attention".split())
+
+def relative_error(
+    found: Tensor,
+    want: Tensor,   # of the same shape
+) -> float:         # infinity where `found` is not finite
+    "Length of the difference, in lengths of `want`."
+    found, want = found.double(), want.double()
+    if not found.isfinite().all(): return float("inf")
+    return float((found - want).norm() / want.norm().clamp_min(1e-30))
 
 @dataclass(frozen=True)
 class Reading:
@@ -104,76 +122,91 @@ class Reading:
 
     @property
     def worst(self) -> tuple[str, float]: return max(self.errors.items(), key=lambda e: e[1])
+
     def __str__(self):
         part, error = self.worst
-        return f"{self.layer} ({self.function} {self.shapes}): {part} is {f'off by {error:.2g} of its length' if error < float('inf') else 'not finite'}"
+        how = f"off by {error:.2g} of its length" if error < float("inf") else "not finite"
+        return f"{self.layer} ({self.function} {self.shapes}): {part} is {how}"
 
-def relative_error(
-    found: Tensor,
-    want: Tensor,   # of the same shape
-) -> float:         # infinity where `found` is not finite
-    "Length of the difference, in lengths of `want`."
-    found, want = found.double(), want.double()
-    if not found.isfinite().all(): return float("inf")
-    return float((found - want).norm() / want.norm().clamp_min(1e-30))
-
+# %% ../../nbs/2_models/04_precision.ipynb #c6122dfc
 def _like(x, generator):
     "Random numbers that bfloat16 can hold, in the layout of `x`."
-    strides = x.stride() if all(s > 0 or n == 1 for s, n in zip(x.stride(), x.shape)) else torch.empty_like(x).stride()
+    is_dense = all(s > 0 or n == 1 for s, n in zip(x.stride(), x.shape))
+    strides = x.stride() if is_dense else torch.empty_like(x).stride()
     return torch.empty_strided(x.shape, strides, dtype=torch.float32).normal_(generator=generator).bfloat16().float()
 
 def _compute(func, leaves, spec, wants, short, slope=None):
     "The product and its gradients; `wants`: places of the leaves that need one."
-    mine = [x.detach().requires_grad_(i in wants) if isinstance(x, Tensor) and x.is_floating_point() else x for i, x in enumerate(leaves)]
+    mine = [x.detach().requires_grad_(i in wants) if _is_number(x) else x for i, x in enumerate(leaves)]
     args, kwargs = tree_unflatten(mine, spec)
-    with torch.autocast("cpu", torch.bfloat16, enabled=short, cache_enabled=False), torch.set_grad_enabled(bool(wants)):
-        y = func(*args, **kwargs)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=short, cache_enabled=False)
+    with autocast, torch.set_grad_enabled(bool(wants)): y = func(*args, **kwargs)
     if not wants: return [y]
     return [y.detach(), *torch.autograd.grad(y, [mine[i] for i in wants], slope(y).to(y.dtype))]
 
+def _is_number(x) -> bool: return isinstance(x, Tensor) and x.is_floating_point()
+
+def _tried(func, leaves, spec, wants) -> dict: # result and gradients -> relative L2 error
+    "A product in bfloat16 against float32, from identical numbers."
+    random, slopes = torch.Generator().manual_seed(0), {}
+    twins = [_like(x, random) if _is_number(x) else x for x in leaves]
+    def slope(y): return slopes.setdefault("y", _like(y, random))
+    want = _compute(func, twins, spec, wants, False, slope)
+    short = [twin.to(x.dtype) if _is_number(x) else x for twin, x in zip(twins, leaves)]
+    usual = dict(enumerate(("input", "weight", "bias")))
+    names = ["the result", *(f"the gradient of its {usual.get(i, f'argument {i + 1}')}" for i in wants)]
+    errors, most = dict.fromkeys(names, 0.), 2 * max(4 * x.numel() for x in leaves if _is_number(x))
+    for kind in POISONS if _mallopt() else 3 * POISONS:
+        with poisoned(kind, min(max(most, 2**16), 2**25)): found = _compute(func, short, spec, wants, True, slope)
+        for part, a, b in zip(names, found, want): errors[part] = max(errors[part], relative_error(a, b))
+    return errors
+
 # %% ../../nbs/2_models/04_precision.ipynb #431e3bb5
+PRODUCTS = frozenset((
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear",
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum",
+    "scaled_dot_product_attention"))
+
 class Watch(TorchFunctionMode):
     "Inside, every product in bfloat16 is tried once a shape; `readings` has what came of it."
     def __init__(self,
         modules: dict[str, nn.Module],   # whose layers have names
     ):
         super().__init__()
-        self.names = {id(m): f"{key}.{name}".strip(".") for key, top in reversed(modules.items()) for name, m in top.named_modules()}
+        self.names = {id(m): f"{key}.{name}".strip(".")
+                      for key, top in reversed(modules.items()) for name, m in top.named_modules()}
         self.readings, self.seen, self.inside, self.hooks = [], set(), [], []
 
     def __enter__(self):
         from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-        def leave(m, args, y): self.inside.pop()                # and return nothing: it would be taken for the module's result
-        self.hooks = [register_module_forward_pre_hook(lambda m, args: self.inside.append(m)), register_module_forward_hook(leave, always_call=True)]
+        def leave(m, args, y): self.inside.pop()    # and return nothing: it would be taken for the module's result
+        self.hooks = [register_module_forward_pre_hook(lambda m, args: self.inside.append(m)),
+                      register_module_forward_hook(leave, always_call=True)]
         return super().__enter__()
+
     def __exit__(self, *error):
         for hook in self.hooks: hook.remove()
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         y, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
-        if name in PRODUCTS and isinstance(y, Tensor) and y.dtype == torch.bfloat16 and y.device.type == "cpu" and y.numel(): self.try_product(func, name, (args, kwargs or {}))
+        if name in PRODUCTS and _is_short(y): self.try_product(func, name, (args, kwargs or {}))
         return y
 
     def try_product(self, func, name, given):
         leaves, spec = tree_flatten(given)
-        is_number = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
-        wants = [i for i, x in enumerate(leaves) if is_number[i] and x.requires_grad and torch.is_grad_enabled()]
-        key = name, tuple(wants), tuple((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+        wants = [i for i, x in enumerate(leaves) if _is_number(x) and x.requires_grad and torch.is_grad_enabled()]
+        layout = ((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+        key = name, tuple(wants), tuple(layout)
         if key in self.seen: return
         self.seen.add(key)
-        random, slopes = torch.Generator().manual_seed(0), {}
-        twins = [_like(x, random) if yes else x for x, yes in zip(leaves, is_number)]
-        def slope(y): return slopes.setdefault("y", _like(y, random))
-        want = _compute(func, twins, spec, wants, False, slope)
-        short = [t.to(x.dtype) if yes else x for t, x, yes in zip(twins, leaves, is_number)]
-        names = ["the result", *(f"the gradient of its {dict(enumerate(('input', 'weight', 'bias'))).get(i, f'argument {i + 1}')}" for i in wants)]
-        errors, most = dict.fromkeys(names, 0.), 2 * max(4 * x.numel() for x, yes in zip(leaves, is_number) if yes)
-        for kind in POISONS if _mallopt() else 3 * POISONS:
-            with poisoned(kind, min(max(most, 2**16), 2**25)): found = _compute(func, short, spec, wants, True, slope)
-            for part, a, b in zip(names, found, want): errors[part] = max(errors[part], relative_error(a, b))
+        shapes = " by ".join("x".join(map(str, x.shape)) for x in leaves if _is_number(x))
+        errors = _tried(func, leaves, spec, wants)
         layer = next((self.names[id(m)] for m in reversed(self.inside) if id(m) in self.names), "outside the network")
-        self.readings.append(Reading(layer, name, " by ".join("x".join(map(str, x.shape)) for x, yes in zip(leaves, is_number) if yes), errors))
+        self.readings.append(Reading(layer, name, shapes, errors))
+
+def _is_short(y) -> bool: # something that a CPU has computed in bfloat16
+    return isinstance(y, Tensor) and y.dtype == torch.bfloat16 and y.device.type == "cpu" and y.numel() > 0
 
 # %% ../../nbs/2_models/04_precision.ipynb #bc4f1841
 @dataclass(frozen=True)
@@ -189,35 +222,51 @@ def probe(
     step: Callable[[], Iterable[Tensor]],  # computes as the task does, in autocast to bfloat16, and yields losses
     modules: dict[str, nn.Module],         # that it uses; gradients and running statistics are spoilt
 ) -> Verdict:
-    "Whether bfloat16 gives what float32 gives, product by product, forward and backward, on a poisoned heap; and is finite on the whole."
+    """Whether bfloat16 gives what float32 gives, product by product, forward and backward, on a poisoned heap;
+    and is finite on the whole."""
     began, losses = time.time(), []
     with Watch(modules) as watch, poisoned():
         for loss in step():
             losses.append(float(loss.detach().float().mean()))
             if loss.requires_grad: loss.backward()
-    errors = [r.worst[1] for r in watch.readings]
-    bad, said = [r for r in watch.readings if r.worst[1] > LIMIT], None
-    if bad: said = str(max(bad, key=lambda r: r.worst[1])) + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
-    elif lost := [f"the gradient of {key}.{name}" for key, m in modules.items() for name, p in m.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]: said = f"{lost[0]} is not finite"
-    elif not all(map(_is_finite, losses)): said = f"the loss is {next(x for x in losses if not _is_finite(x))}"
-    largest = max(errors, default=0.)
-    return Verdict(said is None, said, len(errors), largest if _is_finite(largest) else None, round(time.time() - began, 2))
+    said = _complaint(watch.readings, modules, losses)
+    largest = max((reading.worst[1] for reading in watch.readings), default=0.)
+    seconds = round(time.time() - began, 2)
+    return Verdict(said is None, said, len(watch.readings), largest if _is_finite(largest) else None, seconds)
+
+def _complaint(readings, modules, losses) -> str | None:
+    "One line against bfloat16: the worst product, else a gradient or a loss that is not finite."
+    bad = [reading for reading in readings if reading.worst[1] > LIMIT]
+    if bad:
+        worst = max(bad, key=lambda reading: reading.worst[1])
+        return str(worst) + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
+    for key, module in modules.items():
+        for name, p in module.named_parameters():
+            if p.grad is not None and not p.grad.isfinite().all(): return f"the gradient of {key}.{name} is not finite"
+    return next((f"the loss is {loss}" for loss in losses if not _is_finite(loss)), None)
 
 def _is_finite(x): return abs(x) < float("inf")
 
+# %% ../../nbs/2_models/04_precision.ipynb #923d5a1c
 def machine() -> dict:
     "What decides which kernels run: versions, processor, the instruction sets that may be used, threads."
     onednn = re.search(r"MKL-DNN v(\S+) \(Git Hash (\w+)", torch.__config__.show())
-    return dict(torch=torch.__version__, onednn=onednn and onednn.groups(), cpu=cpu(), limit=isa_limit(), torch_isa=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
+    return dict(torch=torch.__version__, onednn=onednn and onednn.groups(), cpu=cpu(), limit=isa_limit(),
+                torch_isa=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
 
 def described(
     modules: dict[str, nn.Module],
 ) -> list:      # plain values
     "What decides, with the sizes of its input, which products a network computes."
-    return [[key, re.sub(r"(drop_prob|p)=[\d.e-]+|0x[0-9a-f]+", "", repr(m)), [(n, list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad) for n, p in m.named_parameters()]] for key, m in modules.items()]
+    plain = lambda module: re.sub(r"(drop_prob|p)=[\d.e-]+|0x[0-9a-f]+", "", repr(module))
+    entry = lambda name, p: (name, list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad)
+    return [[key, plain(m), [entry(name, p) for name, p in m.named_parameters()]] for key, m in modules.items()]
 
-def _file(key): return runs_dir() / ".precision" / f"{fingerprint(dict(key=key, machine=machine(), limit=LIMIT), 16)}.json"
+def _file(key):
+    asked = dict(key=key, machine=machine(), limit=LIMIT)
+    return runs_dir() / ".precision" / f"{fingerprint(asked, 16)}.json"
 
+# %% ../../nbs/2_models/04_precision.ipynb #8a04b4bd
 def known(
     key,                # anything JSON can hold: the network (`described`), its sizes
 ) -> Verdict | None:
@@ -240,13 +289,19 @@ def trust_inference(
     shapes: list[tuple],   # (n, ...) of the inputs
     columns: int = 0,      # whole numbers an image that it takes beside
 ) -> Verdict:
-    "The probe of a network's forward pass in bfloat16 on a CPU, remembered. ValueError that names the layer and the remedy where it is not sound."
-    key = dict(inference=described(dict(model=model)), training=model.training, shapes=[list(s) for s in shapes], columns=columns)
+    """The probe of a network's forward pass in bfloat16 on a CPU, remembered.
+    ValueError that names the layer and the remedy where it is not sound."""
+    key = dict(inference=described(dict(model=model)), training=model.training, shapes=[list(s) for s in shapes],
+               columns=columns)
     def step():
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            for shape in shapes: yield model(torch.randn(shape, generator=torch.Generator().manual_seed(0)), *(torch.zeros(shape[0], dtype=torch.long) for _ in range(columns)))
+            for shape in shapes:
+                images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+                yield model(images, *(torch.zeros(shape[0], dtype=torch.long) for _ in range(columns)))
     verdict = known(key) or remember(key, probe(step, dict(model=model)))
-    if not verdict.sound: raise ValueError(f"bfloat16 is not sound here: {verdict.said}; use compute='float32' (a probe on a poisoned heap, CPU {cpu().get('cpu_name', '')}, PyTorch {torch.__version__})")
+    if not verdict.sound:
+        where = f"a probe on a poisoned heap, CPU {cpu().get('cpu_name', '')}, PyTorch {torch.__version__}"
+        raise ValueError(f"bfloat16 is not sound here: {verdict.said}; use compute='float32' ({where})")
     return verdict
 
 # %% ../../nbs/2_models/04_precision.ipynb #5160bf09
