@@ -64,7 +64,7 @@ def setting(
 # %% ../../nbs/0_core/01_settings.ipynb #0baea81e
 class Settings(BaseModel):
     "All settings of a stage with the paper's values; `profiles` and `methods` hold what differs from them."
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)   # until it is used
     profiles: ClassVar[dict[str, dict]] = {}   # profile -> values
     methods: ClassVar[dict[str, dict]] = {}    # method -> values
 
