@@ -21,7 +21,7 @@ from cion_nb.identities.truth import identity_scores
 OTHERS = [("video",), ("cross",), ("tracklet", "cross"), ("video", "cross")]
 
 
-# ---------------------------------------------------------------- the oracle
+# ---------------------------------------------------------------- against the oracles
 
 worlds = dict(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 60), dim=st.integers(2, 6),
               half_width=st.sampled_from([0, 1, 2, 5, 1000, None]), levels=st.sampled_from(PREFIXES + OTHERS))
