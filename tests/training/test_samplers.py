@@ -120,7 +120,7 @@ def test_turns_are_taken_as_a_plain_loop_takes_them(sizes, seed):
     n = tracklets[-1]
     line, turns = np.empty(n, np.int64), np.empty(n, np.int64)
     samplers._line_up(np.arange(n) + 100, tracklets, cameras, np.arange(len(sizes)), np.array([seed], np.uint64), line,
-                   turns)
+                      turns)
     assert sorted(line) == list(range(100, 100 + n)) and sorted(turns) == list(range(n))
     tracklet = np.searchsorted(tracklets, line - 100, "right") - 1
     camera = np.searchsorted(cameras, tracklet, "right") - 1
