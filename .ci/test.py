@@ -213,7 +213,7 @@ def main() -> int:
                 tell(*row)
     results = [result for _, result, _ in told]
     tests = {name: row for result in results for name, row in result.tests.items()}
-    print(*sorted({note for result in results for note in result.notes}), sep="\n")
+    for note in sorted({note for result in results for note in result.notes}): print(note)
     tell_slow(tests)
     if FAST: tell_left_out(seconds, left)
     else: write_seconds(tests, {name: s for name, _, s in told if name.startswith("nbs/")})

@@ -30,7 +30,7 @@ def components(n, links):
     return [seen.setdefault(l, len(seen)) for l in label]
 
 
-def oracle(features, samples, sigma_cst=0.2, sigma_drm=0.18, half_width=1000, levels=LEVELS):
+def denoise_plainly(features, samples, sigma_cst=0.2, sigma_drm=0.18, half_width=1000, levels=LEVELS):
     "labels, states, destinations, distances at the decision, links."
     x = [unit(row) for row in np.asarray(features, dtype=np.float64).tolist()]
     rows = [dict(r, row=i) for i, r in enumerate(samples[["path", "video", "tracklet", "frame"]].to_dict("records"))]
@@ -84,10 +84,10 @@ def oracle(features, samples, sigma_cst=0.2, sigma_drm=0.18, half_width=1000, le
     return np.array(labels, dtype=np.int64), state, [goes_to[i] for i in range(len(rows))], at, found
 
 
-def check(features, samples, **kw):
+def agrees_with_plain(features, samples, **kw):
     "The door against the oracle: labels, states, destinations, distances, links."
     got = denoise(features, samples, measure=False, **kw)
-    labels, state, to, at, links = oracle(features, samples, **kw)
+    labels, state, to, at, links = denoise_plainly(features, samples, **kw)
     p = got.provenance
     assert p.state.tolist() == state
     assert got.labels.dtype == np.int64 and got.labels.tolist() == labels.tolist() == p.identity.tolist()
@@ -98,7 +98,7 @@ def check(features, samples, **kw):
     return got
 
 
-def fast_oracle(features, samples, half_width, sigma_cst=.2, sigma_drm=.18):
+def denoise_in_loops(features, samples, half_width, sigma_cst=.2, sigma_drm=.18):
     """The same rules with NumPy inside the loops: for worlds that the plain oracle would take minutes for.
     `test_oracles_agree` holds the two together.
     """
@@ -189,7 +189,7 @@ def cosine_distances(x):
 def apart(n): return np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
 
 
-def lists(d, k, half_width=None):
+def nearest_plainly(d, k, half_width=None):
     d = d.copy()
     np.fill_diagonal(d, -1)
     if half_width is not None: d[apart(len(d)) > half_width] = np.inf
@@ -200,7 +200,7 @@ def lists(d, k, half_width=None):
 def check_lists(x, near, k, half_width=None, tolerance=1e-5):
     "Distances agree; sets agree except among ties; the row first; the order is (distance, index)."
     d = cosine_distances(x)
-    index = lists(d, k, half_width)
+    index = nearest_plainly(d, k, half_width)
     missing = index < 0
     assert near.index.shape == near.distance.shape == index.shape and near.distance.dtype == np.float32
     assert ((near.index < 0) == missing).all() and (np.isinf(near.distance) == missing).all()

@@ -69,3 +69,8 @@ def test_readme_map_names_every_room():
     readme = (ROOT / "README.md").read_text()
     for p in NOTEBOOKS:
         if p.name != "index.ipynb": assert p.name in readme, f"README's map of the rooms lacks {p.name}"
+
+
+def test_tests_that_pages_name_are_there():
+    named = {(called(p), file) for p in NOTEBOOKS for file in re.findall(r"\btests/[\w/]+\.py", p.read_text())}
+    assert not sorted(n for n in named if not (ROOT / n[1]).is_file())

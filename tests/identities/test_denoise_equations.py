@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from examples import PREFIXES, random_world
 from hypothesis import given, settings, strategies as st
-from oracles import check, distance, fast_oracle, oracle
+from oracles import agrees_with_plain, denoise_in_loops, denoise_plainly, distance
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.feature_worlds import feature_world
@@ -21,7 +21,7 @@ from cion_nb.identities.truth import identity_scores
 OTHERS = [("video",), ("cross",), ("tracklet", "cross"), ("video", "cross")]
 
 
-# ---------------------------------------------------------------- the oracle
+# ---------------------------------------------------------------- against the oracles
 
 worlds = dict(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 60), dim=st.integers(2, 6),
               half_width=st.sampled_from([0, 1, 2, 5, 1000, None]), levels=st.sampled_from(PREFIXES + OTHERS))
@@ -33,7 +33,7 @@ worlds = dict(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 60), dim=st.integ
        dtype=st.sampled_from([np.float16, np.float32, np.float64]))
 def test_clusters(seed, n, dim, half_width, levels, sigma_cst, sigma_drm, dtype):
     x, samples = random_world(seed, "clusters", n, dim, dtype)
-    check(x, samples, sigma_cst=sigma_cst, sigma_drm=sigma_drm, half_width=half_width, levels=levels)
+    agrees_with_plain(x, samples, sigma_cst=sigma_cst, sigma_drm=sigma_drm, half_width=half_width, levels=levels)
 
 
 @pytest.mark.slow("hundreds of random worlds")
@@ -42,7 +42,7 @@ def test_clusters(seed, n, dim, half_width, levels, sigma_cst, sigma_drm, dtype)
        sigma_drm=st.sampled_from([.0311, .1879, .4013]))
 def test_ties(seed, n, dim, half_width, levels, kind, sigma_cst, sigma_drm):
     x, samples = random_world(seed, kind, n, dim)
-    check(x, samples, sigma_cst=sigma_cst, sigma_drm=sigma_drm, half_width=half_width, levels=levels)
+    agrees_with_plain(x, samples, sigma_cst=sigma_cst, sigma_drm=sigma_drm, half_width=half_width, levels=levels)
 
 
 @pytest.mark.slow("hundreds of random worlds")
@@ -51,7 +51,7 @@ def test_ties(seed, n, dim, half_width, levels, kind, sigma_cst, sigma_drm):
        levels=st.sampled_from([("tracklet",), ("tracklet", "video")]), sigma_cst=st.sampled_from([1.0, 2.0]))
 def test_exact_thresholds_and_means_without_direction(seed, n, levels, sigma_cst):
     x, samples = random_world(seed, "axes", n, 3)
-    check(x, samples, sigma_cst=sigma_cst, sigma_drm=.123, levels=levels)
+    agrees_with_plain(x, samples, sigma_cst=sigma_cst, sigma_drm=.123, levels=levels)
 
 
 @pytest.mark.slow("eleven thousand tracklets")
@@ -62,7 +62,7 @@ def test_thousands_of_tracklets(half_width):
     samples["video"] = samples.video.where(samples.tracklet >= 1100, "one long video")
     assert (samples.tracklet < 1100).sum() > 4 * (2**20 // 768)
     got = denoise(x, samples, half_width=half_width, measure=False)
-    labels, state = fast_oracle(x, samples, half_width)
+    labels, state = denoise_in_loops(x, samples, half_width)
     assert got.labels.tolist() == labels.tolist() and got.provenance.state.tolist() == state
     assert got.tracklets.video_identity.max() > 1024 and {"kept", "reallocated", "discarded"} == set(state)
 
@@ -70,7 +70,7 @@ def test_thousands_of_tracklets(half_width):
 @pytest.mark.parametrize("seed", range(5))
 def test_oracles_agree(seed):
     x, samples = feature_world(60, dim=24, images=6, seed=seed)
-    slow, fast = oracle(x, samples, half_width=7), fast_oracle(x, samples, 7)
+    slow, fast = denoise_plainly(x, samples, half_width=7), denoise_in_loops(x, samples, 7)
     assert slow[0].tolist() == fast[0].tolist() and slow[1] == fast[1]
 
 
@@ -215,6 +215,6 @@ def test_tables_tell_the_same_story():
 def test_large_worlds_equal_the_oracle(n_tracklets):
     x, samples = feature_world(n_tracklets, dim=48, images=5, seed=n_tracklets, dtype=np.float32)
     got = denoise(x, samples, measure=False)
-    labels, state = fast_oracle(x, samples, 1000)
+    labels, state = denoise_in_loops(x, samples, 1000)
     assert np.array_equal(got.labels, labels) and got.provenance.state.tolist() == state
     assert labels.max() < n_tracklets / 2 and (labels == -1).any()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from examples import people
 from hypothesis import given, settings, strategies as st
-from oracles import apart, check_lists, cosine_distances, lists
+from oracles import apart, check_lists, cosine_distances, nearest_plainly
 from scipy.sparse import csr_matrix
 from sklearn.cluster import DBSCAN
 
@@ -79,7 +79,7 @@ def rerank_oracle(query, gallery, k1, k2, lambda_value):
     d = cosine_distances(np.concatenate([np.asarray(query, np.float64), np.asarray(gallery, np.float64)]))
     scaled = d / d.max(1, keepdims=True)
     n = len(query)
-    V = memberships(scaled, lists(d, k1 + 1), k1 + 1, int(np.around(k1 / 2)) + 1, k2, np.ones(len(d)))
+    V = memberships(scaled, nearest_plainly(d, k1 + 1), k1 + 1, int(np.around(k1 / 2)) + 1, k2, np.ones(len(d)))
     return (1 - lambda_value) * compare(V[:n], V[n:]) + lambda_value * scaled[:n, n:]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from cion_nb.training import views
+from cion_nb.training import samplers
 from cion_nb.training.samplers import id_curriculum, IdentitySampler, PKSampler, spread_groups
 
 torch.set_num_threads(1)
@@ -119,8 +119,8 @@ def test_turns_are_taken_as_a_plain_loop_takes_them(sizes, seed):
     tracklets, cameras = np.cumsum([0, *sum(sizes, [])]), np.cumsum([0, *map(len, sizes)])
     n = tracklets[-1]
     line, turns = np.empty(n, np.int64), np.empty(n, np.int64)
-    views._line_up(np.arange(n) + 100, tracklets, cameras, np.arange(len(sizes)), np.array([seed], np.uint64), line,
-                   turns)
+    samplers._line_up(np.arange(n) + 100, tracklets, cameras, np.arange(len(sizes)), np.array([seed], np.uint64), line,
+                      turns)
     assert sorted(line) == list(range(100, 100 + n)) and sorted(turns) == list(range(n))
     tracklet = np.searchsorted(tracklets, line - 100, "right") - 1
     camera = np.searchsorted(cameras, tracklet, "right") - 1
@@ -139,7 +139,7 @@ def test_turns_are_taken_as_a_plain_loop_takes_them(sizes, seed):
 def test_shuffling_is_uniform():
     x, state, seen = np.arange(4), np.array([5], np.uint64), np.zeros(256, int)
     for _ in range(12_000):
-        views._shuffle(x, state)
+        samplers._shuffle(x, state)
         seen[x @ [64, 16, 4, 1]] += 1
     assert (seen > 0).sum() == 24 and stats.chisquare(seen[seen > 0]).pvalue > 1e-3
 
