@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import project_root
+from ..core.files import paper_file, project_root
 from ..core.settings import STAGES
 
 # %% ../../nbs/9_companion/01_claims.ipynb #d9d9caa9
@@ -23,14 +23,7 @@ def paper(
     name: str,       # "table1" … "table6", "fig5" … "fig7", "table3_average", "table1_context", "arch_facts"
 ) -> pd.DataFrame:   # as recovered; unknown cells are NaN
     "A table or figure of the CION paper as data (`reports/paper/README.md` says where each value was read)."
-    folder = project_root() / "reports" / "paper"
-    file = folder / f"{name}.csv"
-    if not file.exists():
-        raise ValueError(
-            f"the paper's {name!r} is not in {folder}: there are "
-            f"{', '.join(sorted(p.stem for p in folder.glob('*.csv')))}"
-        )
-    return pd.read_csv(file)
+    return pd.read_csv(paper_file(name))
 
 # %% ../../nbs/9_companion/01_claims.ipynb #5c68f1f0
 def exceptions(

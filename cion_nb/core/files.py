@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAME_FILES', 'read_text', 'read_json', 'counted', 'first_few', 'is_utf8', 'shown_name', 'project_root', 'resolve',
-           'runs_dir', 'atomic', 'write_json', 'json_line', 'progress', 'fingerprint']
+           'runs_dir', 'paper_file', 'atomic', 'write_json', 'json_line', 'progress', 'fingerprint']
 
 # %% ../../nbs/0_core/00_files.ipynb #2813c86d
 import hashlib
@@ -102,6 +102,16 @@ def resolve(
 def runs_dir() -> Path:
     "`$CION_NB_RUNS`, else `runs/` of the project root."
     return resolve(os.environ.get("CION_NB_RUNS") or "runs")
+
+# %% ../../nbs/0_core/00_files.ipynb #90ca9693
+def paper_file(
+    name: str,  # "table1" … "table6", "fig5" … "fig7", …
+) -> Path:
+    "The .csv of a table or figure of the paper. ValueError that names those there are."
+    folders = [project_root() / "reports" / "paper", _HERE.parent / "paper"]
+    files = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.csv"))}
+    if name not in files: raise ValueError(f"the paper's {name!r} is not in {folders[0]}: there are {', '.join(sorted(files))}")
+    return files[name]
 
 # %% ../../nbs/0_core/00_files.ipynb #10b73988
 @contextmanager

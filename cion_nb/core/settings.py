@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .files import project_root
+from .files import paper_file
 
 # %% ../../nbs/0_core/01_settings.ipynb #e4560733
 PROFILES = ("smoke", "tiny", "small", "paper")
@@ -240,6 +240,4 @@ def _value_text(value) -> str:
 def table5() -> "pd.DataFrame":
     "The paper's per-backbone pre-training settings (`reports/paper/table5.csv`); unknown cells are empty."
     import pandas as pd
-    path = project_root() / "reports" / "paper" / "table5.csv"
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: the paper's numbers come with a checkout of this project, not with the installed package")
-    return pd.read_csv(path)
+    return pd.read_csv(paper_file("table5"))

@@ -119,11 +119,10 @@ def list_backbones(
     family: str | None = None, # only this family
 ) -> pd.DataFrame:             # a row each: the fields of `Architecture`, and three of Table 5
     """The backbones that `create_backbone` knows, one a row.
-    Table 5's batch_per_gpu, local_crops and train_hours are empty where unknown, or where this is no checkout."""
+    Table 5's batch_per_gpu, local_crops and train_hours are empty where unknown."""
     table = pd.DataFrame([asdict(a) for a in ARCHITECTURES.values()])
     names = dict(batch_size_per_gpu="batch_per_gpu", local_crops="local_crops", train_hours_approx="train_hours")
-    try: rows = table5().set_index("arch")
-    except FileNotFoundError: rows = pd.DataFrame(columns=list(names))
+    rows = table5().set_index("arch")
     for theirs, ours in names.items(): table[ours] = table.name.map(rows[theirs]).astype(float)
     if family is None: return table
     if family not in set(table.family): raise ValueError(f"no family {family!r}; there are {sorted(set(table.family))}")

@@ -1,0 +1,39 @@
+"""A notebook-first, reproducible companion to CION. `import cion_nb as cion`: the doors of the road, each loaded when it is first used."""
+__version__ = "0.2.0"
+
+import lazy_loader as _lazy
+
+# The doors, grouped as the folders are.
+_DOORS = {
+    "core.settings": ["recipe"],
+    "core.runs": ["Run", "list_runs", "over_seeds"],
+    "core.samples": ["make_samples", "read_folder", "read_csv", "read_tracklets", "read_samples", "write_samples"],
+    "core.store": ["Features", "read_features"],
+    "data.datasets": ["read_market1501", "read_msmt17", "read_cion_al", "read_cuhk03np", "read_viper", "read_prcc", "read_ltcc", "read_mars"],
+    "data.check": ["check"],
+    "data.film": ["make_world", "render", "read_truth", "montage"],
+    "data.feature_worlds": ["feature_world"],
+    "data.detectors": ["HogDetector", "MotDetections", "OnnxDetector", "TorchvisionDetector"],
+    "data.tracking": ["track", "track_videos"],
+    "data.tracking_scores": ["tracking_scores"],
+    "models.architectures": ["InputSpec", "list_backbones"],
+    "models.checkpoints": ["load_backbone_weights"],
+    "models.backbones": ["create_backbone", "load_backbone", "save_backbone"],
+    "models.leaving": ["export_onnx", "export_torchscript"],
+    "models.features": ["OnnxModel", "embed", "extract"],
+    "identities.neighbours": ["cluster", "jaccard", "knn", "rerank"],
+    "identities.noise": ["noise"],
+    "identities.truth": ["identity_scores"],
+    "identities.calibration": ["calibrate"],
+    "identities.denoise": ["Denoised", "denoise"],
+    "identities.explain": ["explain", "explore", "export", "identity_sheet", "suspects"],
+    "retrieval.evaluate": ["evaluate", "evaluate_distances", "rank"],
+    "retrieval.protocols": ["evaluate_single_shot"],
+    "retrieval.gallery": ["Gallery"],
+    "training.pretrain": ["pretrain"],
+    "training.finetune": ["finetune"],
+    "training.cluster_contrast": ["uda", "usl"],
+    "companion.score": ["load_model", "score"],
+}
+
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs=_DOORS)
