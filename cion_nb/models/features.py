@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -24,6 +25,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn, Tensor
+
 from ..core.files import atomic, progress, read_json, resolve, write_json
 from ..core.images import open_image, to_rgb, UnreadableImage
 from ..core.samples import as_samples, write_samples
@@ -115,7 +117,8 @@ def _check_given(model: OnnxModel, images: np.ndarray, columns: list) -> None:
 # %% ../../nbs/2_models/05_features.ipynb #033ccf31
 def _onnx_session(path: Path, device: str):
     "onnxruntime's session of a file, or an error that says what to install or to mend."
-    try: import onnxruntime
+    try:
+        import onnxruntime
     except ImportError as e: raise ImportError('ONNX models need onnxruntime: pip install "cion_nb[onnx]"') from e
     if not path.is_file(): raise FileNotFoundError(f"no ONNX file at {path}")
     options = onnxruntime.SessionOptions()
