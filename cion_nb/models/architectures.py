@@ -11,6 +11,7 @@ import difflib
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Callable
+
 import pandas as pd
 import timm
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
 from ..core.settings import table5
 
 # %% ../../nbs/2_models/00_architectures.ipynb #2af33901

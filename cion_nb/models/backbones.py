@@ -8,8 +8,10 @@ __all__ = ['create_backbone', 'save_backbone', 'load_backbone']
 # %% ../../nbs/2_models/02_backbones.ipynb #758d25d9
 from dataclasses import asdict
 from pathlib import Path
+
 import safetensors.torch
 from torch import nn
+
 from ..core.files import atomic, read_json, resolve, write_json
 from .architectures import build_backbone, InputSpec
 from .checkpoints import load_backbone_weights

@@ -11,16 +11,25 @@ import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Mapping
+
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+
 from ..core.files import resolve
 from ..core.runs import is_main_process
 from ..core.weights import read_checkpoint
-from .architectures import (
-    Architecture, architecture, ARCHITECTURES, build_backbone, ConvStemViT, PlainVOLO, resize_grid)
+from cion_nb.models.architectures import (
+    Architecture,
+    architecture,
+    ARCHITECTURES,
+    build_backbone,
+    ConvStemViT,
+    PlainVOLO,
+    resize_grid,
+)
 
 # %% ../../nbs/2_models/01_checkpoints.ipynb #c65c9000
 _CONVNEXT = [(r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),

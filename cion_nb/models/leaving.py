@@ -13,9 +13,11 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable
+
 import timm
 import torch
 from torch import nn, Tensor
+
 from ..core.files import atomic, resolve, write_json
 from .architectures import InputSpec
 
@@ -117,8 +119,8 @@ def export_onnx(
     path = resolve(path)
     if path.suffix != ".onnx": raise ValueError(f"{path}: an ONNX file ends in .onnx")
     try:
-        import onnxruntime   # noqa: F401 (`_onnx_runner` and PyTorch's exporter use them; said here, before the work)
-        import onnxscript    # noqa: F401
+        import onnxruntime  # noqa: F401 (`_onnx_runner` and PyTorch's exporter use them; said here, before the work)
+        import onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError("export to ONNX needs onnx, onnxscript and onnxruntime: "
                           'pip install "cion_nb[onnx]"') from e

@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Callable, Iterable
+
 import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
 from ..core.files import fingerprint, read_json, runs_dir, write_json
 
 # %% ../../nbs/2_models/04_precision.ipynb #35694d3c
@@ -146,6 +148,7 @@ def _compute(func, leaves, spec, wants, short, slope=None):
 
 def _is_number(x) -> bool: return isinstance(x, Tensor) and x.is_floating_point()
 
+# %% ../../nbs/2_models/04_precision.ipynb #60767bfa
 def _tried(func, leaves, spec, wants) -> dict: # result and gradients -> relative L2 error
     "A product in bfloat16 against float32, from identical numbers."
     random, slopes = torch.Generator().manual_seed(0), {}
@@ -167,6 +170,7 @@ PRODUCTS = frozenset((
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum",
     "scaled_dot_product_attention"))
 
+# %% ../../nbs/2_models/04_precision.ipynb #ef89feb0
 class Watch(TorchFunctionMode):
     "Inside, every product in bfloat16 is tried once a shape; `readings` has what came of it."
     def __init__(self,
@@ -234,6 +238,7 @@ def probe(
     seconds = round(time.time() - began, 2)
     return Verdict(said is None, said, len(watch.readings), largest if _is_finite(largest) else None, seconds)
 
+# %% ../../nbs/2_models/04_precision.ipynb #e8350851
 def _complaint(readings, modules, losses) -> str | None:
     "One line against bfloat16: the worst product, else a gradient or a loss that is not finite."
     bad = [reading for reading in readings if reading.worst[1] > LIMIT]

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from numba import njit
+
 from ..core.files import first_few, progress as progress_bar
 from ..core.images import open_image, UnreadableImage
 from ..core.runs import processors

@@ -8,10 +8,12 @@ __all__ = ['Gallery']
 # %% ../../nbs/4_retrieval/03_gallery.ipynb #b0296858
 from pathlib import Path
 from typing import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+
 from ..core.files import atomic, read_json, resolve, write_json
 
 # %% ../../nbs/4_retrieval/03_gallery.ipynb #51f720f8
@@ -95,7 +97,8 @@ def _torch(self: Gallery, x, k):
 
 @patch
 def _faiss(self: Gallery, x, k):
-    try: import faiss
+    try:
+        import faiss
     except ImportError:
         raise ImportError("faiss is not installed: pip install faiss-cpu, or use backend='torch'") from None
     if getattr(self, "_index", None) is None:

@@ -8,11 +8,13 @@ __all__ = ['hardest', 'by_person', 'by_query_camera', 'PairDistances', 'pair_dis
 
 # %% ../../nbs/4_retrieval/02_inspection.ipynb #7d0c058f
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+
 from ..models.features import embed, normalise, to_pixels
 from .evaluate import answers_of, as_matrix, check_sizes, product_blocks, RetrievalScore
 

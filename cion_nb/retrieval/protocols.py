@@ -8,12 +8,13 @@ __all__ = ['sides', 'draw_keys', 'SingleShotScore', 'evaluate_single_shot', 'by_
 
 # %% ../../nbs/4_retrieval/01_protocols.ipynb #c64ffa93
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
+
 from ..core.files import counted, first_few
 from ..data.facts import facts_of
-from .evaluate import (
-    Answers, answers_of, as_matrix, check_sizes, evaluate, names_of, product_blocks)
+from .evaluate import Answers, answers_of, as_matrix, check_sizes, evaluate, names_of, product_blocks
 
 # %% ../../nbs/4_retrieval/01_protocols.ipynb #59743994
 def sides(
