@@ -85,9 +85,11 @@ class Settings(BaseModel):
 
     @classmethod
     def again(cls, name: str, default, source: str):
-        "A setting of this class for a class that builds on it, with another default."
+        "A setting of this class for a class that builds on it, with another default and the same limits."
         field = cls.model_fields[name]
-        return setting(default, field.description, source, field.json_schema_extra.get("since", ...))
+        known = ("ge", "gt", "le", "lt", "min_length", "max_length")
+        limits = {limit: getattr(m, limit) for m in field.metadata for limit in known if hasattr(m, limit)}
+        return setting(default, field.description, source, field.json_schema_extra.get("since", ...), **limits)
 
     @classmethod
     def paper(cls) -> dict:
