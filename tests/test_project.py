@@ -129,11 +129,14 @@ def test_rooms_import_only_rooms_above():
 
 
 def test_rooms_that_are_imported_by_name():
-    "`core/settings` finds a stage's class in a room below it by the paths of STAGES, when a recipe asks for it: no import statement."
+    """`core/settings` finds a stage's class in a room below it by the paths of STAGES, when a recipe asks for it:
+    no import statement."""
     from cion_nb.core.settings import STAGES
 
     assert set(STAGES.values()) <= set(MODULES)
-    by_name = [m for m in MODULES if re.search(r"import_module\(f?\"cion_nb", (ROOT / "cion_nb" / f"{m}.py").read_text())]
+    by_name = [
+        m for m in MODULES if re.search(r"import_module\(f?\"cion_nb", (ROOT / "cion_nb" / f"{m}.py").read_text())
+    ]
     assert by_name == ["companion/commands", "core/settings"], "a room is imported by name only where STAGES is read"
 
 

@@ -1,8 +1,9 @@
-"""The job scripts on a real SLURM of two simulated nodes. A pre-training is submitted, asked to stop, requeued, resumed, and
-ends with the bits of an uninterrupted run; denoising is three jobs; features are one.
+"""The job scripts on a real SLURM of two simulated nodes. A pre-training is submitted, asked to stop, requeued,
+resumed, and ends with the bits of an uninterrupted run; denoising is three jobs; features are one.
 
 Needs root. Where SLURM is not installed, CION_NB_TEST_SLURM=1 (or CI=true) allows `apt-get install` of it.
 """
+
 import json
 import os
 import re
@@ -200,7 +201,9 @@ def ended(cluster, jobs, out):
     "Waits for jobs; each must have completed."
     def state(job): return cluster.state(job)["JobState"]
 
-    cluster.until(lambda: all(state(j) not in ("PENDING", "RUNNING", "COMPLETING") for j in jobs), 240, "jobs did not end")
+    cluster.until(
+        lambda: all(state(j) not in ("PENDING", "RUNNING", "COMPLETING") for j in jobs), 240, "jobs did not end"
+    )
     assert all(state(j) == "COMPLETED" for j in jobs), "".join(f.read_text()[-2000:] for f in out.glob("*.out"))
 
 

@@ -154,7 +154,8 @@ def write_index(
     page = f"<title>cion_nb, {profile}</title><style>{STYLE}</style><body>{_head(profile)}{''.join(body)}</body></html>"
     out = report_folder(profile) / "index.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(out) as tmp: tmp.write_text(f"<!doctype html><html lang=en><meta "
+    with atomic(out) as tmp:
+        tmp.write_text(f"<!doctype html><html lang=en><meta "
                                             f"charset=utf-8>{page}", encoding="utf-8")
     return out
 
@@ -163,7 +164,8 @@ def _head(profile: str) -> str:
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}; commit {machine['commit']}"
     return (f"<h1>cion_nb: the companion at profile <code>{profile}</code></h1><p>Values under <em>paper</em> are the "
             f"CION paper's "
-            f"(<code>reports/paper/*.csv</code>). Values under <em>ours</em> come from runs on this machine: {html.escape(where)}. "
+            f"(<code>reports/paper/*.csv</code>). Values under <em>ours</em> come from runs on this machine: "
+            f"{html.escape(where)}. "
             "Different data: compare orders, not values.</p>")
 
 # %% ../../nbs/9_companion/02_report.ipynb #b130d43f

@@ -558,11 +558,10 @@ def notebooks() -> dict[str, Path]:
     "Name -> notebook of `nbs/reproduce/`, in running order."
     folder = project_root() / "nbs" / "reproduce"
     found = {name: folder / f"{name}.ipynb" for name in TITLES}
-    missing = [str(p) for p in found.values() if not p.exists()]
+    missing = [path for path in found.values() if not path.exists()]
     if missing:
         raise FileNotFoundError(
-            f"{', '.join(missing)} not found: the notebooks come with a checkout of the project, not with the "
-            f"installed package"
+            f"{missing[0]} not found: the notebooks come with a checkout of the project, not with the package"
         )
     return found
 

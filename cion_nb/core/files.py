@@ -110,7 +110,8 @@ def paper_file(
     "The .csv of a table or figure of the paper. ValueError that names those there are."
     folders = [project_root() / "reports" / "paper", _HERE.parent / "paper"]
     files = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.csv"))}
-    if name not in files: raise ValueError(f"the paper's {name!r} is not in {folders[0]}: there are {', '.join(sorted(files))}")
+    if name not in files:
+        raise ValueError(f"the paper's {name!r} is not in {folders[0]}: there are {', '.join(sorted(files))}")
     return files[name]
 
 # %% ../../nbs/0_core/00_files.ipynb #10b73988

@@ -479,7 +479,8 @@ def read_folder(
     unfit = [p for p, m in zip(paths, matches) if m is None]
     if not paths: raise ValueError(f"{root}: no images" + _but(others))
     if not fit: raise ValueError(f"{root}: none of {len(paths):,} images fits {pattern!r}, for example {paths[0]}")
-    if unfit: warnings.warn(f"{root}: {len(unfit):,} of {len(paths):,} images do not fit {pattern!r} and are left out: "
+    if unfit:
+        warnings.warn(f"{root}: {len(unfit):,} of {len(paths):,} images do not fit {pattern!r} and are left out: "
                             f"{first_few(unfit)}", stacklevel=2)
     if said := _misnamed(rule.groupindex): warnings.warn(f"{pattern!r}: {said}", stacklevel=2)
     fields = pd.DataFrame([m.groupdict() for m in matches if m], columns=list(rule.groupindex), dtype="string")
@@ -531,7 +532,8 @@ def _mixed_ids(ids: pd.Series, written: pd.Series, words: list, name: str, start
         those = f"{counted(len(words), 'word')} among the numbers of {name} ({first_few(map(repr, words))})"
         said.append(f"{those}: numbered from {start:,} on, `{name}_name` keeps them")
     twice = ids[written.index].duplicated(keep=False)
-    if twice.any(): said.append(f"{name} {first_few(map(repr, written[twice]))} are one number, "
+    if twice.any():
+        said.append(f"{name} {first_few(map(repr, written[twice]))} are one number, "
                                 f"and taken for one {name}; a group of another name keeps them apart")
     return said
 

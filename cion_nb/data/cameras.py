@@ -10,6 +10,7 @@ __all__ = ['stream', 'linear_light', 'jittered', 'Camera', 'axes_of', 'project',
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+
 import numpy as np
 
 # %% ../../nbs/1_data/03_cameras.ipynb #703d395f

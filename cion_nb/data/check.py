@@ -15,8 +15,16 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import counted, first_few
-from ..core.images import (
-    count_endings, decode_image, endings, list_files, ODDITIES, oddities_of, read_bytes, UnreadableImage)
+from cion_nb.core.images import (
+    count_endings,
+    decode_image,
+    endings,
+    list_files,
+    ODDITIES,
+    oddities_of,
+    read_bytes,
+    UnreadableImage,
+)
 from ..core.samples import as_samples, SPLITS
 from .facts import count_differences, DATASETS, facts_of
 
@@ -163,6 +171,7 @@ def _look(root: Path, path: str, decode: bool) -> tuple:
 def _look_all(root: Path, paths, decode: bool, workers, progress: bool) -> pd.DataFrame:
     "`_look` at every path, a row each."
     from concurrent.futures import ThreadPoolExecutor
+
     from tqdm.auto import tqdm
     quiet = not progress or os.environ.get("CION_NB_PROGRESS") == "0"
     threads = workers or min(16, 2 * (os.cpu_count() or 1))
@@ -215,7 +224,8 @@ def _look_at_oddities(files: pd.DataFrame, found: _Findings) -> None:
     if not len(depths): return
     counts = depths.value_counts().sort_index()
     by_depth = ", ".join(f"{n:,} as {bits} bits" for bits, n in counts.items())
-    if len(counts) > 1: by_depth += ("; depths differ, so their brightness is not comparable: "
+    if len(counts) > 1:
+        by_depth += ("; depths differ, so their brightness is not comparable: "
                                      "save them as 8 bits with one scale")
     images = counted(len(depths), "grey image has", "grey images have")
     found.note(f"{images} 16 bits, read by the brightest pixel: {by_depth}", bits=depths)

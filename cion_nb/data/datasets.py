@@ -17,8 +17,16 @@ import pandas as pd
 from ..core.files import counted, first_few, read_json, read_text, resolve
 from ..core.images import list_images
 from ..core.runs import Run
-from ..core.samples import (
-    DEFAULTS, known_splits, located, make_samples, read_samples, require_whole_tracklets, stamp, with_our_names)
+from cion_nb.core.samples import (
+    DEFAULTS,
+    known_splits,
+    located,
+    make_samples,
+    read_samples,
+    require_whole_tracklets,
+    stamp,
+    with_our_names,
+)
 from .facts import compared, find_home, homes, not_found, the_home
 
 # %% ../../nbs/1_data/01_datasets.ipynb #528e4af8

@@ -12,8 +12,10 @@ import re
 import warnings
 from pathlib import Path
 from typing import Iterable
+
 import numpy as np
 import pandas as pd
+
 from ..core.files import fingerprint, read_text
 from .videos import opencv, optional
 
@@ -171,6 +173,7 @@ class TorchvisionDetector:
                  device: str | None = None):              # None: a GPU where there is one
         import torch
         from torchvision.models import get_model
+
         from cion_nb.core.weights import fill_module
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.person, self.min_score = person, min_score

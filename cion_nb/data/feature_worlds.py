@@ -8,6 +8,7 @@ __all__ = ['feature_world', 'street_world']
 # %% ../../nbs/1_data/07_feature_worlds.ipynb #354dd958
 import numpy as np
 import pandas as pd
+
 from ..core.samples import make_samples
 
 # %% ../../nbs/1_data/07_feature_worlds.ipynb #35713660

@@ -842,7 +842,8 @@ def _render(world: World, root: Path, workers: int, told: dict) -> None:
 # %% ../../nbs/1_data/06_film.ipynb #8c52c7b4
 def _codec(path: Path):
     "OpenCV and the four-letter code for a suffix."
-    try: import cv2
+    try:
+        import cv2
     except ImportError as e: raise ImportError('writing video needs OpenCV: pip install "cion_nb[track]"') from e
     codes = {".avi": "MJPG", ".mp4": "mp4v"}
     if path.suffix not in codes:

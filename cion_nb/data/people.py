@@ -9,8 +9,10 @@ __all__ = ['FABRICS', 'TEXTURES', 'SKINS', 'HAIRS', 'JOINTS', 'PARTS', 'Garment'
 # %% ../../nbs/1_data/05_people.ipynb #a6ce8e4c
 from dataclasses import dataclass, replace
 from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageDraw
+
 from .cameras import axes_of, Camera, Canvas, cloth_folds, jittered, Light, light_of, linear_light, project
 from .scenery import expose, MARGIN, response_of, Scenery, shadow_contrast, sun_shadow, without_margin
 

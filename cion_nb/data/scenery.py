@@ -10,8 +10,10 @@ __all__ = ['SCENES', 'MARGIN', 'BANKS', 'make_thing', 'Sprite', 'without_margin'
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageDraw
+
 from .cameras import Camera, Canvas, Light, light_of, linear_light, noise_tile, project, rays, stream
 
 # %% ../../nbs/1_data/04_scenery.ipynb #2ac307df

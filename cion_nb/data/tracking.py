@@ -21,10 +21,12 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Iterator
+
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
+
 from ..core.files import atomic, fingerprint, progress, read_json, resolve, write_json
 from ..core.images import open_image
 from ..core.samples import make_samples, read_samples, write_samples

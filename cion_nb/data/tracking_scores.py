@@ -9,9 +9,11 @@ __all__ = ['DISTRACTORS', 'BENCHMARKS', 'TrackingScores', 'tracking_scores', 'ma
 import re
 import warnings
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
+
 from ..core.files import atomic
 from .detectors import box_iou, class_counts, class_numbers, read_mot
 from .videos import optional

@@ -14,9 +14,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
+
 import numpy as np
 import pandas as pd
 from PIL import Image
+
 from ..core.files import fingerprint, read_text
 from ..core.images import IMAGE_SUFFIXES, open_image, UnreadableImage
 

@@ -7,10 +7,12 @@ __all__ = ['ALIKE', 'OF_PEOPLE', 'NARROW', 'SUPPORT', 'PRECISION', 'NEAR', 'BLIN
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #692707a6
 from dataclasses import dataclass, field
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
+
 from .levels import clean_and_sum, closure, frames_restart, lay_out, reallocate
 from .linking import centre_on_videos, link_by_reciprocal, link_within, seen_together
 from .neighbours import jaccard, knn

@@ -19,6 +19,7 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -26,6 +27,7 @@ from filelock import FileLock, Timeout
 from numba import njit
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
+
 from ..core.files import atomic, counted, progress
 from ..core.images import IMAGE_SUFFIXES, open_image, UnreadableImage
 from ..core.samples import as_samples, COLUMNS
@@ -812,7 +814,8 @@ class Explorer:
 @patch
 def _build(self: Explorer, sigma_cst, sigma_drm, link):
     "The widgets."
-    try: import ipywidgets as widgets
+    try:
+        import ipywidgets as widgets
     except ImportError as e:
         raise ImportError('the interactive view needs ipywidgets: pip install "cion_nb[dev]"; '
                           "`sweep` and `identity_sheet` work without") from e

@@ -8,10 +8,12 @@ __all__ = ['TIE', 'Layout', 'lay_out', 'frames_restart', 'clean_and_sum', 'clean
 
 # %% ../../nbs/3_identities/04_levels.ipynb #90b84e8c
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
+
 from ..core.samples import as_samples, DEFAULTS
 from .pairs import close_pairs, cosine_distance, dot64, kernel, unit_rows
 

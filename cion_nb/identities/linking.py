@@ -7,9 +7,11 @@ __all__ = ['Together', 'seen_together', 'Links', 'link_within', 'link_by_recipro
 
 # %% ../../nbs/3_identities/05_linking.ipynb #0a604813
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from numba import njit
+
 from .levels import closure, link_by_threshold, link_in_videos
 from .neighbours import jaccard, knn
 from .noise import check_thresholds

@@ -10,12 +10,14 @@ __all__ = ['HALF', 'U32', 'BACKENDS', 'FAR', 'CLUSTERERS', 'Rows', 'rows_of', 'c
 # %% ../../nbs/3_identities/00_neighbours.ipynb #51997a6d
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import overload
 from scipy.sparse import csr_matrix, issparse
 from scipy.sparse.csgraph import connected_components
+
 from ..core.files import first_few, progress
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #5c97b891
@@ -249,7 +251,8 @@ def _empty_lists(n, k, device):
 # %% ../../nbs/3_identities/00_neighbours.ipynb #ecfa52d1
 def _search_faiss(rows, k, where="cpu"):
     "Candidates (n, k) from faiss's flat index of inner products; the row itself is among them."
-    try: import faiss
+    try:
+        import faiss
     except ImportError as e:
         raise ImportError("backend='faiss' needs faiss: pip install 'cion_nb[cpu]', "
                           "or 'cion_nb[gpu]' on a machine with a GPU") from e
@@ -270,7 +273,8 @@ def _keep_itself(index):
 
 def _faiss_gpus():
     "How many GPUs faiss can use; 0 without faiss."
-    try: import faiss
+    try:
+        import faiss
     except ImportError: return 0
     return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 
@@ -381,7 +385,8 @@ def _ivf_of(rows, probes, lists, seed):
     n, dim = rows.source.shape
     lists = min(n, max(1, int(4 * n**.5)) if lists is None else lists)
     if not 1 <= probes or not 1 <= lists: raise ValueError(f"probes={probes}, lists={lists}: at least 1")
-    try: import faiss
+    try:
+        import faiss
     except ImportError as e: raise ImportError("knn_approximate needs faiss: pip install 'cion_nb[cpu]'") from e
     ivf = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
     ivf.cp.min_points_per_centroid, ivf.cp.seed, ivf.nprobe = 1, seed, min(probes, lists)

@@ -7,9 +7,11 @@ __all__ = ['Noise', 'noise', 'noises', 'check_thresholds', 'estimate_total']
 
 # %% ../../nbs/3_identities/02_noise.ipynb #7d4f4f73
 from dataclasses import dataclass, field
+
 import numpy as np
 import pandas as pd
 from scipy.stats import chi2
+
 from .pairs import close_pairs, label_sums, radii, row_blocks, unit_centroids
 
 # %% ../../nbs/3_identities/02_noise.ipynb #08d10573

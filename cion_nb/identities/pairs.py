@@ -12,10 +12,12 @@ import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numba import njit
 from scipy.sparse import csr_matrix
+
 from ..core.files import first_few
 from ..core.runs import processors
 from ..models.precision import bf16_matmul_is_sound, cpu

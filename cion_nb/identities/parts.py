@@ -12,12 +12,21 @@ import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+
 import numpy as np
 import pandas as pd
 import torch
+
 from ..core.files import progress
-from .levels import (
-    add_rows, clean_and_sum, closure, link_by_threshold, link_in_videos, read_rows, reallocate)
+from cion_nb.identities.levels import (
+    add_rows,
+    clean_and_sum,
+    closure,
+    link_by_threshold,
+    link_in_videos,
+    read_rows,
+    reallocate,
+)
 from .linking import centre_on_videos, constrained_closure, link_by_reciprocal, seen_together
 from .pairs import group_sums, unit_centroids, unit_rows, UnitCentroids
 

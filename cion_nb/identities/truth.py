@@ -7,6 +7,7 @@ __all__ = ['IdentityScores', 'identity_scores']
 
 # %% ../../nbs/3_identities/03_truth.ipynb #f408015c
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 

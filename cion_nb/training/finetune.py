@@ -206,7 +206,8 @@ class FinetuneSettings(
 
     @classmethod
     def differences(cls, profile, chosen):
-        "The method's paper values, the profile, the method's own in it; at `paper` the baseline's released configuration."
+        """The method's paper values, the profile, the method's own in it; at `paper` the baseline's released
+        configuration."""
         refuse_unknown("method", chosen["method"], TUNINGS)
         mine = TUNINGS[chosen["method"]]
         found = mine.get("paper", {}) | cls.profiles.get(profile, {}) | mine.get(profile, {})

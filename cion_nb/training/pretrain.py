@@ -56,7 +56,11 @@ from .views import ImageStore, MultiCrop, normalise
 # %% ../../nbs/5_training/04_pretrain.ipynb #f3bf17f5
 class MethodSettings(Settings):
     "Which method."
-    method: str = setting("cion", "who counts as one person, and with which loss: a key of `METHODS`", "CION Tables 1-4")
+
+    method: str = setting(
+        "cion", "who counts as one person, and with which loss: a key of `METHODS`", "CION Tables 1-4"
+    )
+
 
 class IdentitySettings(Settings):
     "Which images, and who is who in them."

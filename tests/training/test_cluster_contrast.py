@@ -288,7 +288,8 @@ def test_recipes_are_the_released_scripts():
                           (dict(batch_size=64, images_per_epoch=64), "a batch needs 16 clusters"),
                           (dict(eps=.01, min_samples=5), "gave 0 clusters"),
                           (dict(clusterer="infomap"), "choose 'dbscan' or 'hdbscan'"),
-                          (dict(optimizer="sdg"), "choose 'sgd' or 'adam'"), (dict(k=3, batch_size=16), "multiple of k=3"),
+                          (dict(optimizer="sdg"), "choose 'sgd' or 'adam'"),
+                          (dict(k=3, batch_size=16), "multiple of k=3"),
                           (dict(epochs=2.5), "whole number"), (dict(erasing_fill=[0., 0.]), "three numbers"),
                           (dict(eps=1.), "between 0 and 1"),
                           (dict(k1=64), "the data set has 64 images"), (dict(iters=200), "not known")])

@@ -29,7 +29,8 @@ def test_one_person_is_an_error(people, runs, tmp_path):
 
 
 @pytest.mark.slow("trains networks")
-@pytest.mark.parametrize("changes,word", [(dict(optimizer="adamm"), "choose 'sgd' or 'adam'"), (dict(epochs=0), "must be positive"),
+@pytest.mark.parametrize("changes,word", [(dict(optimizer="adamm"), "choose 'sgd' or 'adam'"),
+                                          (dict(epochs=0), "must be positive"),
                                           (dict(batch_size=0), "must be positive")])
 def test_settings_that_cannot_work_are_refused(people, runs, changes, word):
     with pytest.raises(ValueError, match=word): finetune(recipe("finetune", "tiny", data=str(people), **changes))

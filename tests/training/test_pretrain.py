@@ -131,7 +131,8 @@ def test_a_recipes_erasing_reaches_the_views(people, runs):
     for rule in ("zhong", "timm"):
         assert (pretrain_room.MomentumContrast(asked(people, "lup", erasing_rule=rule)).views.recipe["erase_rule"]
                 == rule)
-    with pytest.raises(ValueError, match="erasing_rule='tim': choose 'zhong' or 'timm'"): pretrain(asked(people, "lup", erasing_rule="tim"))
+    with pytest.raises(ValueError, match="erasing_rule='tim': choose 'zhong' or 'timm'"):
+        pretrain(asked(people, "lup", erasing_rule="tim"))
 
 
 @pytest.mark.slow("trains networks")
