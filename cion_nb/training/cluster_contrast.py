@@ -102,7 +102,7 @@ class UslSettings(
     BudgetSettings, BatchSettings, StepSettings, CropSettings, NormSettings, MachineSettings,
 ):
     "Cluster contrast without labels."
-    epochs: Count = BudgetSettings.again("epochs", 50, "released script's default")
+    epochs: Count = setting(50, "epochs; each begins with a clustering of all images", "released script's default")
     images_per_epoch: Count = setting(
         51200, "images between two clusterings, a multiple of batch_size", "released scripts: 200 steps of 256")
     batch_size: Count = BudgetSettings.again("batch_size", 256, "released scripts")
