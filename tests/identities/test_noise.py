@@ -214,7 +214,7 @@ def test_sums_that_do_not_fit_lie_in_a_file_without_a_name(tmp_path, monkeypatch
     assert isinstance(big, np.memmap) and not big.any() and not list(tmp_path.iterdir())
     big[3] = 1
     assert big.sum() == 16 and not isinstance(_zeros((1000, 16)), np.memmap)
-    monkeypatch.setattr("cion_nb.identities.noise._zeros", lambda shape: _zeros(shape, in_memory=0))
+    monkeypatch.setattr("cion_nb.identities.pairs._zeros", lambda shape: _zeros(shape, in_memory=0))
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(300, 6)), rng.integers(0, 60, 300)
     on_disk = noise(x, labels, .3, .5)

@@ -292,7 +292,7 @@ def test_extraction_in_bf16_is_probed(runs, monkeypatch):
 
 
 def test_the_fast_product_of_noise_is_probed(monkeypatch):
-    monkeypatch.setattr("cion_nb.identities.noise.cpu", lambda: dict(avx512_bf16=True))
+    monkeypatch.setattr("cion_nb.identities.pairs.cpu", lambda: dict(avx512_bf16=True))
     bf16_matmul_is_sound.cache_clear()
     assert screen_type("cpu", 40) == "bfloat16"
     bf16_matmul_is_sound.cache_clear()
