@@ -193,14 +193,22 @@ class MomentumContrast(Pretraining):
 class WatchedRun(Run):
     "A run whose log is watched for collapse while it is written."
     watch: CollapseWatch | None = None
-    def log(self, **row) -> None:
-        if self.watch is not None:
-            known = set(self.watch.rang)
-            row["alarms"] = sorted(self.watch(row))
-            for name in self.watch.rang.keys() - known:
-                key, side, threshold, said = ALARMS[name]
-                warnings.warn(f"{self.name}: alarm {name!r} at image {row['seen']:,}: {key} = {row[key]:.3g} stays {side} {threshold:g}; {said}", RuntimeWarning, stacklevel=2)
-        super().log(**row)
+    def log(self, **row) -> None: super().log(**self._watched(row))
+
+    def write_log(self, rows: list) -> None:
+        "As every run; the watch of a resumed one sees again what its log keeps."
+        super().write_log([self._watched(row) for row in rows])
+
+    def _watched(self, row: dict) -> dict:
+        "The row with the alarms that ring; a new one is a warning."
+        if self.watch is None: return row
+        known = set(self.watch.rang)
+        row = row | dict(alarms=sorted(self.watch(row)))
+        for name in sorted(self.watch.rang.keys() - known):
+            key, side, threshold, said = ALARMS[name]
+            warnings.warn(f"{self.name}: alarm {name!r} at image {row['seen']:,}: {key} = {row[key]:.3g} stays {side} "
+                          f"{threshold:g}; {said}", RuntimeWarning, stacklevel=3)
+        return row
 
 # %% ../nbs/13_pretrain.ipynb #9a891e71
 TASKS = dict(identity=Distillation, moco=MomentumContrast)
