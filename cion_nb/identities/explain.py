@@ -640,6 +640,10 @@ def _safe_name(part):
     if len(safe.encode()) <= 200: return safe
     return safe.encode()[:150].decode(errors="ignore") + "%" + hashlib.sha256(part.encode()).hexdigest()[:16]
 
+def _digits(numbers, n):
+    "Each number with at least `n` digits, as text also where there is none."
+    return pd.Series([f"{i:0{n}d}" for i in numbers], index=numbers.index, dtype="string")
+
 def _tree_paths(table):
     "Where every image goes: video/<pid>_t<tracklet>/<n>_f<frame>.jpg, n counting in the folder by frame and row."
     suffix = table["path"].map(lambda p: os.path.splitext(p)[1].lower())
@@ -649,10 +653,10 @@ def _tree_paths(table):
         raise ValueError(f"column 'path', row {row}: {path!r} has no ending that the readers know as an image: "
                          f"{', '.join(sorted(IMAGE_SUFFIXES))}")
     video = table["video"].map({v: _folder_name(v) for v in table["video"].unique()})
-    number = {c: table[c].map("{:06d}".format) for c in ("pid", "tracklet", "frame")}
+    number = {c: _digits(table[c], 6) for c in ("pid", "tracklet", "frame")}
     folder = video.where(video == "", video + "/") + number["pid"] + "_t" + number["tracklet"]
     order = table["frame"].groupby(folder).rank(method="first").astype(int) - 1
-    return folder + "/" + order.map("{:05d}".format) + "_f" + number["frame"] + suffix
+    return folder + "/" + _digits(order, 5) + "_f" + number["frame"] + suffix
 
 # %% ../../nbs/3_identities/09_explain.ipynb #f8ab15a5
 def _write_tree(table, out, root, link):
