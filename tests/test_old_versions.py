@@ -3,16 +3,16 @@ denoised folder."""
 
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import TESTS
 
 import cion_nb as cion
 from cion_nb.core.runs import run_hash
 from cion_nb.models.features import embed
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+FIXTURES = TESTS / "fixtures"
 
 
 @pytest.fixture(scope="module")
