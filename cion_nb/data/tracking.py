@@ -383,6 +383,7 @@ def track_videos(
     detector="torchvision",    # as in `track`, loaded once
     camids=None,               # a camera per video; None: unknown
     on_unreadable: str = "raise",  # or "skip": warn and go on with the next
+    shard: tuple[int, int] | None = None,  # (i, n): every n-th video from the i-th on, and no joined table is written
     **settings,                # as in `track`
 ) -> pd.DataFrame:             # one table, tracklets unique over all videos, paths relative to `out`
     "Track video after video and join their tables; what is done is not done again."
@@ -390,7 +391,8 @@ def track_videos(
     named, camids = _named(videos, camids)
     out, detector, n, counts, empty = resolve(out), create_detector(detector), 0, {}, []
     tables = [make_samples([]).assign(**{c: np.zeros(0, np.float32) for c in BOX_COLUMNS})]
-    for (name, video), camid in zip(named, camids):
+    first, step = shard or (0, 1)
+    for (name, video), camid in list(zip(named, camids))[first::step]:
         try: table = track(video, out / _folder(name), detector, video_name=name, camid=camid, **settings)
         except UnreadableVideo as e:
             if on_unreadable == "raise": raise
@@ -407,7 +409,7 @@ def track_videos(
     if empty and not n: raise NothingLeft(f"nothing is left of {named_few(empty)}; the warnings say why")
     samples = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
     samples.attrs = dict(counts=counts)
-    write_samples(samples, out / "samples.parquet")
+    if shard is None: write_samples(samples, out / "samples.parquet")
     return samples
 
 # %% ../../nbs/1_data/10_tracking.ipynb #91a125fc

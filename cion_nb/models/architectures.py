@@ -100,19 +100,18 @@ vit_base          vit        vit_base_patch16_224          768 88385856 12.364 1
 swin_tiny         swin       swin_tiny_patch4_window7_224  768 27527082  3.130 0
 swin_small        swin       swin_small_patch4_window7_224  768 48853050  5.929 0
 swin_base         swin       swin_base_patch4_window7_224 1024 86764280 10.439 0
-standard_vit_tiny vit        vit_tiny_patch16_224          192  5511360  0.783 0
-standard_vit_small vit        vit_small_patch16_224         384 21639552  2.936 0
-standard_vit_base vit        vit_base_patch16_224          768 85746432 11.351 0
+standard_vit_tiny vit        vit_tiny_patch16_224          192  5511360  0.783 0 ours
+standard_vit_small vit        vit_small_patch16_224         384 21639552  2.936 0 ours
+standard_vit_base vit        vit_base_patch16_224          768 85746432 11.351 0 ours
 resnet101         resnet     resnet101                    2048 42500160  6.501 1
 resnet101_ibn     resnet_ibn resnet101                    2048 42500160  6.503 1
-resnet10_tiny     resnet     resnet10t                     256  1227936  0.235 1
-resnet10_tiny_ibn resnet_ibn resnet10t                     256  1227936  0.235 1
+resnet10_tiny     resnet     resnet10t                     256  1227936  0.235 1 ours
+resnet10_tiny_ibn resnet_ibn resnet10t                     256  1227936  0.235 1 ours
 """
 
 def _read_zoo(text):
-    for name, family, model, dim, parameters, gflops, bn in map(str.split, text.strip().splitlines()):
-        is_ours = name.startswith(("resnet10_tiny", "standard_"))
-        yield name, Architecture(name, family, model, int(dim), int(parameters), float(gflops), bn == "1", not is_ours)
+    for name, family, model, dim, parameters, gflops, bn, *ours in map(str.split, text.strip().splitlines()):
+        yield name, Architecture(name, family, model, int(dim), int(parameters), float(gflops), bn == "1", not ours)
 
 ARCHITECTURES: dict[str, Architecture] = dict(_read_zoo(_ZOO))
 
@@ -161,7 +160,7 @@ def _last_stride_1(model: nn.Module) -> None:
 
 def _resnet(arch, image_size, **kw):
     kw |= dict(num_classes=0, zero_init_last=False)
-    model = timm.create_model(arch.timm, **kw) if arch.in_paper else _tiny(**kw)
+    model = _tiny(**kw) if arch.timm == "resnet10t" else timm.create_model(arch.timm, **kw)
     _last_stride_1(model)
     if arch.family == "resnet_ibn": _use_ibn(model)
     return model
