@@ -10,7 +10,6 @@ from hypothesis import given, settings, strategies as st
 from places import PAPER_NUMBERS
 from torch import nn
 
-from cion_nb.models import architectures
 from cion_nb.models.architectures import ARCHITECTURES, count_gflops, FAMILIES, IBN, InputSpec, list_backbones
 from cion_nb.models.backbones import create_backbone
 from cion_nb.models.checkpoints import load_backbone_weights
