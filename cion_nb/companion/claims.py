@@ -89,8 +89,8 @@ def rooms_of(
         room = todo.pop()
         if room in found or room not in known or Path(room).name in ("settings", "runs"): continue
         found.add(room)
-        for dots, path in re.findall(r"^ *from (\.+)([\w.]+) import", _code(room, commit), re.M):
-            here = Path(room).parent if len(dots) == 1 else Path()
+        for start, path in re.findall(r"^ *from (\.+|cion_nb\.)([\w.]+) import", _code(room, commit), re.M):
+            here = Path(room).parent if start == "." else Path()
             todo.append((here / path.replace(".", "/")).as_posix())
     return sorted(found)
 

@@ -30,7 +30,7 @@ def code_cells(path):
     return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
 
 
-def execute(name, until=None, **parameters):
+def execute(name, until=None, profile="smoke", **parameters):
     """The namespace of a page after its code cells; `box` is what its last one shows. `until`: words of the first cell
     that is not run.
     """
@@ -42,7 +42,7 @@ def execute(name, until=None, **parameters):
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), names)
         names["box"] = eval(compile(ast.Expression(last.value), name, "eval"), names) if last else None
-        if "parameters" in cell["metadata"].get("tags", []): names |= parameters
+        if "parameters" in cell["metadata"].get("tags", []): names |= dict(profile=profile) | parameters
     plt.close("all")
     return names
 
