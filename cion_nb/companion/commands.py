@@ -624,14 +624,16 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e: return print(f"cion_nb: error: {e}", file=sys.stderr) or 2
     args = make_parser(argv[0]).parse_args(argv[1:])
     try: return int(COMMANDS[argv[0]].run(args) or 0)
-    except (ValueError, TypeError, LookupError, OSError, ImportError, _busy()) as e:
-        code = 2
-        said = e
-    except FloatingPointError as e:
-        code = 1
-        said = e
-    text = said.args[0] if isinstance(said, KeyError) and said.args else said
-    return print(f"cion_nb {argv[0]}: error: {text}", file=sys.stderr) or code
+    except BrokenPipeError:                                     # `cion_nb … | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (ValueError, TypeError, LookupError, OSError, ImportError, _busy()) as e: return _refused(argv[0], e, 2)
+    except FloatingPointError as e: return _refused(argv[0], e, 1)
+
+def _refused(command: str, error: BaseException, code: int) -> int:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    print(f"cion_nb {command}: error: {text}", file=sys.stderr)
+    return code
 
 def _busy() -> type:
     from cion_nb.core.runs import BusyRun
