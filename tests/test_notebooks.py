@@ -74,3 +74,11 @@ def test_readme_map_names_every_room():
 def test_tests_that_pages_name_are_there():
     named = {(called(p), file) for p in NOTEBOOKS for file in re.findall(r"\btests/[\w/]+\.py", p.read_text())}
     assert not sorted(n for n in named if not (ROOT / n[1]).is_file())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_lead_somewhere(path):
+    text = "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)\s#]+)", text)
+    dead = [link for link in links if "." in link and not (path.parent / link).exists()]
+    assert not dead, dead

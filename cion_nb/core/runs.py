@@ -346,10 +346,18 @@ def _bytes_in(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 def _states(names) -> list[_State]:
-    "The states of all runs whose names hold one of `names`; of all where there is none."
-    asked = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    "The states of the runs of these names; where none is called so, of all whose names hold one; of all without names."
     folders = sorted(f.parent for f in runs_dir().glob("*/recipe.json"))
-    return [_state_of(f) for f in folders if not names or any(name in f.name for name in asked)]
+    asked = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    exact = [f for f in folders if f.name in asked]
+    chosen = exact or [f for f in folders if not asked or any(name in f.name for name in asked)]
+    return [_state_or_damage(f) for f in chosen]
+
+def _state_or_damage(folder: Path) -> _State:
+    "One damaged folder does not hide the others."
+    try: return _state_of(folder)
+    except (ValueError, TypeError, AttributeError):
+        return _State(folder.name, "damaged", math.nan, "", _bytes_in(folder) / 1e6, folder)
 
 # %% ../../nbs/0_core/02_runs.ipynb #179fc7be
 def list_runs(

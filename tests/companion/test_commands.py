@@ -82,3 +82,36 @@ def test_seeds_on_a_command_line(people, runs, capsys):
     assert len({r["loss"] for r in results}) == 2 and said.startswith("seeds 0, 1")
     assert f"mAP {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f}" in said
     assert "--seeds 0: at least 1" in told(capsys, "finetune", "--seeds", "0")
+
+
+@pytest.mark.parametrize("line,word", [
+    ("extract x.parquet --model m --out o --set flip=False", "flip='False': true or false is needed"),
+    ("extract x.parquet --model m --out o --set batch_size=2.5", "batch_size=2.5: a whole number is needed"),
+    ("export m n.onnx --set normalise=no", "there is no model"),
+    ("export m n.onnx --format csv", "are for identities; this is a model"),
+    ("score m --data w.parquet --set reranked=banana", "reranked='banana': true or false is needed"),
+    ("score m --data w.parquet --protocol no_camera --set protocol=market", "protocol stands twice"),
+    ("pretrain --set profile=tiny", "--set profile: a profile is no setting"),
+    ("pretrain --recipe r.json --profile tiny", "--recipe brings its own profile"),
+    ("reproduce --recipe r.json --only table4", "leave --only and --set out"),
+    ("track nope.mp4 --out o", "nope.mp4"),
+    ("runs list nobody", "nobody"),
+])
+def test_what_would_be_taken_wrongly_is_refused(line, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "r.json").write_text(json.dumps(recipe("pretrain", "smoke")))
+    (tmp_path / "runs").mkdir()
+    if word == "there is no model": word = "no model at"
+    assert word in told(capsys, *line.split())
+
+
+def test_a_damaged_run_hides_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CION_NB_RUNS", str(tmp_path))
+    for name, text in (("a", "{"), ("b", json.dumps(recipe("pretrain", "smoke"))), ("b.bak", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.json").write_text(text)
+    assert main(["runs"]) == 0
+    said = capsys.readouterr().out
+    assert "damaged" in said and "asked" in said
+    assert main(["runs", "show", "b"]) == 0 and capsys.readouterr().out.startswith("b: asked"), "an exact name wins"
