@@ -206,6 +206,9 @@ def main() -> int:
     jobs, left = plan(seconds)
     told = [("nbdev_export + nbdev_clean change nothing", nbdev_changes_nothing(), time.time() - began)]
     tell(*told[0])
+    linting = time.time()
+    told.append(("make lint", one(*call([".ci/lint.py"], 120)), time.time() - linting))
+    tell(*told[1])
     with ThreadPoolExecutor(2) as pool:
         for job in as_completed([pool.submit(function, *arguments) for _, function, arguments in jobs]):
             for row in job.result():
