@@ -226,11 +226,11 @@ def _check_images(samples, root) -> None:
 def _table(name: str, root: str | None):
     "The samples that a command names, and the root of their paths."
     from cion_nb.core.samples import read_samples
-    from cion_nb.data.datasets import READERS
+    from cion_nb.data.datasets import data_sets, reader_of
     if name.endswith(".parquet"): return read_samples(_here(name)), _here(root) or _here(name).parent
-    refuse_unknown("samples", name, [n for n in READERS if n != "cion_al"])
+    refuse_unknown("samples", name, [n for n in data_sets() if n != "cion_al"])
     if root is None: raise ValueError(f"{name} needs --root: the folder that holds it")
-    return READERS[name](_here(root)), _here(root)
+    return reader_of(name)(_here(root)), _here(root)
 
 def _model(path: str):
     from cion_nb.companion.score import load_model

@@ -54,7 +54,7 @@ def load_model(
 # %% ../../nbs/9_companion/00_score.ipynb #c4474bb4
 def score(
     model,                          # from `load_model`, or anything that `extract` takes
-    data,                           # a name of `READERS`, a samples .parquet, or an embedded world's recipe
+    data,                           # one of `data_sets`, a samples .parquet, or an embedded world's recipe
     data_root: str | None = None,   # folder of that data set
     protocol: str = "market",       # one of `PROTOCOLS`
     flip: bool = False,             # average with mirrored images

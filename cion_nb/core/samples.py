@@ -471,14 +471,17 @@ def read_folder(
     root,    # image folder
     pattern, # e.g. "{split}/{pid}/{camid}_*.jpg", or a regex with named groups; matched against the path below `root`
     splits=None, # names of splits in your folders -> train, query, gallery or ""; "test" is understood as gallery
+    folders=None, # below `root`, that alone are read, and whole: there every image must fit; None: whatever fits
 ) -> pd.DataFrame: # rows in path order; unmatched files are counted in a warning and in `attrs`
-    "Any folder whose paths say who is on the image. ValueError if no path fits the pattern."
+    "Any folder whose paths say who is on the image. ValueError if no path fits the pattern, or one of `folders` not."
     rule, (paths, others) = _pattern(pattern), list_files(root)
+    if folders is not None: paths, others = _inside(root, folders, paths, others)
     matches = [rule.fullmatch(p) for p in paths]
     fit = [p for p, m in zip(paths, matches) if m]
     unfit = [p for p, m in zip(paths, matches) if m is None]
     if not paths: raise ValueError(f"{root}: no images" + _but(others))
     if not fit: raise ValueError(f"{root}: none of {len(paths):,} images fits {pattern!r}, for example {paths[0]}")
+    if unfit and folders is not None: raise _unfit(Path(root)/unfit[0], len(unfit) - 1, pattern)
     if unfit:
         warnings.warn(f"{root}: {len(unfit):,} of {len(paths):,} images do not fit {pattern!r} and are left out: "
                             f"{first_few(unfit)}", stacklevel=2)
@@ -496,6 +499,21 @@ def _between(match: re.Match, first: str, second: str) -> str:
     "What stands between two groups of a pattern; '' where one is absent or they come the other way."
     if not {first, second} <= set(match.re.groupindex): return ""
     return match.string[match.end(first):match.start(second)]
+
+# %% ../../nbs/0_core/04_samples.ipynb #55c4016f
+def _inside(root, folders, paths: list, others: list) -> tuple[list, list]:
+    "Of images and other files below `root` those in some folders; '.' is `root`. ValueError for one without an image."
+    starts = ["" if f == "." else f"{f}/" for f in folders]
+    for folder, start in zip(folders, starts):
+        if any(p.startswith(start) for p in paths): continue
+        raise ValueError(f"{Path(root)/folder} holds no image: unpack the data set again, or pass another root")
+    paths, others = ([n for n in names if n.startswith(tuple(starts))] for names in (paths, others))
+    return paths, others
+
+def _unfit(file: Path, n_more: int, pattern) -> ValueError:
+    "An error that names the first image that does not fit."
+    more = f", nor do {n_more:,} more" * (n_more > 0)
+    return ValueError(f"{file}: does not fit {pattern!r}{more}; take out what is not the data set's")
 
 # %% ../../nbs/0_core/04_samples.ipynb #44bc75d6
 def _numbered(rows: pd.DataFrame, where, below_person: bool = False) -> pd.DataFrame:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['READERS', 'SUBSETS', 'read_market1501', 'read_msmt17', 'read_cion_al', 'read_cuhk03np', 'read_viper', 'read_prcc',
-           'read_ltcc', 'read_mars', 'read_data']
+           'read_ltcc', 'read_mars', 'read_by_pattern', 'data_sets', 'reader_of', 'read_data']
 
 # %% ../../nbs/1_data/01_datasets.ipynb #c891cb00
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from cion_nb.core.samples import (
     known_splits,
     located,
     make_samples,
+    read_folder,
     read_samples,
     require_whole_tracklets,
     stamp,
     with_our_names,
 )
-from .facts import compared, find_home, homes, not_found, the_home
+from ..core.settings import refuse_unknown
+from .facts import compared, DATASETS, find_home, homes, not_found, the_home
 
 # %% ../../nbs/1_data/01_datasets.ipynb #528e4af8
 def _images_in(folder: Path) -> list[str]:
@@ -412,6 +415,23 @@ def _mars_queries(home: Path, test: pd.DataFrame) -> np.ndarray:
     if bad.any(): raise ValueError(f"{file} asks for row {asked[bad][0] + 1} of {test.row.max() + 1:,} tracklets")
     return asked
 
+# %% ../../nbs/1_data/01_datasets.ipynb #a916d5bf
+def read_by_pattern(
+    name: str,  # of an entry of `DATASETS` with a `pattern`
+    root,       # the data set's folder or, where the entry says its `folders`, one above it
+) -> pd.DataFrame: # in path order; paths relative to `root`; `attrs`: dataset, junk (images dropped)
+    """A data set whose paths follow one pattern. pid -1 (junk) is dropped and counted where people have numbers.
+    A warning where the counts are not the published; FileNotFoundError where it is not found;
+    ValueError for two copies side by side, an empty folder, a file of another name."""
+    facts, root, home = DATASETS[name], Path(root), Path(root)
+    word = facts.word or re.sub("[^a-z0-9]", "", name.lower())
+    if facts.folders: home = find_home(root, facts.title, word, facts.folders, anywhere=False)  # many have such folders
+    samples = read_folder(home, facts.pattern, facts.splits, facts.folders or (".",))
+    samples["path"] = _prefix(home, root) + samples["path"]
+    is_junk = (samples["pid"] == -1) & (samples["pid"] >= 0).any()
+    kept = samples[~is_junk].reset_index(drop=True)
+    return compared(stamp(kept, name, junk=int(is_junk.sum())))
+
 # %% ../../nbs/1_data/01_datasets.ipynb #938ca4c9
 READERS = dict(market1501=read_market1501, msmt17=read_msmt17, cion_al=read_cion_al,
                viper=read_viper, ltcc=read_ltcc, mars=read_mars)                             # data= of a recipe
@@ -420,12 +440,24 @@ READERS |= {f"prcc_{queries}": lambda root, queries=queries: read_prcc(root, que
 READERS |= {f"cuhk03np_{boxes}": lambda root, boxes=boxes: read_cuhk03np(root, boxes)
             for boxes in ("labeled", "detected")}
 
+# %% ../../nbs/1_data/01_datasets.ipynb #1d0218ac
+def data_sets() -> list[str]:
+    "Names that a recipe's `data` can have: those of `READERS`, and of the entries of `DATASETS` with a pattern."
+    return list(dict.fromkeys([*READERS, *(name for name, facts in DATASETS.items() if facts.pattern)]))
+
+def reader_of(
+    name: str,  # one of `data_sets`
+):              # root -> samples; of cion_al: annotation, root -> samples
+    "The reader of a data set: its own, or one made from its entry. ValueError for an unknown name, with the nearest."
+    refuse_unknown("data set", name, data_sets())
+    return READERS[name] if name in READERS else partial(read_by_pattern, name)
+
 # %% ../../nbs/1_data/01_datasets.ipynb #98422a47
 SUBSETS = dict(tracklets="unlabelled tracklets or pre-training images", train="the train split",
                test="query and gallery")
 
 def read_data(
-    recipe: dict,   # with `data` (a world's recipe, a name of `READERS`, a samples .parquet), `data_root`, `annotation`
+    recipe: dict,   # with `data` (a world's recipe, one of `data_sets`, a samples .parquet), `data_root`, `annotation`
     subset: str,    # one of `SUBSETS`
 ) -> tuple[pd.DataFrame, Path]:  # samples, and the root their paths start from
     "The images that a recipe's `data` names."
@@ -445,12 +477,12 @@ def read_data(
     return samples, root
 
 def _read_known(data, recipe):
-    "Samples and root of a data set by its reader's name."
-    if data not in READERS: raise ValueError(
-        f"data {data!r}: choose one of {', '.join(READERS)}, a samples .parquet file, or a world's recipe")
+    "Samples and root of a data set by its name."
+    try: reader = reader_of(data)
+    except ValueError as e: raise ValueError(f"{e}; or name a samples .parquet file, or a world's recipe") from None
     if not recipe.get("data_root"): raise ValueError(f"data {data!r} needs data_root: the folder that holds it")
     root = resolve(recipe["data_root"])
-    if data != "cion_al": return READERS[data](root), root
+    if data != "cion_al": return reader(root), root
     if not recipe.get("annotation"):
         raise ValueError("data 'cion_al' needs annotation: the JSON list of {id, file_path}")
     return read_cion_al(resolve(recipe["annotation"]), root), root

@@ -30,6 +30,10 @@ class DatasetFacts:
     queries_in_gallery: bool = False  # the official gallery has them too; the protocol takes out a query's own entry
     tracklets: dict|None = None   # split, or junk -> published tracklets
     total: int|None = None        # images in all, junk included, where not every split's count is published
+    pattern: str = ""             # how a file's path says what it is, as `read_folder` takes it; "": it has a reader
+    folders: tuple = ()           # of a set with a pattern: what its folder holds, by which it is found; (): not sought
+    splits: dict|None = None      # of a set with a pattern: what {split} of a path means, as `read_folder` takes it
+    word: str = ""                # of a set with a pattern: what its folder's name holds; "": its name in `DATASETS`
 
 # %% ../../nbs/1_data/00_facts.ipynb #5c135251
 DATASETS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from examples import paint
+from examples import paint, warned
 from hypothesis import given, settings, strategies as st
 
 from cion_nb.core import samples as S
@@ -114,6 +114,18 @@ def test_read_folder_patterns(tmp_path):
     with pytest.raises(ValueError, match="none of 3 images"): read_folder(tmp_path, "{pid}/{frame}.jpg")
     with pytest.raises(ValueError, match="is no field name"): read_folder(tmp_path, "{path}")
     with pytest.raises(FileNotFoundError): read_folder(tmp_path / "none", "*")
+
+
+def test_read_folder_of_some_folders_reads_them_whole(tmp_path):
+    for name in ("train/0001_c2.jpg", "trainer/0002_c2.jpg", "deep/er/0003_c1.jpg", "x.jpg"): paint(tmp_path / name)
+    (tmp_path / "clip.mp4").touch()
+    table, said = warned(read_folder, tmp_path, "**/{pid}_c{camid}.jpg", folders=["train", "deep/er"])
+    assert said == [] and table.pid.tolist() == [3, 1] and table.attrs == dict(
+        dataset="folder", pattern="**/{pid}_c{camid}.jpg", unmatched=0)
+    with pytest.raises(ValueError, match="query holds no image: unpack"):
+        read_folder(tmp_path, "**/{pid}_c{camid}.jpg", folders=["train", "query"])
+    with pytest.raises(ValueError, match=f"{tmp_path}/x.jpg: does not fit .*; take out"):
+        read_folder(tmp_path, "**/{pid}_c{camid}.jpg", folders=["."])
 
 
 def test_read_csv(tmp_path):
