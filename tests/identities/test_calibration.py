@@ -189,7 +189,7 @@ def test_a_proposal_reaches_what_it_is_for(world):
     features, samples = world
     calibration = calibrate(features, samples)
     assert set(calibration.parameters) == KEYS
-    assert all("certainly two people vouch" in w for w in calibration.warnings)       # few strangers meet in so few videos
+    assert all("certainly two people vouch" in w for w in calibration.warnings)       # few strangers meet here
     raw, made = (identity_scores(l, samples["pid"].to_numpy())
                  for l in (samples["tracklet"].to_numpy(), identities(calibration, features, samples)))
     assert made.f1 > 2.5 * raw.f1 and made.precision > 0.85
