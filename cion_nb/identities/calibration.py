@@ -670,8 +670,8 @@ TOO_NARROW = ("{why}: nothing tells which tracklets are certainly two people, an
               "person; "
               "the proposal links nothing (sigma_drm = 0)")
 
-DOUBTFUL = ("tracklets that are certainly two people vouch for {left:.0%} of the merged pairs only; that {believed:.0%} "
-            "are right rests on those left alone, who cannot see look-alikes that never meet in one video: where few "
+DOUBTFUL = ("tracklets that are certainly two people vouch for {left:.0%} of the merged pairs only; that "
+            "{believed:.0%} are right rests on those left alone, who cannot see look-alikes that never meet in one video: where few "
             "people come back this proposal may link strangers; look at sheets of what it merges")
 
 def _note_what_lacks(together, notes):
