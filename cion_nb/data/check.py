@@ -225,8 +225,7 @@ def _look_at_oddities(files: pd.DataFrame, found: _Findings) -> None:
     counts = depths.value_counts().sort_index()
     by_depth = ", ".join(f"{n:,} as {bits} bits" for bits, n in counts.items())
     if len(counts) > 1:
-        by_depth += ("; depths differ, so their brightness is not comparable: "
-                                     "save them as 8 bits with one scale")
+        by_depth += "; depths differ, so their brightness is not comparable: save them as 8 bits with one scale"
     images = counted(len(depths), "grey image has", "grey images have")
     found.note(f"{images} 16 bits, read by the brightest pixel: {by_depth}", bits=depths)
 

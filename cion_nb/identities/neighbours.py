@@ -31,8 +31,8 @@ def _number(value):
 @overload(_number, inline="always")
 def _compile_number(value):
     if not isinstance(value, types.Integer): return lambda value: np.float64(value)
-    return lambda value: np.float64(U32(
-        ((U32(value) & U32(0x8000)) << U32(16)) | ((U32(value) & U32(0x7fff)) << U32(13))).view(np.float32) * HALF)
+    return lambda value: np.float64(
+        U32(((U32(value) & U32(0x8000)) << U32(16)) | ((U32(value) & U32(0x7fff)) << U32(13))).view(np.float32) * HALF)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #55db0258
 _compiled = njit(nogil=True, cache=__name__.startswith("cion_nb"))

@@ -106,8 +106,9 @@ def test_stored_arms_of_other_programs_are_flagged(monkeypatch):
     rows = pd.DataFrame([dict(start=a, seed=s, mAP=.1 * s + .2 * (a == "cion"), run="finetune-bnneck-tiny-x", commit=c)
                          for a, c in (("cion", "aaa"), ("without", "bbb")) for s in range(3)])
     changed = []
-    monkeypatch.setattr(claims, "other_sources", lambda a, b,
-                        stage: () if a == b else tuple(r for r in changed if r in claims.rooms_of(stage)))
+    monkeypatch.setattr(
+        claims, "other_sources",
+        lambda a, b, stage: () if a == b else tuple(r for r in changed if r in claims.rooms_of(stage)))
     said = lambda: judge("a claim", rows, "start", "cion", "without")
     assert said() == "a claim: agrees (+20.0 ± 0.0 points, 3 seeds)"
     changed.append("identities/denoise")

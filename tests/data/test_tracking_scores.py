@@ -46,8 +46,7 @@ def random_mot(seed, classes):
                 mine.append((f, person + (100 if f > 15 and person % 3 == 0 else 0), x + rng.normal(0, 6),
                              y + rng.normal(0, 6), 40, 100, 0.9))
             if rng.random() < 0.1: mine.append((f, 1000 + person, *rng.uniform(0, 400, 2), 40, 100, 0.5))
-    mine = pd.DataFrame(mine,
-                        columns=["frame", "tracklet", "x", "y", "w", "h", "score"]).drop_duplicates(
+    mine = pd.DataFrame(mine, columns=["frame", "tracklet", "x", "y", "w", "h", "score"]).drop_duplicates(
         ["frame", "tracklet"])
     return pd.DataFrame(gt,
                         columns=list(MOT_COLUMNS)).round(2), mine.round(2).assign(video="v").sort_values(

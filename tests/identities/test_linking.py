@@ -320,8 +320,7 @@ def test_strangers_of_one_video_of_a_street_stay_apart(n, mark, centre):
     """
     for dim, apart in ((256, 6), (64, 5)):
         assert sum(len(np.unique(identities_in_a_street(n, mark, dim, seed, centre))) == n
-                   for seed in range(6)) >= apart, (
-            dim)
+                   for seed in range(6)) >= apart, dim
     # without the rule: never
     if mark == 1:
         assert sum(len(np.unique(identities_in_a_street(n, mark, 256, seed, centre, guarded=False))) == n
@@ -384,8 +383,8 @@ def test_link_by_reciprocal_refuses(change, message):
 def test_centring_is_its_formula_and_works_in_place():
     units, _ = people(3)
     video = np.random.default_rng(0).integers(5, 11, len(units))
-    wanted = np.stack([u - (n := (video == v).sum()) / (n + 20) * (units[video == v].mean(0) - units.mean(0)) for u,
-                       v in zip(units, video)])
+    wanted = np.stack([u - (n := (video == v).sum()) / (n + 20) * (units[video == v].mean(0) - units.mean(0))
+                       for u, v in zip(units, video)])
     assert np.allclose(centre_on_videos(units, video), unit(wanted), atol=1e-12)
     same = units.astype(np.float32)
     assert centre_on_videos(same, video, out=same) is same and np.allclose(same, unit(wanted), atol=1e-6)

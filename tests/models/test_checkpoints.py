@@ -120,8 +120,8 @@ def test_deeper_networks_are_refused_and_named(deep, shallow, blocks):
     the error says.
     """
     with torch.device("meta"): names = {k: v.shape for k, v in create_backbone(deep, (64, 32)).state_dict().items()}
-    file, model = {f"module.{k}": torch.zeros(()).expand(s) for k,
-                   s in names.items()}, create_backbone(shallow, (64, 32))
+    file, model = ({f"module.{k}": torch.zeros(()).expand(s) for k, s in names.items()},
+                   create_backbone(shallow, (64, 32)))
     with pytest.raises(ValueError,
                        match=f"deeper than a {shallow}, with {blocks}.*nothing was loaded. It holds all of a {deep}: "
                              f"name that backbone"):
@@ -131,8 +131,8 @@ def test_deeper_networks_are_refused_and_named(deep, shallow, blocks):
 
 
 def test_a_stage_more_is_refused_and_a_lone_layer_is_not():
-    file = wrap(MODEL, "") | {n.replace("layer4", "layer5"): v for n,
-                              v in MODEL.state_dict().items() if n.startswith("layer4")}
+    file = wrap(MODEL, "") | {n.replace("layer4", "layer5"): v for n, v in MODEL.state_dict().items()
+                              if n.startswith("layer4")}
     with pytest.raises(ValueError, match="with layer5 besides.*list_backbones.. has none as deep"):
         load_backbone_weights(MODEL, file)
     with pytest.warns(UserWarning, match="trunk has 2 entries.*norms"):

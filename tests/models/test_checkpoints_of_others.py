@@ -44,8 +44,8 @@ def test_lup(project):
              {"classifier.weight": (9, 512), "classifier.bias": (9,), "fc1.weight": (2048, 512), "fc1.bias": (2048,),
               "fc2.weight": (128, 2048), "fc2.bias": (128,)})
     heads = {name: torch.zeros(shape) for name, shape in heads.items()}
-    queues = {"queue": torch.zeros(128, 16), "queue_ptr": torch.zeros(1)} | ({
-        } if project == "lup" else {"queue_id": torch.zeros(16, 1), "prototypes": torch.zeros(9, 128)})
+    queues = ({"queue": torch.zeros(128, 16), "queue_ptr": torch.zeros(1)}
+              | ({} if project == "lup" else {"queue_id": torch.zeros(16, 1), "prototypes": torch.zeros(9, 128)}))
     encoder = lambda net: net.state_dict() | heads
     state = ({f"module.encoder_k.{k}": v for k, v in encoder(other).items()}
              | {f"module.encoder_q.{k}": v for k, v in encoder(good).items()}
@@ -112,8 +112,8 @@ def test_pass(tmp_path):
     report = load_backbone_weights(model,
                                    {"teacher": state,
                                     "student": {"module." + k: torch.zeros_like(v) for k, v in state.items()}})
-    assert (report.names, report.added, report.missing, report.unexpected, report.share) == ("pass", ["reg_token"], [
-        ], [], 1)
+    assert (report.names, report.added, report.missing, report.unexpected, report.share) == (
+        "pass", ["reg_token"], [], [], 1)
     f, x = {k.removeprefix("backbone."): v for k, v in state.items()}, torch.randn(2, 3, 256, 128)
     with torch.inference_mode():
         tokens = [f["cls_token"] + f["cls_pos"]] + [f[f"part_token{p}"] + f[f"part{p}_pos"] for p in (1, 2, 3)]
@@ -188,9 +188,8 @@ def test_solider(wrapper, tmp_path):
 
 def test_solider_without_semantics_is_swin():
     net, model = randomised(create_backbone("swin_tiny", (64, 32))), create_backbone("swin_tiny", (64, 32))
-    report = load_backbone_weights(model,
-                                   {"state_dict": {"module.backbone." + k: v for k,
-                                                   v in solider_file(net, semantic=False).items()}})
+    report = load_backbone_weights(
+        model, {"state_dict": {"module.backbone." + k: v for k, v in solider_file(net, semantic=False).items()}})
     assert report.added == [] and report.share == 1 and same(model, net)
 
 
@@ -273,9 +272,7 @@ def test_dinov3():
     vit = {k: v for k, v in create_backbone("standard_vit_tiny").state_dict().items() if k != "pos_embed"}
     vit = {"backbone." + k: v for k, v in vit.items()} | {"backbone.storage_tokens": torch.zeros(1, 4, 192),
                                                           "backbone.rope_embed.periods": torch.zeros(16)}
-    with pytest.warns(UserWarning,
-                      match="missing: pos_embed"), pytest.warns(UserWarning,
-                                                                match="storage_tokens.*rope_embed.*tokens or "
-                                                                      "positions"):
+    with pytest.warns(UserWarning, match="missing: pos_embed"), pytest.warns(
+            UserWarning, match="storage_tokens.*rope_embed.*tokens or positions"):
         report = load_backbone_weights(create_backbone("standard_vit_tiny"), {"teacher": vit})
     assert report.missing == ["pos_embed"] and "backbone.rope_embed.periods" in report.unexpected

@@ -175,8 +175,8 @@ def test_another_request_is_refused(pictures, tmp_path, what, change, finished):
     if not finished:
         request = json.loads((tmp_path / "s" / "features.json").read_text())
         (tmp_path / "s" / "features.json").unlink()
-        (tmp_path / "s"
-         / "partial.json").write_text(json.dumps(dict(request=request, read=20, written=20, unreadable=[])))
+        (tmp_path / "s" / "partial.json").write_text(
+            json.dumps(dict(request=request, read=20, written=20, unreadable=[])))
     with pytest.raises(FileExistsError, match=f"another request.*(?s:.*)  {what}: there .*, asked for"):
         extract(**asked | change, out=tmp_path / "s")
     assert len(extract(**asked, out=tmp_path / "s")) == 20, "what was there is untouched"
@@ -292,8 +292,8 @@ def test_every_kind_of_picture(pictures, tmp_path, mode):
 def onnx_file(path, inputs=((None, 8, 4, 3),), outputs=1):
     onnx = pytest.importorskip("onnx")
     from onnx import helper, TensorProto
-    named = [helper.make_tensor_value_info(f"in{i}", TensorProto.FLOAT, ["n" if d is None else d for d in s]) for i,
-             s in enumerate(inputs)]
+    named = [helper.make_tensor_value_info(f"in{i}", TensorProto.FLOAT, ["n" if d is None else d for d in s])
+             for i, s in enumerate(inputs)]
     nodes = [helper.make_node("ReduceMean", ["in0"], [f"out{i}"], axes=[1 + i, 2 + i], keepdims=0)
              for i in range(outputs)]
     out = [helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, None) for i in range(outputs)]

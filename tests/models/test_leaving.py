@@ -41,9 +41,8 @@ def test_export(zoo, arch, tmp_path):
         f"{onnx.spread:.2g} |")
     # GhostNet 1.3 rounds by 6e-3 of the distance between images by itself
     assert max(onnx.relative, script.relative) < min(allowed, 0.05) and onnx.spread > 1e-2
-    assert model.training == mode and all(torch.equal(a, b) for a,
-                                          b in zip(before.values(), model.state_dict().values())), (
-        "exporting changes nothing")
+    assert model.training == mode and all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())), "exporting changes nothing"
     assert json.loads((tmp_path / "m.onnx.json").read_text())["input"]["std"] == [1, 1, 1]
     assert script.input == model.input
     convolutions = lambda m: sum(isinstance(x, nn.Conv2d) for x in m.modules())

@@ -69,8 +69,8 @@ def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
 @pytest.mark.slow("trains networks")
 def test_approximate_search_that_looks_everywhere_is_the_exact_one(people, runs):
     exact, everywhere, little = (usl(quick(people, probes=p)) for p in (None, 1000, 1))
-    assert (exact.folder / "backbone.safetensors").read_bytes() == (everywhere.folder
-                                                                    / "backbone.safetensors").read_bytes()
+    assert (exact.folder / "backbone.safetensors").read_bytes() == (
+        everywhere.folder / "backbone.safetensors").read_bytes()
     assert np.isfinite(little.result["loss"])
 
 
@@ -148,8 +148,8 @@ def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, 
         assert done.returncode == 0, done.stderr[-2000:]
         a, b = (json.loads((f / "result.json").read_text()) for f in (folder, whole))
         assert (a["resumed"] == 1 and a["loss"] == b["loss"] and a["mAP"] == b["mAP"]
-                and (folder / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()), (
-            name)
+                and (folder / "backbone.safetensors").read_bytes() == (
+                    whole / "backbone.safetensors").read_bytes()), name
         logs = [
             [(row["seen"], row.get("clusters"), row.get("adjusted_rand"))
              for row in map(json.loads, (f / "log.jsonl").read_text().splitlines())] for f in (folder, whole)]
@@ -314,8 +314,8 @@ def test_later_epochs_keep_their_clusters_where_new_ones_fail(people, runs, monk
 
 @pytest.mark.slow("trains networks")
 def test_nan_features_stop_the_run(people, runs, monkeypatch):
-    monkeypatch.setattr(ClusterNet, "forward", lambda self,
-                        x: torch.full((len(x), self.embed_dim), float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        ClusterNet, "forward", lambda self, x: torch.full((len(x), self.embed_dim), float("nan"), requires_grad=True))
     with pytest.raises(FloatingPointError, match="64 images are not finite"): usl(quick(people))
 
 

@@ -110,9 +110,8 @@ def test_blur_equals_torchvisions_and_is_near_pils(sigma):
         assert (out - tv.gaussian_blur(image, kernel, sigma).float()).abs().max() <= .51
     # PIL approximates the Gaussian by box filters and repeats the edge pixels
     image = picture(128, 64, 3)
-    pil = np.array(
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).filter(ImageFilter.GaussianBlur(sigma))).transpose(
-        2, 0, 1)
+    pil = np.array(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).filter(
+        ImageFilter.GaussianBlur(sigma))).transpose(2, 0, 1)
     assert np.abs(blurred(image, sigma).numpy() - pil)[:, 8:-8, 8:-8].mean() < (.6 if sigma >= 1 else 1.5)
 
 
