@@ -87,9 +87,8 @@ def _counts(samples: pd.DataFrame, published: dict) -> pd.DataFrame:
     def known(name): return samples[name].where(samples[name] >= 0)
     people = known("pid").where(samples["pid"] != _distractor(samples))
     by_split = samples.assign(pid=people, camid=known("camid"), tracklet=known("tracklet")).groupby("split", sort=False)
-    table = pd.DataFrame(dict(
-        images=by_split.size(), people=by_split["pid"].nunique(), cameras=by_split["camid"].nunique(),
-        tracklets=by_split["tracklet"].nunique()))
+    table = pd.DataFrame(dict(images=by_split.size(), people=by_split["pid"].nunique(),
+                              cameras=by_split["camid"].nunique(), tracklets=by_split["tracklet"].nunique()))
     table = table.reindex([s for s in SPLITS if s in table.index or s in published], fill_value=0).astype("int64")
     def beside(values): return pd.array(list(values), dtype="Int64")
     if published:

@@ -112,9 +112,8 @@ def rows_of(
     _spread(lambda i, j: _measure(stored, i, j, largest, length), len(x))
     bad = np.flatnonzero(~((length > 1e-30) & (length < 1e30)))
     if len(bad):
-        raise ValueError(
-            f"{len(bad):,} row(s) of {name} are all zero, NaN or infinite, so they have no direction: "
-            f"rows {first_few(bad, 8)}. Leave these images out or extract them again.")
+        raise ValueError(f"{len(bad):,} row(s) of {name} are all zero, NaN or infinite, so they have no direction: "
+                         f"rows {first_few(bad, 8)}. Leave these images out or extract them again.")
     return Rows(x, stored, length, bool(np.abs(length - 1).max() < 1e-6))
 
 def _stored(x):

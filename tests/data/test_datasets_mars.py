@@ -34,9 +34,8 @@ def mars(home, lists_of_train=True):
     savemat(home / "info/query_IDX.mat", dict(query_IDX=np.array([QUERIES], float)))
     if lists_of_train:
         (home / "info/train_name.txt").write_text("\n".join(train))
-        savemat(home / "info/tracks_train_info.mat",
-                dict(track_train_info=np.array([[i + 1, i + 1, int(n[:4]), int(n[5])] for i, n in enumerate(train)],
-                                               float)))
+        savemat(home / "info/tracks_train_info.mat", dict(
+            track_train_info=np.array([[i + 1, i + 1, int(n[:4]), int(n[5])] for i, n in enumerate(train)], float)))
     return home
 
 

@@ -241,7 +241,6 @@ def test_missing_parts_say_what_to_install(monkeypatch):
 
 @pytest.mark.slow("starts processes")
 def test_import_is_light():
-    code = (
-        "import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', "
-        "'onnxruntime', 'torchvision', 'torch') if m in sys.modules])")
+    code = ("import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', "
+            "'onnxruntime', 'torchvision', 'torch') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"

@@ -159,10 +159,9 @@ def test_files_of_the_user_stay(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     for sigma in (.2, .3): denoise(x, samples, sigma_cst=sigma, out=tmp_path)
-    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == [".my.tmp.txt", ".provenance.notes",
-                                                                          "denoised.json", "links.parquet",
-                                                                          "provenance.parquet", "thesis.tex",
-                                                                          "tracklets.parquet"]
+    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == [
+        ".my.tmp.txt", ".provenance.notes", "denoised.json", "links.parquet", "provenance.parquet", "thesis.tex",
+        "tracklets.parquet"]
     (tmp_path / "b" / "denoise_work").mkdir(parents=True)
     (tmp_path / "b" / "denoise_work" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not made by denoise"): denoise(x, samples, out=tmp_path / "b")

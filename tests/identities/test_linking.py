@@ -292,9 +292,8 @@ def identities_in_a_street(n, mark, dim, seed, centre=None, persons=None, guarde
     def directions(k): return rng.standard_normal((k, dim)) / np.sqrt(dim)
     who = np.arange(n) if persons is None else np.asarray(persons)
     y = np.repeat(directions(n)[who] + mark * directions(1), 6, 0) + .9 * directions(6 * n)
-    tracklet, video = np.r_[samples["tracklet"],
-                            count + np.repeat(np.arange(n), 6)], np.r_[pd.factorize(samples["video"])[0],
-                                                                       np.full(6 * n, 12)]
+    tracklet, video = (np.r_[samples["tracklet"], count + np.repeat(np.arange(n), 6)],
+                       np.r_[pd.factorize(samples["video"])[0], np.full(6 * n, 12)])
     sums = np.zeros((count + n, dim))
     np.add.at(sums, tracklet, np.concatenate([x, unit(y)]))
     origin = np.zeros(count + n, np.int64)

@@ -83,9 +83,8 @@ def test_what_the_trunk_lost_is_named_and_heads_are_not(lost, prefix, recwarn):
 
 PARTS = sorted({name.rpartition(".")[0] for name in MODEL.state_dict()})
 HEADS = ["fc", "fc1", "linear", "classifier", "id_classifier", "head", "heads", "dino_head", "proj_head", "head_dist",
-         "projector", "predictor", "prototypes", "queue",
-         "bottleneck", "bottleneck_1", "bnneck", "feat", "feat_bn", "gem", "pool_layer", "b1", "b2", "b1_head",
-         "b21_head", "b3_pool", "pixel_mean"]
+         "projector", "predictor", "prototypes", "queue", "bottleneck", "bottleneck_1", "bnneck", "feat", "feat_bn",
+         "gem", "pool_layer", "b1", "b2", "b1_head", "b21_head", "b3_pool", "pixel_mean"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -206,9 +205,8 @@ def test_mmengine_keeps_the_average_as_state_dict():
     "Its EMAHook swaps the two when it saves, so that `state_dict` is what is to be used."
     average, trained, model = (create_backbone(**TINY) for _ in range(3))
     for mark in (dict(message_hub={}), dict(meta=dict(mmengine_version="0.10"))):
-        load_backbone_weights(model,
-                              dict(ema_state_dict=wrap(trained, "module.backbone."),
-                                   state_dict=wrap(average, "backbone."), **mark))
+        load_backbone_weights(model, dict(ema_state_dict=wrap(trained, "module.backbone."),
+                                          state_dict=wrap(average, "backbone."), **mark))
         assert torch.equal(model.conv1.weight, average.conv1.weight)
 
 
@@ -232,9 +230,8 @@ def test_ambiguous_tables_are_refused():
     load_backbone_weights(a, file, part="net_2")
     assert torch.equal(a.conv1.weight, b.conv1.weight)
     with pytest.raises(ValueError) as e:
-        load_backbone_weights(a,
-                              {"net": wrap(a, "x.") | wrap(create_backbone(**TINY), "y.")
-                               | wrap(create_backbone(**TINY), "")})
+        load_backbone_weights(
+            a, {"net": wrap(a, "x.") | wrap(create_backbone(**TINY), "y.") | wrap(create_backbone(**TINY), "")})
     assert sorted(re.findall("part='(.*?)'", str(e.value))) == ["net.", "x", "y"]
     load_backbone_weights(a, {"net_1": wrap(b, ""), "net_2": wrap(b, "")})
 

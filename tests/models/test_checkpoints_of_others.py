@@ -50,9 +50,8 @@ def test_lup(project):
     state = ({f"module.encoder_k.{k}": v for k, v in encoder(other).items()}
              | {f"module.encoder_q.{k}": v for k, v in encoder(good).items()}
              | {f"module.{k}": v for k, v in queues.items()})
-    report = load_backbone_weights(model,
-                                   {"epoch": 200, "arch": "resnet18", "state_dict": state,
-                                    "optimizer": {"state": {}, "param_groups": [{"lr": 0.3}]}})
+    report = load_backbone_weights(model, {"epoch": 200, "arch": "resnet18", "state_dict": state,
+                                           "optimizer": {"state": {}, "param_groups": [{"lr": 0.3}]}})
     assert (report.place, report.prefix, report.share) == (("state_dict",), "module.encoder_q.", 1)
     assert sorted(report.unexpected) == sorted("module.encoder_q." + h for h in heads)
     assert len(report.outside) == len(encoder(other)) + len(queues)
@@ -79,9 +78,8 @@ def test_transreid_ssl(arch, stage):
                                       "classifier.weight": torch.zeros(9, 192), "bottleneck.bias": torch.zeros(192)}
     with warnings.catch_warnings(record=True) as said: report = load_backbone_weights(model, file)
     assert ["sie_embed" in str(w.message) for w in said] == [True] * (stage == "fine-tuned")
-    assert (report.share, report.missing, report.prefix) == (1, [],
-                                                             dict(pretrained="backbone.",
-                                                                  converted="").get(stage, "base."))
+    assert (report.share, report.missing, report.prefix) == (1, [], dict(pretrained="backbone.", converted="").get(
+        stage, "base."))
     assert report.unexpected == (["base.sie_embed"] if stage == "fine-tuned" else [])
     assert same(model, good)
 
@@ -109,9 +107,8 @@ def test_pass(tmp_path):
     """
     net, state = pass_file()
     model = create_backbone("standard_vit_tiny")
-    report = load_backbone_weights(model,
-                                   {"teacher": state,
-                                    "student": {"module." + k: torch.zeros_like(v) for k, v in state.items()}})
+    report = load_backbone_weights(model, {"teacher": state,
+                                           "student": {"module." + k: torch.zeros_like(v) for k, v in state.items()}})
     assert (report.names, report.added, report.missing, report.unexpected, report.share) == (
         "pass", ["reg_token"], [], [], 1)
     f, x = {k.removeprefix("backbone."): v for k, v in state.items()}, torch.randn(2, 3, 256, 128)
@@ -198,9 +195,8 @@ def test_fast_reid():
     "Its baseline, and the MGN that LUP fine-tunes, whose global branch is the rest of the network."
     good, model = randomised(create_backbone("resnet50_ibn", (64, 32))), create_backbone("resnet50_ibn", (64, 32))
     pixels = {"pixel_mean": torch.zeros(1, 3, 1, 1), "pixel_std": torch.ones(1, 3, 1, 1)}
-    baseline = {"model": wrap(good, "backbone.") | pixels | {"heads.bottleneck.0.weight": torch.ones(2048),
-                                                             "heads.classifier.weight": torch.zeros(9, 2048)},
-                "iteration": 7}
+    baseline = {"model": wrap(good, "backbone.") | pixels | {
+        "heads.bottleneck.0.weight": torch.ones(2048), "heads.classifier.weight": torch.zeros(9, 2048)}, "iteration": 7}
     report = load_backbone_weights(model, baseline)
     assert (report.place, report.prefix, report.share, report.unexpected, len(report.outside)) == (
         ("model",), "backbone.", 1, [], 4)

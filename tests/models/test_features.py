@@ -109,8 +109,7 @@ def test_killed_at_random_moments_and_resumed(pictures, tmp_path):
     def start(out):
         code = SCRIPT.format(tests=str(TESTS), root=str(pictures), out=str(out))
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True,
-                                env={**os.environ, "CION_NB_PROGRESS": "0", "OMP_NUM_THREADS": "1"})
+                                text=True, env={**os.environ, "CION_NB_PROGRESS": "0", "OMP_NUM_THREADS": "1"})
     whole = start(tmp_path / "whole")
     marker, stood = tmp_path / "killed" / "partial.json", []
     for target in (4, 41, 70):
@@ -338,8 +337,7 @@ def test_onnx_file_equals_its_torch_model(pictures, tmp_path):
     pytest.importorskip("onnxscript")
     model = create_backbone("resnet10_tiny_ibn", (64, 32)).eval()
     torch.onnx.export(model, (torch.zeros(2, 3, 64, 32),), tmp_path / "m.onnx", dynamo=True, external_data=False,
-                      verbose=False,
-                      dynamic_shapes=({0: torch.export.Dim("n")},))
+                      verbose=False, dynamic_shapes=({0: torch.export.Dim("n")},))
     samples, onnx = make_samples(names(9)), OnnxModel(tmp_path / "m.onnx", model.input)
     a = extract(samples, pictures, model, tmp_path / "a", precision="float32")
     b = extract(samples, pictures, onnx, tmp_path / "b", precision="float32", batch_size=4)

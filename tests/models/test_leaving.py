@@ -36,9 +36,8 @@ def test_export(zoo, arch, tmp_path):
     allowed = max(1e-3, 20 * rounding(model, size))
     onnx = export_onnx(model, tmp_path / "m.onnx", tolerance=allowed)
     script = export_torchscript(model, tmp_path / "m.pt", normalise=False, tolerance=allowed)
-    print(
-        f"| {arch} | {onnx.relative:.1e} | {script.relative:.1e} | {onnx.megabytes:.1f} | {script.megabytes:.1f} | "
-        f"{onnx.spread:.2g} |")
+    print(f"| {arch} | {onnx.relative:.1e} | {script.relative:.1e} | {onnx.megabytes:.1f} | {script.megabytes:.1f} | "
+          f"{onnx.spread:.2g} |")
     # GhostNet 1.3 rounds by 6e-3 of the distance between images by itself
     assert max(onnx.relative, script.relative) < min(allowed, 0.05) and onnx.spread > 1e-2
     assert model.training == mode and all(

@@ -266,9 +266,8 @@ def test_rank_lists_follow_the_order_of_the_score(tmp_path):
             assert shown["rank"].tolist() == list(range(1, len(shown) + 1))
             assert entries["rank"][entries.verdict == "ignored"].isna().all()
             junk = gallery.pid[entries.gallery].to_numpy() == -1
-            own = (gallery.pid[entries.gallery]
-                   == query.pid[i]).to_numpy() & (gallery.camid[entries.gallery]
-                                                  == query.camid[i]).to_numpy() & (query.camid[i] >= 0)
+            own = ((gallery.pid[entries.gallery] == query.pid[i]).to_numpy()
+                   & (gallery.camid[entries.gallery] == query.camid[i]).to_numpy() & (query.camid[i] >= 0))
             assert ((entries.verdict == "ignored").to_numpy() == (junk | own)).all()
             top = rank(q, g, query, gallery, k=4, memory=memory)
             pd.testing.assert_frame_equal(top[top["query"] == i].reset_index(drop=True),

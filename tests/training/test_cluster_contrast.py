@@ -150,9 +150,8 @@ def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, 
         assert (a["resumed"] == 1 and a["loss"] == b["loss"] and a["mAP"] == b["mAP"]
                 and (folder / "backbone.safetensors").read_bytes() == (
                     whole / "backbone.safetensors").read_bytes()), name
-        logs = [
-            [(row["seen"], row.get("clusters"), row.get("adjusted_rand"))
-             for row in map(json.loads, (f / "log.jsonl").read_text().splitlines())] for f in (folder, whole)]
+        logs = [[(row["seen"], row.get("clusters"), row.get("adjusted_rand"))
+                 for row in map(json.loads, (f / "log.jsonl").read_text().splitlines())] for f in (folder, whole)]
         assert logs[0] == logs[1], f"{name}: the log tells every epoch once"
 
 
@@ -334,7 +333,6 @@ def test_hardly_any_readable_image_is_named(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "torn")
     for path in read_samples(people).query("split == 'train'").path[4:]: (root / path).write_bytes(b"torn")
-    with pytest.warns(UserWarning), pytest.raises(ValueError,
-                                                  match="60 of 64 images could not be read, and k1=6 needs more than "
-                                                        "4"):
+    with pytest.warns(UserWarning), pytest.raises(
+            ValueError, match="60 of 64 images could not be read, and k1=6 needs more than 4"):
         usl(quick(root / "samples.parquet"))

@@ -107,9 +107,8 @@ def test_released_settings_and_views_agree_where_both_state_them():
     for method, name in (("cion", "paper"), ("released", "released")):
         r = recipe("pretrain", "paper", method=method)
         views = VIEW_RECIPES[name]
-        assert (r["global_scale"], r["local_scale"], r["aspect"]) == tuple(list(views[k])
-                                                                           for k in ("global_scale", "local_scale",
-                                                                                     "ratio"))
+        assert (r["global_scale"], r["local_scale"], r["aspect"]) == tuple(
+            list(views[k]) for k in ("global_scale", "local_scale", "ratio"))
         assert r["augmentation"] == name
 
 
