@@ -59,8 +59,8 @@ def test_table_2_has_two_exceptions_and_table_6_agrees_with_it():
     for r in two[two.method == "Ours"].itertuples():
         row = six.loc[{"R50": "resnet50", "R50-IBN": "resnet50_ibn", "ViT-S": "vit_small"}[r.backbone]]
         columns = ("uda_ms2mar", "uda_mar2ms") if r.setting == "UDA" else ("usl_market", "usl_msmt")
-        assert [r.task1_map, r.task1_r1, r.task2_map, r.task2_r1] == [row[f"{c}_{k}"] for c in columns
-                                                                      for k in ("map", "r1")]
+        assert [r.task1_map, r.task1_r1, r.task2_map, r.task2_r1] == [
+            row[f"{c}_{k}"] for c in columns for k in ("map", "r1")]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -102,8 +102,9 @@ def test_recipes_are_nobodys_tables():
     ("world", dict(seed=True), "a whole number"),
     ("extract", dict(flip=1), "extract setting flip=1: true or false"),
     ("extract", dict(model=3), "text or a recipe"), ("usl", dict(ghost_bn=1), "at least 2"),
-    ("usl", dict(images_per_epoch=None), "a value is needed"), ("finetune", dict(lr="fast", k=0), "setting lr='fast': "
-        "a number is needed; finetune setting k=0: must be positive"),
+    ("usl", dict(images_per_epoch=None), "a value is needed"),
+    ("finetune", dict(lr="fast", k=0),
+     "setting lr='fast': a number is needed; finetune setting k=0: must be positive"),
     ("finetune", dict(epochs=float("inf")), "finite"), ("finetune", dict(batchsize=3), "did you mean 'batch_size'"),
     ("pretrain", dict(method="dimo"), "did you mean 'dino'"),
     ("pretrain", dict(n_id=4), "pretrain setting n_id=4: a list"), ("finetun", {}, "did you mean 'finetune'")])

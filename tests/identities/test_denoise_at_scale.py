@@ -169,8 +169,8 @@ def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
         assert main(["denoise", str(features), str(samples), "--out", str(tmp_path / "x"), *more]) == 2
         assert message in capsys.readouterr().err
     p = subprocess.run([sys.executable, "-m", "cion_nb", "denoise", str(folder / "nothing.npy"),
-                        str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True,
-                       text=True)
+                        str(folder / "samples.parquet"), "--out", str(tmp_path / "x")],
+                       env=ENV, capture_output=True, text=True)
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
 

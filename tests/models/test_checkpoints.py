@@ -162,14 +162,12 @@ def test_a_prefix_that_holds_a_part_is_refused():
         load_backbone_weights(MODEL, file)
 
 
-@pytest.mark.parametrize("file, prefix",
-                         [
+@pytest.mark.parametrize("file, prefix", [
     (lambda net: {"state_dict": wrap(net, "model.backbone.") | {"model.head.weight": torch.ones(2)},
                   "pytorch-lightning_version": "2", "hyper_parameters": {"lr": .1},
                   "callbacks": {"ModelCheckpoint{}": {"best": torch.tensor(.5)}}}, "model.backbone."),
-                          (lambda net: {"state_dict": wrap(net, "module.")}, "module."),
-    (lambda net: {"net": wrap(net, "module.module.")}, "module.module.")],
-                         ids=["lightning", "DataParallel", "twice"])
+    (lambda net: {"state_dict": wrap(net, "module.")}, "module."),
+    (lambda net: {"net": wrap(net, "module.module.")}, "module.module.")], ids=["lightning", "DataParallel", "twice"])
 def test_wrappers(file, prefix, capsys):
     report = load_backbone_weights(create_backbone(**TINY), file(MODEL))
     assert (report.prefix, report.share) == (prefix, 1) and capsys.readouterr().out == ""

@@ -67,8 +67,8 @@ def test_rows_belong_to_their_samples(pictures, tmp_path, paths, batch_size, wor
                        atol=1e-3 if precision == "float16" else 1e-5)
     assert f.x.dtype == precision and isinstance(f.x, np.memmap) and len(f) == len(good)
     assert np.array_equal(np.load(tmp_path / "s" / "features.npy"), f.x)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", "features.json", "features.npy",
-                                                                  "samples.parquet", "unreadable.parquet"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        ".lock", "features.json", "features.npy", "samples.parquet", "unreadable.parquet"]
 
 
 def test_threads_change_nothing_and_batches_next_to_nothing(pictures, tmp_path):

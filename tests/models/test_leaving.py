@@ -16,8 +16,8 @@ from cion_nb.models.checkpoints import load_backbone_weights
 from cion_nb.models.leaving import export_onnx, export_torchscript
 
 # Files that leave.
-EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else [a for a in SMALLEST[:10]
-                                                               if a not in ("resnet18", "convnext_tiny", "volo_d1")]
+EXPORTED = (PAPER if os.environ.get("CION_NB_EXPORT_ALL")
+            else [a for a in SMALLEST[:10] if a not in ("resnet18", "convnext_tiny", "volo_d1")])
 
 
 @pytest.mark.slow("exports networks")

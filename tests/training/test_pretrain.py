@@ -153,8 +153,8 @@ def test_fit_is_dinos_loop(people, runs):
     named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
     decays = lambda n, p: p.ndim > 1 and not n.endswith(".bias")
     optimizer = torch.optim.SGD([dict(params=[p for n, p in named if decays(n, p)]),
-                                 dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)], lr=1.,
-                                momentum=.9)
+                                 dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)],
+                                lr=1., momentum=.9)
     rows = [b for n_pass in range(2) for b in plain.sampler(1, n_pass, 0, 0, 1)][:6]
     cosine = lambda a, b, k, n: b + .5 * (a - b) * (1 + np.cos(np.pi * k / n))
     for step in range(6):

@@ -26,8 +26,8 @@ def check_plan(labels, plan, n_id, batch_size):
     assert used[n >= n_id].max(initial=0) <= 1
     for group, who in zip(groups, owner[:, 0]):
         if counts[who] < n_id:
-            assert set(np.bincount(np.unique(group, return_inverse=True)[1])) <= {n_id // counts[who],
-                                                                                  n_id // counts[who] + 1}
+            assert set(np.bincount(np.unique(group, return_inverse=True)[1])) <= {
+                n_id // counts[who], n_id // counts[who] + 1}
             assert len(set(group)) == counts[who]
     made = np.bincount(owner[:, 0], minlength=len(counts))
     assert (made <= np.maximum(counts // n_id, 1)).all()
