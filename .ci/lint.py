@@ -33,10 +33,8 @@ def crowded(text: str):
                 if a.end_lineno == b.lineno: yield b.lineno, "two statements on a line"
             if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef, ast.Lambda)): continue
             first, line = block[0], head_line(node, name)
-            if line == first.lineno and not (
-                len(block) == 1
-                and (isinstance(first, GUARDS) or first.end_lineno == first.lineno and simple(node, first))
-            ):
+            if line == first.lineno and not (len(block) == 1 and (
+                    isinstance(first, GUARDS) or first.end_lineno == first.lineno and simple(node, first))):
                 yield first.lineno, "a statement after a colon that is no guard"
 
 
@@ -48,23 +46,17 @@ def head_line(node, name) -> int:
 def simple(node, first) -> bool:
     "A loop, a context or an attempt around one short statement reads as one."
     return isinstance(node, (ast.For, ast.With, ast.While, ast.Try, ast.ExceptHandler, ast.If)) and not isinstance(
-        first, (ast.If, ast.For, ast.With, ast.While, ast.Try)
-    )
+        first, (ast.If, ast.For, ast.With, ast.While, ast.Try))
 
 
 def main():
     files = sorted([*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("tests/**/*.py"), *ROOT.glob(".ci/*.py")])
     files = [f for f in files if ".ipynb_checkpoints" not in f.parts]
     if not files: sys.exit("nothing to lint: the layout has changed, and this script has not")
-    found = [
-        f"{where}, line {line}: {what}" for f in files for where, text in sources(f) for line, what in crowded(text)
-    ]
-    p = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--quiet", "--output-format", "concise", *map(str, files)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    found = [f"{where}, line {line}: {what}" for f in files for where, text in sources(f)
+             for line, what in crowded(text)]
+    p = subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", "--output-format", "concise",
+                        *map(str, files)], cwd=ROOT, capture_output=True, text=True)
     found += [line for line in p.stdout.splitlines() if line.strip()]
     if p.returncode not in (0, 1): sys.exit(p.stderr)
     print(*found, sep="\n")

@@ -10,8 +10,7 @@ from cion_nb.models.backbones import create_backbone
 
 PAPER = [a.name for a in ARCHITECTURES.values() if a.in_paper]
 SMALLEST = ["ghostnet_0_5", "edgenext_x_small", "repvit_m0_9", "fastvit_s12", "resnet18", "resnet18_ibn",
-            "convnext_tiny", "volo_d1",
-            "vit_tiny", "swin_tiny", "resnet10_tiny", "resnet10_tiny_ibn"]
+            "convnext_tiny", "volo_d1", "vit_tiny", "swin_tiny", "resnet10_tiny", "resnet10_tiny_ibn"]
 TINY = dict(name="resnet10_tiny", image_size=(64, 32))
 
 

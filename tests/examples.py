@@ -124,8 +124,8 @@ def three_people(cls=lambda i: 1, flag=lambda i: 1, ids=lambda i: i, n=30, speed
 
 
 def written(path, table, first=1, sep=",", encoding="utf-8"):
-    path.write_bytes(table.assign(frame=table["frame"] + first).to_csv(header=False, index=False,
-                                                                       sep=sep).encode(encoding))
+    path.write_bytes(
+        table.assign(frame=table["frame"] + first).to_csv(header=False, index=False, sep=sep).encode(encoding))
     return path
 
 

@@ -16,9 +16,9 @@ JOB = JOBS / "training_job.py"
 
 def job(folder, *args, processes=1, check=True, start_new_session=False, **env):
     "Run the job in its own process(es); returns the finished process."
-    launch = [sys.executable, str(JOB)] if processes == 1 else [sys.executable, "-m", "torch.distributed.run",
-                                                                "--nproc_per_node", str(processes), "--master_port",
-                                                                str(random.randint(20000, 40000)), str(JOB)]
+    launch = [sys.executable, str(JOB)] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+        "--master_port", str(random.randint(20000, 40000)), str(JOB)]
     env = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", ACCELERATE_USE_CPU="true") | env
     p = subprocess.run([*launch, str(folder), *map(str, args)], env=env, capture_output=True, text=True, timeout=240,
                        start_new_session=start_new_session)

@@ -8,6 +8,7 @@ from places import ROOT
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PAGES = [p for p in NOTEBOOKS if p.parent.name == "reproduce"]
 LARGEST = 300_000        # characters of a cell's outputs
+HEAVIEST = 600_000       # bytes of a notebook's file
 # What no stored output may say.
 WARNING = r"\b\w*Warning\b|Traceback \(most recent call last\)"
 MACHINE = r"(?<![\w.:/])/(tmp|home|root|work|usr|opt|mnt|Users)/\w|\.\./shared|files\.pythonhosted|pypi\.org"
@@ -41,6 +42,14 @@ def test_notebook_outputs_are_small_and_clean(path):
     assert not found, "\n".join([called(path), *found])
     text = "".join(map(source, cells(path)))
     assert not re.search(r"/work/|/root/|\.\./shared|files\.pythonhosted|pypi\.org", text), "names a machine's paths"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=called)
+def test_notebook_files_are_small(path):
+    size, metadata = path.stat().st_size, json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    widgets = len(json.dumps(metadata.get("widgets", "")))
+    assert size <= HEAVIEST, (f"{called(path)} has {size:,} bytes, {HEAVIEST:,} are allowed: smaller pictures, "
+                              f"or none of the {widgets:,} characters of its metadata's `widgets`")
 
 
 @pytest.mark.parametrize("output, word", [

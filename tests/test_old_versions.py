@@ -27,17 +27,13 @@ def cosines(x, y): return (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg
 
 def test_a_feature_store(old):
     features = cion.read_features(old / "features")
-    assert (
-        np.array_equal(features.x, np.load(old / "expected_features.npy"))
-        and features.samples.split.isin(["train", "query", "gallery"]).all()
-    )
+    assert (np.array_equal(features.x, np.load(old / "expected_features.npy"))
+            and features.samples.split.isin(["train", "query", "gallery"]).all())
 
 
 def test_a_backbone_gives_the_features_it_gave(old):
-    model, expected = (
-        cion.load_backbone(old / "backbone.safetensors"),
-        np.load(old / "expected_features.npy").astype(np.float32),
-    )
+    model, expected = (cion.load_backbone(old / "backbone.safetensors"),
+                       np.load(old / "expected_features.npy").astype(np.float32))
     images = [old / "images" / path for path in cion.read_features(old / "features").samples.path]
     assert cosines(embed(model, images), expected).min() > 1 - 1e-5
 
@@ -48,17 +44,11 @@ def test_a_run(old, monkeypatch):
     recipe = json.loads((old / name / "recipe.json").read_text())
     run = cion.Run(recipe)
     assert run.folder == old / name and run.is_done, "the same recipe has the same name, so nothing is computed twice"
-    assert (
-        run_hash(cion.recipe("finetune", "smoke")) == run.hash
-        and run.result["mAP"] == json.loads((old / "expected.json").read_text())["mAP"]
-    )
+    assert (run_hash(cion.recipe("finetune", "smoke")) == run.hash
+            and run.result["mAP"] == json.loads((old / "expected.json").read_text())["mAP"])
     images = [old / "images" / path for path in cion.read_features(old / "features").samples.path]
-    assert (
-        cosines(
-            embed(cion.load_model(old / name), images), np.load(old / "expected_tuned.npy").astype(np.float32)
-        ).min()
-        > 1 - 1e-5
-    )
+    assert (cosines(embed(cion.load_model(old / name), images), np.load(old / "expected_tuned.npy").astype(np.float32))
+            .min() > 1 - 1e-5)
     assert cion.list_runs().query("state == 'done'").run.tolist() == [name]
 
 

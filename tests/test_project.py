@@ -134,9 +134,8 @@ def test_rooms_that_are_imported_by_name():
     from cion_nb.core.settings import STAGES
 
     assert set(STAGES.values()) <= set(MODULES)
-    by_name = [
-        m for m in MODULES if re.search(r"import_module\(f?\"cion_nb", (ROOT / "cion_nb" / f"{m}.py").read_text())
-    ]
+    by_name = [m for m in MODULES
+               if re.search(r"import_module\(f?\"cion_nb", (ROOT / "cion_nb" / f"{m}.py").read_text())]
     assert by_name == ["companion/commands", "core/settings"], "a room is imported by name only where STAGES is read"
 
 

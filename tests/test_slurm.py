@@ -190,20 +190,19 @@ def test_a_job_of_two_nodes_is_stopped_requeued_and_ends_as_if_it_was_not(cluste
     p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
                         str(port), "-m", "cion_nb", "pretrain", "--recipe", str(run.folder / "recipe.json")], cwd=ROOT,
                        env=os.environ | dict(CION_NB_RUNS=str(through), PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true",
-                                             OMP_NUM_THREADS="1", CION_NB_PROGRESS="0"), capture_output=True, text=True,
-                       timeout=200)
+                                             OMP_NUM_THREADS="1", CION_NB_PROGRESS="0"),
+                       capture_output=True, text=True, timeout=200)
     assert p.returncode == 0, p.stderr[-3000:]
-    assert (run.folder / "backbone.safetensors").read_bytes() == (through / run.name
-                                                                  / "backbone.safetensors").read_bytes()
+    assert (run.folder / "backbone.safetensors").read_bytes() == (
+        through / run.name / "backbone.safetensors").read_bytes()
 
 
 def ended(cluster, jobs, out):
     "Waits for jobs; each must have completed."
     def state(job): return cluster.state(job)["JobState"]
 
-    cluster.until(
-        lambda: all(state(j) not in ("PENDING", "RUNNING", "COMPLETING") for j in jobs), 240, "jobs did not end"
-    )
+    cluster.until(lambda: all(state(j) not in ("PENDING", "RUNNING", "COMPLETING") for j in jobs), 240,
+                  "jobs did not end")
     assert all(state(j) == "COMPLETED" for j in jobs), "".join(f.read_text()[-2000:] for f in out.glob("*.out"))
 
 

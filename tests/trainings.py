@@ -26,11 +26,11 @@ def what_is_erased(task, r):
     def network(x, *more): raise Seen(x)
     task.transform.size, task.transform.pad = (64, 32), 0
     batch = task.load(np.arange(48), 48)
-    task.modules = dict(model=SimpleNamespace(input=InputSpec(64, 32, mean=r["mean"], std=r["std"]))) | ({
-        } if "pid" in batch else dict(memory=SimpleNamespace(labels=torch.zeros(64))))
+    task.modules = (dict(model=SimpleNamespace(input=InputSpec(64, 32, mean=r["mean"], std=r["std"])))
+                    | ({} if "pid" in batch else dict(memory=SimpleNamespace(labels=torch.zeros(64)))))
     with pytest.raises(Seen) as seen: task.loss(network, batch, None)
-    return torch.cat([x[:, t:t + h, l:l + w].flatten(1).T for x,
-                      (t, l, h, w) in zip(seen.value.args[0], batch["boxes"].tolist())])
+    return torch.cat([x[:, t:t + h, l:l + w].flatten(1).T
+                      for x, (t, l, h, w) in zip(seen.value.args[0], batch["boxes"].tolist())])
 
 
 def changed(people, tmp_path, change):

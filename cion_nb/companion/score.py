@@ -38,17 +38,14 @@ def load_model(
             return load_backbone(path / "backbone.safetensors")
         raise FileNotFoundError(
             f"{path} holds no model: none of clusternet.safetensors, neck.safetensors, model.json and "
-            f"backbone.safetensors"
-        )
+            f"backbone.safetensors")
     if not path.is_file():
         raise FileNotFoundError(
-            f"no model at {path}: name a run's folder, a .safetensors file of save_backbone, or an .onnx file"
-        )
+            f"no model at {path}: name a run's folder, a .safetensors file of save_backbone, or an .onnx file")
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path}: a run's folder, a .safetensors file of save_backbone, or an .onnx file; for another checkpoint: "
-            f"create_backbone(name, weights={str(path)!r}), then save_backbone"
-        )
+            f"create_backbone(name, weights={str(path)!r}), then save_backbone")
     return load_backbone(path)
 
 # %% ../../nbs/9_companion/00_score.ipynb #c4474bb4

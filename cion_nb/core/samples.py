@@ -484,7 +484,7 @@ def read_folder(
     if unfit and folders is not None: raise _unfit(Path(root)/unfit[0], len(unfit) - 1, pattern)
     if unfit:
         warnings.warn(f"{root}: {len(unfit):,} of {len(paths):,} images do not fit {pattern!r} and are left out: "
-                            f"{first_few(unfit)}", stacklevel=2)
+                      f"{first_few(unfit)}", stacklevel=2)
     if said := _misnamed(rule.groupindex): warnings.warn(f"{pattern!r}: {said}", stacklevel=2)
     fields = pd.DataFrame([m.groupdict() for m in matches if m], columns=list(rule.groupindex), dtype="string")
     below_person = "/" in _between(next(m for m in matches if m), "pid", "tracklet")
@@ -552,7 +552,7 @@ def _mixed_ids(ids: pd.Series, written: pd.Series, words: list, name: str, start
     twice = ids[written.index].duplicated(keep=False)
     if twice.any():
         said.append(f"{name} {first_few(map(repr, written[twice]))} are one number, "
-                                f"and taken for one {name}; a group of another name keeps them apart")
+                    f"and taken for one {name}; a group of another name keeps them apart")
     return said
 
 # %% ../../nbs/0_core/04_samples.ipynb #d6fd8e2d

@@ -87,9 +87,8 @@ def _counts(samples: pd.DataFrame, published: dict) -> pd.DataFrame:
     def known(name): return samples[name].where(samples[name] >= 0)
     people = known("pid").where(samples["pid"] != _distractor(samples))
     by_split = samples.assign(pid=people, camid=known("camid"), tracklet=known("tracklet")).groupby("split", sort=False)
-    table = pd.DataFrame(dict(
-        images=by_split.size(), people=by_split["pid"].nunique(), cameras=by_split["camid"].nunique(),
-        tracklets=by_split["tracklet"].nunique()))
+    table = pd.DataFrame(dict(images=by_split.size(), people=by_split["pid"].nunique(),
+                              cameras=by_split["camid"].nunique(), tracklets=by_split["tracklet"].nunique()))
     table = table.reindex([s for s in SPLITS if s in table.index or s in published], fill_value=0).astype("int64")
     def beside(values): return pd.array(list(values), dtype="Int64")
     if published:
@@ -225,8 +224,7 @@ def _look_at_oddities(files: pd.DataFrame, found: _Findings) -> None:
     counts = depths.value_counts().sort_index()
     by_depth = ", ".join(f"{n:,} as {bits} bits" for bits, n in counts.items())
     if len(counts) > 1:
-        by_depth += ("; depths differ, so their brightness is not comparable: "
-                                     "save them as 8 bits with one scale")
+        by_depth += "; depths differ, so their brightness is not comparable: save them as 8 bits with one scale"
     images = counted(len(depths), "grey image has", "grey images have")
     found.note(f"{images} 16 bits, read by the brightest pixel: {by_depth}", bits=depths)
 

@@ -95,6 +95,5 @@ def street_world(
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     paths = [f"v{v:03d}/{t:06d}_{f:04d}.jpg" for v, t, f in zip(video, tracklet, frame)]
     lane = (walk % cast) * 90.0
-    return x.astype(np.float32), make_samples(
-        paths, pid=who[shown], video=[f"v{v:03d}" for v in video], tracklet=tracklet, frame=frame,
-        x=lane, y=0.0, w=60.0, h=160.0)
+    return x.astype(np.float32), make_samples(paths, pid=who[shown], video=[f"v{v:03d}" for v in video],
+                                              tracklet=tracklet, frame=frame, x=lane, y=0.0, w=60.0, h=160.0)

@@ -571,9 +571,8 @@ def calibrate(
     apart = _halves_and_apart(x, layout, state, None)[1]
     chosen, sigma_drm = _propose_links(candidates, state, half_width, apart, warnings, notes)
     halves, apart = _halves_and_apart(x, layout, state, chosen["centre"])
-    return Calibration(
-        float(sigma_cst), sigma_drm, **chosen, candidates=candidates, warnings=warnings, notes=notes, facts=facts,
-        histograms=dict(own=own, other=other, halves=halves, apart=apart))
+    return Calibration(float(sigma_cst), sigma_drm, **chosen, candidates=candidates, warnings=warnings, notes=notes,
+                       facts=facts, histograms=dict(own=own, other=other, halves=halves, apart=apart))
 
 # %% ../../nbs/3_identities/06_calibration.ipynb #07e10769
 def _check_asked(features, samples, half_width, sigma_cst, k1, eps, centres):
@@ -667,8 +666,7 @@ BLIND = ("{why}: nothing tells which tracklets are certainly two people, nor loo
          "look at sheets of what it merges")
 TOO_NARROW = ("{why}: nothing tells which tracklets are certainly two people, and in features as narrow as these (the "
               "tracklets of a video differ in {d:.1f} directions, fewer than {least}) strangers are as near as one "
-              "person; "
-              "the proposal links nothing (sigma_drm = 0)")
+              "person; the proposal links nothing (sigma_drm = 0)")
 
 DOUBTFUL = ("tracklets that are certainly two people vouch for {left:.0%} of the merged pairs only; that "
             "{believed:.0%} are right rests on those left alone, who cannot see look-alikes that never meet in one "

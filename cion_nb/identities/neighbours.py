@@ -31,8 +31,8 @@ def _number(value):
 @overload(_number, inline="always")
 def _compile_number(value):
     if not isinstance(value, types.Integer): return lambda value: np.float64(value)
-    return lambda value: np.float64(U32(
-        ((U32(value) & U32(0x8000)) << U32(16)) | ((U32(value) & U32(0x7fff)) << U32(13))).view(np.float32) * HALF)
+    return lambda value: np.float64(
+        U32(((U32(value) & U32(0x8000)) << U32(16)) | ((U32(value) & U32(0x7fff)) << U32(13))).view(np.float32) * HALF)
 
 # %% ../../nbs/3_identities/00_neighbours.ipynb #55db0258
 _compiled = njit(nogil=True, cache=__name__.startswith("cion_nb"))
@@ -112,9 +112,8 @@ def rows_of(
     _spread(lambda i, j: _measure(stored, i, j, largest, length), len(x))
     bad = np.flatnonzero(~((length > 1e-30) & (length < 1e30)))
     if len(bad):
-        raise ValueError(
-            f"{len(bad):,} row(s) of {name} are all zero, NaN or infinite, so they have no direction: "
-            f"rows {first_few(bad, 8)}. Leave these images out or extract them again.")
+        raise ValueError(f"{len(bad):,} row(s) of {name} are all zero, NaN or infinite, so they have no direction: "
+                         f"rows {first_few(bad, 8)}. Leave these images out or extract them again.")
     return Rows(x, stored, length, bool(np.abs(length - 1).max() < 1e-6))
 
 def _stored(x):

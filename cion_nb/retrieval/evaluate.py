@@ -34,12 +34,10 @@ def _same_camera(query, gallery): return (query["camid"] == gallery["camid"]) & 
 def _same_clothes(query, gallery): return (query["clothes"] == gallery["clothes"]) & (query["clothes"] != "")
 def _same_camera_or_clothes(query, gallery): return _same_camera(query, gallery) | _same_clothes(query, gallery)
 
-PROTOCOLS = {
-    "market": Protocol("same person in the same camera removed", _same_camera),
-    "no_camera": Protocol("every image of the person counts", _nothing),
-    "clothes_changing": Protocol("same person in the same camera or in the same clothes removed",
-                                 _same_camera_or_clothes, ("clothes",)),
-}
+PROTOCOLS = {"market": Protocol("same person in the same camera removed", _same_camera),
+             "no_camera": Protocol("every image of the person counts", _nothing),
+             "clothes_changing": Protocol("same person in the same camera or in the same clothes removed",
+                                          _same_camera_or_clothes, ("clothes",))}
 
 # %% ../../nbs/4_retrieval/00_evaluate.ipynb #010b63cc
 def _same_person(query_pid: np.ndarray, gallery_pid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

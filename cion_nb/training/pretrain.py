@@ -183,9 +183,8 @@ _SMALL = _SHORT | dict(image_size=[128, 64], local_size=[64, 32], images_per_epo
                        queue=4096, checkpoint_minutes=5)                 # 400 steps
 _TINY = _SHORT | dict(image_size=[64, 32], local_size=[32, 16], images_per_epoch=864, n_id=[2, 4], n_id_epochs=[0, 5],
                       queue=512, checkpoint_minutes=2)                   # 180 steps
-PretrainSettings.profiles = dict(
-    small=_SMALL, tiny=_TINY,
-    smoke=_TINY | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1], queue=96))
+PretrainSettings.profiles = dict(small=_SMALL, tiny=_TINY,
+                                 smoke=_TINY | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1], queue=96))
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #8180a853
 def identity_labels(
@@ -263,9 +262,8 @@ def phase(self: Pretraining, seen: int) -> int:
 @patch
 def sampler(self: Pretraining, phase, n_pass, advance, rank, world_size):
     recipe, samples = self.recipe, self.samples
-    sampler = IdentitySampler(self.labels, recipe["batch_size"], phase, recipe["seed"], rank, world_size,
-                              samples.camid, samples.tracklet, curriculum=recipe["n_id"],
-                              pieces=recipe["accumulate"])
+    sampler = IdentitySampler(self.labels, recipe["batch_size"], phase, recipe["seed"], rank, world_size, samples.camid,
+                              samples.tracklet, curriculum=recipe["n_id"], pieces=recipe["accumulate"])
     sampler.set_epoch(n_pass, advance)
     return sampler
 

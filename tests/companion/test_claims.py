@@ -59,8 +59,8 @@ def test_table_2_has_two_exceptions_and_table_6_agrees_with_it():
     for r in two[two.method == "Ours"].itertuples():
         row = six.loc[{"R50": "resnet50", "R50-IBN": "resnet50_ibn", "ViT-S": "vit_small"}[r.backbone]]
         columns = ("uda_ms2mar", "uda_mar2ms") if r.setting == "UDA" else ("usl_market", "usl_msmt")
-        assert [r.task1_map, r.task1_r1, r.task2_map, r.task2_r1] == [row[f"{c}_{k}"] for c in columns
-                                                                      for k in ("map", "r1")]
+        assert [r.task1_map, r.task1_r1, r.task2_map, r.task2_r1] == [
+            row[f"{c}_{k}"] for c in columns for k in ("map", "r1")]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -106,8 +106,9 @@ def test_stored_arms_of_other_programs_are_flagged(monkeypatch):
     rows = pd.DataFrame([dict(start=a, seed=s, mAP=.1 * s + .2 * (a == "cion"), run="finetune-bnneck-tiny-x", commit=c)
                          for a, c in (("cion", "aaa"), ("without", "bbb")) for s in range(3)])
     changed = []
-    monkeypatch.setattr(claims, "other_sources", lambda a, b,
-                        stage: () if a == b else tuple(r for r in changed if r in claims.rooms_of(stage)))
+    monkeypatch.setattr(
+        claims, "other_sources",
+        lambda a, b, stage: () if a == b else tuple(r for r in changed if r in claims.rooms_of(stage)))
     said = lambda: judge("a claim", rows, "start", "cion", "without")
     assert said() == "a claim: agrees (+20.0 ± 0.0 points, 3 seeds)"
     changed.append("identities/denoise")

@@ -71,8 +71,8 @@ def test_reproduce_refuses_before_running(args, word, tmp_path, monkeypatch, cap
 
 @pytest.mark.slow("trains networks")
 def test_seeds_on_a_command_line(people, runs, capsys):
-    settings = [f"{k}={json.dumps(v)}" for k,
-                v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
+    settings = [f"{k}={json.dumps(v)}"
+                for k, v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
     done = subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -95,8 +95,7 @@ def test_seeds_on_a_command_line(people, runs, capsys):
     ("pretrain --recipe r.json --profile tiny", "--recipe brings its own profile"),
     ("reproduce --recipe r.json --only table4", "leave --only and --set out"),
     ("track nope.mp4 --out o", "nope.mp4"),
-    ("runs list nobody", "nobody"),
-])
+    ("runs list nobody", "nobody")])
 def test_what_would_be_taken_wrongly_is_refused(line, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs"))

@@ -163,8 +163,9 @@ def test_denoising_page_honours_every_setting(made_up, monkeypatch):
     real, plain, asked = denoise_room.denoise, recipe, []
     monkeypatch.setattr(denoise_room, "denoise", lambda x, samples, **settings: asked.append(settings)
                         or real(x, samples, **settings))
-    monkeypatch.setattr("cion_nb.core.settings.recipe", lambda stage, *a,
-                        **k: plain(stage, *a, **k) | (CHANGES if stage == "denoise" else {}))
+    monkeypatch.setattr(
+        "cion_nb.core.settings.recipe",
+        lambda stage, *a, **k: plain(stage, *a, **k) | (CHANGES if stage == "denoise" else {}))
     def open_features(folder):
         r = json.loads((Path(folder) / "recipe.json").read_text())["data"]
         samples = make_world(r["size"], r["seed"], bank=r["bank"], **r["values"]).tracklets.reset_index(drop=True)
@@ -195,8 +196,7 @@ def test_every_page_goes_through_page():
     for path in PAGES:
         text = "".join("".join(c["source"]) for c in code_cells(path))
         assert (f'Page("{path.stem}"' in text and "page.finish(" in text and "make_runs" not in text
-                and "write_report(" not in text), (
-            path.stem)
+                and "write_report(" not in text), path.stem
 
 
 @pytest.mark.parametrize("profile", ["tiny", "small"])
@@ -215,6 +215,5 @@ def test_table3_takes_no_learning_rate_that_its_text_calls_broken(profile):
             assert tuned["optimizer"] == "adam" and np.isclose(step, 1e-3)
             assert (tuned["weights"]["lr"], tuned["weights"]["teacher_temp"]) == (.0005, .04)
         without = page["asked"](arch, "without", 0)
-        assert {k: v for k, v in tuned.items() if k != "weights"} == {k: v for k,
-                                                                      v in without.items() if k != "weights"}, (
-            "both arms are fine-tuned alike")
+        assert {k: v for k, v in tuned.items() if k != "weights"} == {
+            k: v for k, v in without.items() if k != "weights"}, "both arms are fine-tuned alike"

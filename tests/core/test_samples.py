@@ -26,8 +26,8 @@ from cion_nb.data.datasets import read_msmt17
 
 ids = st.integers(-1, 2**62)
 rows = st.lists(st.tuples(st.text(st.characters(blacklist_categories=("Cs",)), min_size=1, max_size=8), ids,
-                          st.integers(-1, 2**15 - 1),
-                          st.integers(-1, 2**31 - 1), st.sampled_from(S.SPLITS)), max_size=12)
+                          st.integers(-1, 2**15 - 1), st.integers(-1, 2**31 - 1), st.sampled_from(S.SPLITS)),
+                max_size=12)
 
 
 @given(rows, st.sampled_from([None, "dataset"]))

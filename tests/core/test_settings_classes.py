@@ -37,17 +37,10 @@ def test_a_later_setting_leaves_the_names_of_runs(stage, monkeypatch):
     it does."""
     base = settings_class(stage)
     before = {profile: run_hash(recipe(stage, profile)) for profile in PROFILES}
-    later = type(
-        base.__name__,
-        (base,),
-        dict(
-            __annotations__=dict(gravity=float, wind=str),
-            __module__=__name__,
-            profiles=base.profiles,
-            gravity=setting(9.81, "how things fall", since=9.81),
-            wind=setting("west", "what came last year, with another value since", since="none"),
-        ),
-    )
+    later = type(base.__name__, (base,), dict(
+        __annotations__=dict(gravity=float, wind=str), __module__=__name__, profiles=base.profiles,
+        gravity=setting(9.81, "how things fall", since=9.81),
+        wind=setting("west", "what came last year, with another value since", since="none")))
     monkeypatch.setattr(room(stage), base.__name__, later)
     for profile in PROFILES:
         now = recipe(stage, profile, wind="none")
@@ -59,30 +52,19 @@ def test_a_later_setting_leaves_the_names_of_runs(stage, monkeypatch):
 def test_a_later_setting_of_a_nested_recipe(monkeypatch):
     before = run_hash(recipe("finetune", "tiny", weights=dict(stage="pretrain")))
     base = settings_class("world")
-    later = type(
-        "WorldSettings",
-        (base,),
-        dict(
-            __annotations__=dict(gravity=float),
-            __module__=__name__,
-            gravity=setting(9.81, "how things fall", since=9.81),
-        ),
-    )
+    later = type("WorldSettings", (base,), dict(__annotations__=dict(gravity=float), __module__=__name__,
+                                                gravity=setting(9.81, "how things fall", since=9.81)))
     monkeypatch.setattr(room("world"), "WorldSettings", later)
     now = recipe("finetune", "tiny", weights=dict(stage="pretrain"))
-    assert (
-        now["data"]["gravity"] == now["weights"]["identities"]["features"]["data"]["gravity"] == 9.81
-        and run_hash(now) == before
-    )
+    assert (now["data"]["gravity"] == now["weights"]["identities"]["features"]["data"]["gravity"] == 9.81
+            and run_hash(now) == before)
 
 
 def test_a_later_setting_that_nothing_reads():
     for drawn, expected in ((0., {"erasing_rule", "lr_by", "interpolation"}), (.5, {"lr_by", "interpolation"})):
         assert as_before(recipe("finetune", "tiny", erasing=drawn, erasing_rule="zhong")) == expected
-    assert (
-        as_before(recipe("pretrain", "paper")) == {"erasing_rule"}
-        and as_before(recipe("pretrain", "paper", method="lup")) == set()
-    )
+    assert (as_before(recipe("pretrain", "paper")) == {"erasing_rule"}
+            and as_before(recipe("pretrain", "paper", method="lup")) == set())
     assert as_before(recipe("pretrain", "paper", view_changes=dict(erase=.5))) == set()
     old = {k: v for k, v in recipe("usl", "tiny").items() if k not in ("erasing_rule", "interpolation")}
     assert run_hash(old) == run_hash(recipe("usl", "tiny")), "a recipe of a run that knew neither"
@@ -90,22 +72,10 @@ def test_a_later_setting_that_nothing_reads():
 
 def test_recipes_keep_their_numbers():
     "Checked, not converted: 3 and 3.0 are different runs, and NumPy's numbers are Python's."
-    r = recipe(
-        "finetune",
-        "tiny",
-        epochs=3,
-        lr=np.float64(0.5),
-        few_ids=1,
-        image_size=(np.int64(64), 32),
-        weights=Path("a.safetensors"),
-    )
-    assert [type(r[k]) for k in ("epochs", "lr", "few_ids", "image_size", "weights")] == [
-        int,
-        float,
-        int,
-        list,
-        str,
-    ] and type(r["image_size"][0]) is int
+    r = recipe("finetune", "tiny", epochs=3, lr=np.float64(0.5), few_ids=1, image_size=(np.int64(64), 32),
+               weights=Path("a.safetensors"))
+    assert ([type(r[k]) for k in ("epochs", "lr", "few_ids", "image_size", "weights")] == [int, float, int, list, str]
+            and type(r["image_size"][0]) is int)
     assert json.loads(json.dumps(r)) == r and recipe(**r) == r
 
 
@@ -132,8 +102,9 @@ def test_recipes_are_nobodys_tables():
     ("world", dict(seed=True), "a whole number"),
     ("extract", dict(flip=1), "extract setting flip=1: true or false"),
     ("extract", dict(model=3), "text or a recipe"), ("usl", dict(ghost_bn=1), "at least 2"),
-    ("usl", dict(images_per_epoch=None), "a value is needed"), ("finetune", dict(lr="fast", k=0), "setting lr='fast': "
-        "a number is needed; finetune setting k=0: must be positive"),
+    ("usl", dict(images_per_epoch=None), "a value is needed"),
+    ("finetune", dict(lr="fast", k=0),
+     "setting lr='fast': a number is needed; finetune setting k=0: must be positive"),
     ("finetune", dict(epochs=float("inf")), "finite"), ("finetune", dict(batchsize=3), "did you mean 'batch_size'"),
     ("pretrain", dict(method="dimo"), "did you mean 'dino'"),
     ("pretrain", dict(n_id=4), "pretrain setting n_id=4: a list"), ("finetun", {}, "did you mean 'finetune'")])
@@ -154,41 +125,32 @@ def test_choices_of_settings_are_those_of_the_code():
     from cion_nb.training.pretrain import TASKS
     from cion_nb.training.views import ERASING, VIEW_RECIPES
 
-    ranges = {
-        (stage, name): set(text.split(", "))
-        for stage in STAGES
-        for name, text in describe(stage).set_index("setting").range.items()
-    }
-    for (stage, name), names in {
-        ("extract", "subset"): SUBSETS,
-        ("world", "bank"): BANKS,
-        ("world", "size"): WORLDS,
-        ("denoise", "link"): LINKS,
-        ("usl", "clusterer"): CLUSTERERS,
-        ("usl", "memory_update"): UPDATES,
-        ("pretrain", "variant"): VARIANTS,
-        ("pretrain", "loss"): TASKS,
-        ("pretrain", "augmentation"): VIEW_RECIPES,
-        ("pretrain", "erasing_rule"): ERASING,
-        ("finetune", "erasing_rule"): ERASING,
-    }.items():
+    ranges = {(stage, name): set(text.split(", ")) for stage in STAGES
+              for name, text in describe(stage).set_index("setting").range.items()}
+    for (stage, name), names in {("extract", "subset"): SUBSETS,
+                                 ("world", "bank"): BANKS,
+                                 ("world", "size"): WORLDS,
+                                 ("denoise", "link"): LINKS,
+                                 ("usl", "clusterer"): CLUSTERERS,
+                                 ("usl", "memory_update"): UPDATES,
+                                 ("pretrain", "variant"): VARIANTS,
+                                 ("pretrain", "loss"): TASKS,
+                                 ("pretrain", "augmentation"): VIEW_RECIPES,
+                                 ("pretrain", "erasing_rule"): ERASING,
+                                 ("finetune", "erasing_rule"): ERASING}.items():
         assert ranges[stage, name] == set(names), name
     paper = recipe("denoise", "paper")
     assert {k: paper[k] for k in SETTINGS if k in paper} == {
-        k: list(v) if isinstance(v, tuple) else v for k, v in SETTINGS.items() if k != "measure"
-    }, "the door's defaults are the paper's"
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in SETTINGS.items() if k != "measure"}, "the door's defaults are the paper's"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_is_told(stage):
     table = describe(stage)
     assert table.setting.tolist() == [k for k in recipe(stage, "paper") if k not in ("stage", "profile")]
-    assert (
-        table.setting.is_unique
-        and (table.type != "").all()
-        and (table.source != "").all()
-        and table.meaning.str.len().between(8, 130).all()
-    )
+    assert (table.setting.is_unique and (table.type != "").all() and (table.source != "").all()
+            and table.meaning.str.len().between(8, 130).all())
     schema = settings_class(stage).model_json_schema()
     assert json.loads(json.dumps(schema)) == schema and schema["additionalProperties"] is False
 

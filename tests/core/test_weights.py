@@ -125,8 +125,8 @@ def test_nothing_is_unpickled_by_default(tmp_path, monkeypatch):
     (tmp_path / "legacy.pth").write_bytes(pickle.dumps(Evil()))
     (tmp_path / "text.pth").write_text("404: not found")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "args.pth").read_bytes()[:5000])
-    (tmp_path / "cut.safetensors").write_bytes(save_backbone(source, tmp_path / "whole.safetensors").read_bytes(
-        )[:5000])
+    (tmp_path / "cut.safetensors").write_bytes(
+        save_backbone(source, tmp_path / "whole.safetensors").read_bytes()[:5000])
     for name in ("legacy.pth", "text.pth", "cut.pth", "cut.safetensors"):
         with pytest.raises(ValueError, match=f"{name} is not a checkpoint"):
             load_backbone_weights(model, tmp_path / name)

@@ -120,8 +120,7 @@ def test_annotations_that_are_refused_are_named(tmp_path, entries, words):
 
 
 def test_text_person_annotations_come_back(tmp_path):
-    (tmp_path
-     / "a.json").write_text(
+    (tmp_path / "a.json").write_text(
         json.dumps([dict(id=5, file_path="CUHK01\\1.png", split=s, captions=["a man", "a hat"], path="x", camid=None)
                     for s in ("train", "test")]))
     with pytest.warns(UserWarning, match="'path' is kept as path_in_file"): table = read_cion_al(tmp_path / "a.json")
@@ -139,14 +138,13 @@ MARKET = ["bounding_box_train/0002_c1s1_000451_03.jpg", "query/0001_c1s1_001051_
 LAYOUTS = {
     "market1501": (read_market1501, "Market-1501-v15.09.15", MARKET, "query"),
     "cuhk03np": (lambda root: read_cuhk03np(root, "labeled"), "cuhk03-np",
-                 [f"labeled/{f}/000{i}_c1_{i}.png" for i,
-                  f in enumerate(("bounding_box_train", "query", "bounding_box_test"))], "labeled/query"),
+                 [f"labeled/{f}/000{i}_c1_{i}.png"
+                  for i, f in enumerate(("bounding_box_train", "query", "bounding_box_test"))], "labeled/query"),
     "viper": (read_viper, "VIPeR", [f"{c}/{p:03d}_0.bmp" for p in range(4) for c in ("cam_a", "cam_b")], "cam_b"),
     "prcc": (lambda root: read_prcc(root, "other"), "prcc",
              ["rgb/train/001/A_1.jpg", *(f"rgb/test/{c}/002/1.jpg" for c in "ABC")], "rgb/test/C"),
     "ltcc": (read_ltcc, "LTCC_ReID", [f"{f}/001_1_c{i}_000001.png" for i, f in enumerate(("train", "query", "test"))],
-             "test"),
-}
+             "test")}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -200,8 +198,7 @@ def msmt(home, version, ends="jpg", mark=""):
         i = ["train", "val", "query", "gallery"].index(name)
         file = f"000{i % 2}/000{i % 2}_00{i}_0{i + 1}_0303morning_0015_0"
         put(home / folder, f"{file}.{ends}")
-        (home
-         / f"list_{name}.txt").write_bytes(
+        (home / f"list_{name}.txt").write_bytes(
             (mark + file.replace("/", "\\" if mark else "/") + f".jpg {i % 2}\r\n").encode())
     return home
 

@@ -34,9 +34,8 @@ def mars(home, lists_of_train=True):
     savemat(home / "info/query_IDX.mat", dict(query_IDX=np.array([QUERIES], float)))
     if lists_of_train:
         (home / "info/train_name.txt").write_text("\n".join(train))
-        savemat(home / "info/tracks_train_info.mat",
-                dict(track_train_info=np.array([[i + 1, i + 1, int(n[:4]), int(n[5])] for i, n in enumerate(train)],
-                                               float)))
+        savemat(home / "info/tracks_train_info.mat", dict(
+            track_train_info=np.array([[i + 1, i + 1, int(n[:4]), int(n[5])] for i, n in enumerate(train)], float)))
     return home
 
 
@@ -49,9 +48,8 @@ def test_mars_is_scored_by_its_official_protocol(tmp_path):
     assert table.tracklet.nunique() == 12
     assert (table.attrs["junk"], table.attrs["junk_tracklets"], table.attrs["unlisted"]) == (3, 1, 0)
     assert {0} <= set(table.pid) and -1 not in set(table.pid)
-    assert table.drop(columns="path").equals(quiet(read_mars,
-                                                   mars(tmp_path / "b" / "mars-v160809", lists_of_train=False)).drop(
-        columns="path"))
+    assert table.drop(columns="path").equals(
+        quiet(read_mars, mars(tmp_path / "b" / "mars-v160809", lists_of_train=False)).drop(columns="path"))
     x = np.random.default_rng(0).normal(size=(len(table), 6)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     f, t = ranked(x, table)
@@ -114,8 +112,7 @@ def test_score_and_fine_tuning_agree_on_mars(tmp_path, monkeypatch):
     (lambda h: rows(h, lambda t: t.__setitem__((3, 1), 13)), ValueError, "rows 4 and 5 both hold image 13"),
     (lambda h: rows(h, lambda t: t.__setitem__((8, 1), 99)), ValueError, "row 9: images 25 to 99 of a list of 27"),
     (lambda h: (h / "info/test_name.txt").write_text("someone.jpg"), ValueError,
-     "test_name.txt/someone.jpg: not named like 0001C1T0001F001.jpg"),
-])
+     "test_name.txt/someone.jpg: not named like 0001C1T0001F001.jpg")])
 def test_faults_of_mars_are_named(tmp_path, fault, kind, words):
     home = mars(tmp_path / "MARS")
     fault(home)

@@ -36,9 +36,8 @@ def test_what_is_left_out_is_counted(street, tmp_path):
     truth = street[1]
     late = truth[truth["frame"] >= 80].assign(frame=lambda t: t["frame"] + 20)
     weak = truth[truth["frame"] % 10 == 0].assign(score=.02, id=9)
-    file = written(tmp_path / "det.txt",
-                   pd.concat([truth.assign(score=.9), late.assign(score=.9), weak, truth[:5].assign(score=.9)]).assign(
-        id=-1))
+    file = written(tmp_path / "det.txt", pd.concat(
+        [truth.assign(score=.9), late.assign(score=.9), weak, truth[:5].assign(score=.9)]).assign(id=-1))
     with pytest.warns(UserWarning) as caught: samples = T.track(street[0], tmp_path / "out", str(file), min_height=20)
     said, counts = " ".join(str(w.message) for w in caught), samples.attrs["counts"]
     assert f"{len(late)} detections lie in frames that the video lacks" in said and "5 same box twice" in said
@@ -79,9 +78,8 @@ def yolox_file(path, batch, size=64, hit=None):
         raw[0, hit + 1] = [-0.5, 0.25, 1, 2, 0.8, 0.1, 0.8]     # nearly the same box from the next cell: suppressed
     nodes = [h.make_node("ReduceMean", ["x", "axes"], ["m"], keepdims=0), h.make_node("Mul", ["m", "zero"], ["z"]),
              h.make_node("Reshape", ["z", "shape"], ["r"]), h.make_node("Add", ["raw", "r"], ["y"])]
-    init = [numpy_helper.from_array(a, n) for a,
-            n in ((np.array([1, 2, 3]), "axes"), (np.zeros(1, np.float32), "zero"), (np.array([-1, 1, 1]), "shape"),
-                  (raw, "raw"))]
+    init = [numpy_helper.from_array(a, n) for a, n in ((np.array([1, 2, 3]), "axes"), (np.zeros(1, np.float32), "zero"),
+                                                       (np.array([-1, 1, 1]), "shape"), (raw, "raw"))]
     graph = h.make_graph(nodes, "g", [h.make_tensor_value_info("x", P.FLOAT, [batch, 3, size, size])],
                          [h.make_tensor_value_info("y", P.FLOAT, [batch, cells, 7])], init)
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 18)])

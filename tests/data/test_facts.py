@@ -31,9 +31,9 @@ def test_renumbering_changes_no_score(seed, how):
     query, gallery = (make_samples([f"{side}{i}" for i in range(n)], rng.integers(low, 8, n), rng.integers(-1, 3, n))
                       for side, n, low in (("q", 14, 1), ("g", 70, -1)))
     q, g = rng.choice([-1., 1.], (14, 6)).astype(np.float32), rng.choice([-1., 1.], (70, 6)).astype(np.float32)
-    people, cameras = dict(permuted=(rng.permutation(8), rng.permutation(3)),
-                           far=(10**6 + 7 * rng.permutation(8), 900 + np.arange(3)))[how] if how != "from 0" else (
-        np.roll(np.arange(8), 1), np.arange(3)[::-1])
+    people, cameras = (dict(permuted=(rng.permutation(8), rng.permutation(3)),
+                            far=(10**6 + 7 * rng.permutation(8), 900 + np.arange(3)))[how]
+                       if how != "from 0" else (np.roll(np.arange(8), 1), np.arange(3)[::-1]))
     def again(t):
         return t.assign(pid=np.where(t.pid < 0, -1, people[t.pid]), camid=np.where(t.camid < 0, -1, cameras[t.camid]))
     if not quiet(lambda: any((gallery.pid == p).any() for p in query.pid)): return

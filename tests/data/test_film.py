@@ -64,9 +64,8 @@ def test_same_seed_same_bytes_in_one_process_and_in_two(world, root, tmp_path):
 
 
 def test_other_seed_and_other_bank_are_other_people(world):
-    again, seed, bank = make_world("tiny", 3,
-                                   **SMALL), make_world("tiny", 4,
-                                                        **SMALL), make_world("tiny", 3, **dict(SMALL, bank="B"))
+    again, seed, bank = (make_world("tiny", 3, **SMALL), make_world("tiny", 4, **SMALL),
+                         make_world("tiny", 3, **dict(SMALL, bank="B")))
     assert again.people == world.people and again.videos == world.videos
     pd.testing.assert_frame_equal(again.tracklets, world.tracklets)
     assert seed.people != world.people != bank.people
@@ -182,9 +181,8 @@ def test_crops_are_what_the_tables_say(root, world):
 
 @pytest.mark.slow("starts processes")
 def test_goes_on_after_a_kill(world, root, tmp_path):
-    code = (
-        f"from cion_nb.data.film import make_world, render; render(make_world('tiny', 3, **{SMALL!r}), "
-        f"{str(tmp_path)!r}, workers=1)")
+    code = (f"from cion_nb.data.film import make_world, render; render(make_world('tiny', 3, **{SMALL!r}), "
+            f"{str(tmp_path)!r}, workers=1)")
     p = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ, CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
     end = time.time() + 60
     while not [q for q in tmp_path.glob("crops/[!.]*")] and time.time() < end and p.poll() is None: time.sleep(.02)

@@ -46,11 +46,9 @@ def random_mot(seed, classes):
                 mine.append((f, person + (100 if f > 15 and person % 3 == 0 else 0), x + rng.normal(0, 6),
                              y + rng.normal(0, 6), 40, 100, 0.9))
             if rng.random() < 0.1: mine.append((f, 1000 + person, *rng.uniform(0, 400, 2), 40, 100, 0.5))
-    mine = pd.DataFrame(mine,
-                        columns=["frame", "tracklet", "x", "y", "w", "h", "score"]).drop_duplicates(
+    mine = pd.DataFrame(mine, columns=["frame", "tracklet", "x", "y", "w", "h", "score"]).drop_duplicates(
         ["frame", "tracklet"])
-    return pd.DataFrame(gt,
-                        columns=list(MOT_COLUMNS)).round(2), mine.round(2).assign(video="v").sort_values(
+    return pd.DataFrame(gt, columns=list(MOT_COLUMNS)).round(2), mine.round(2).assign(video="v").sort_values(
         ["tracklet", "frame"], ignore_index=True)
 
 
@@ -73,9 +71,8 @@ def test_scores_equal_the_reference_run_from_files(tmp_path, seed, benchmark):
     evaluator = trackeval.Evaluator(dict(PRINT_RESULTS=False, OUTPUT_SUMMARY=False, OUTPUT_DETAILED=False,
                                          PLOT_CURVES=False, TIME_PROGRESS=False, LOG_ON_ERROR=None, BREAK_ON_ERROR=True,
                                          **quiet))
-    result, _ = evaluator.evaluate([data],
-                                   [trackeval.metrics.CLEAR(quiet), trackeval.metrics.Identity(quiet),
-                                    trackeval.metrics.HOTA()])
+    result, _ = evaluator.evaluate([data], [trackeval.metrics.CLEAR(quiet), trackeval.metrics.Identity(quiet),
+                                            trackeval.metrics.HOTA()])
     want = result["MotChallenge2DBox"]["ours"]["SEQ"]["pedestrian"]
     got = tracking_scores(mine, folder / "gt/gt.txt", frames=range(30), benchmark=benchmark)
     assert got["MOTA"] == pytest.approx(want["CLEAR"]["MOTA"], abs=1e-9) and got["switches"] == want["CLEAR"]["IDSW"]

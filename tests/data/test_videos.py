@@ -102,8 +102,8 @@ def test_a_sequence_s_state_covers_its_images(sequence, tmp_path):
 
 def test_numbers_in_names_are_the_frames(tmp_path):
     def numbers(names):
-        return [n for n,
-                _ in T.Video(some_frames(tmp_path / str(len(list(tmp_path.iterdir()))), names), frame_rate=5).frames()]
+        return [n for n, _ in T.Video(some_frames(tmp_path / str(len(list(tmp_path.iterdir()))), names),
+                                      frame_rate=5).frames()]
     assert numbers(["1.png", "2.png", "10.png"]) == [0, 1, 9]
     assert numbers(["000000.png", "000001.png"]) == [0, 1]
     assert numbers(["cam3_f0005.png", "cam3_f0006.png"]) == [4, 5]
@@ -241,7 +241,6 @@ def test_missing_parts_say_what_to_install(monkeypatch):
 
 @pytest.mark.slow("starts processes")
 def test_import_is_light():
-    code = (
-        "import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', "
-        "'onnxruntime', 'torchvision', 'torch') if m in sys.modules])")
+    code = ("import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', "
+            "'onnxruntime', 'torchvision', 'torch') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"

@@ -144,11 +144,8 @@ def test_the_choice():
         asked.clear()
         t = table(*rows)
         return C._choose(t, lambda i: asked.append(i) or (rows[i][3], np.nan)), t
-    a, b, chain, seen, lonely, small = (200, .99, np.nan,
-                                        .95), (230, 1., np.nan,
-                                               .88), (900, .5, np.nan,
-                                                      1.), (300, 1., .5,
-                                                            1.), (310, 1., np.nan, .3), (50, 1., np.nan, 1.)
+    a, b, chain, seen, lonely, small = ((200, .99, np.nan, .95), (230, 1., np.nan, .88), (900, .5, np.nan, 1.),
+                                        (300, 1., .5, 1.), (310, 1., np.nan, .3), (50, 1., np.nan, 1.))
     at, t = choose(small, a, b, chain, seen, lonely)
     # of nearly equal ones the most trusted; a chain is never asked, nor one too small to win
     assert at == 1 and asked == [5, 4, 2, 1]

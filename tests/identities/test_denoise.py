@@ -73,16 +73,27 @@ def test_memory_map_and_float16(tmp_path):
 
 
 @pytest.mark.parametrize("kw, message", [
-    (dict(sigma_cst=-.1), "sigma_cst"), (dict(sigma_drm=2.01), "sigma_drm"), (dict(half_width=-1), "half_width"),
-    (dict(half_width=2.5), "half_width"), (dict(half_width=True), "half_width"),
-    (dict(levels=("track",)), "unknown level 'track'"), (dict(levels=("video", "tracklet")), "order"),
-    (dict(levels=("video", "video")), "once"), (dict(link="nearest"), "unknown link 'nearest'"),
-    (dict(sigma_cst="0.2"), "sigma_cst"), (dict(sigma_drm=None), "sigma_drm"), (dict(sigma_cst=True), "sigma_cst"),
-    (dict(levels=5), "levels"), (dict(link="reciprocal", eps="x"), "eps"), (dict(link="reciprocal", k1=2), "k1"),
-    (dict(workers="2"), "workers"), (dict(workers=0), "workers"), (dict(device="cudaa"), "device"),
-    (dict(centre="v"), "unknown centre"), (dict(cannot_link="time"), "unknown cannot_link"),
-    (dict(measure="yes"), "unknown measure"),
-])
+    (dict(sigma_cst=-.1), "sigma_cst"),
+    (dict(sigma_drm=2.01), "sigma_drm"),
+    (dict(half_width=-1), "half_width"),
+    (dict(half_width=2.5), "half_width"),
+    (dict(half_width=True), "half_width"),
+    (dict(levels=("track",)), "unknown level 'track'"),
+    (dict(levels=("video", "tracklet")), "order"),
+    (dict(levels=("video", "video")), "once"),
+    (dict(link="nearest"), "unknown link 'nearest'"),
+    (dict(sigma_cst="0.2"), "sigma_cst"),
+    (dict(sigma_drm=None), "sigma_drm"),
+    (dict(sigma_cst=True), "sigma_cst"),
+    (dict(levels=5), "levels"),
+    (dict(link="reciprocal", eps="x"), "eps"),
+    (dict(link="reciprocal", k1=2), "k1"),
+    (dict(workers="2"), "workers"),
+    (dict(workers=0), "workers"),
+    (dict(device="cudaa"), "device"),
+    (dict(centre="v"), "unknown centre"),
+    (dict(cannot_link="time"), "unknown cannot_link"),
+    (dict(measure="yes"), "unknown measure")])
 def test_requests_without_meaning(kw, message):
     x, samples = feature_world(10, seed=1)
     with pytest.raises(ValueError, match=message): denoise(x, samples, **kw)
@@ -114,9 +125,8 @@ def test_empty_table(levels, tmp_path):
     got = denoise(np.empty((0, 5), np.float32), feature_world(3)[1].iloc[:0], levels=levels, out=tmp_path / "e")
     assert len(got.labels) == 0 and got.labels.dtype == np.int64 and (got.noise.n_S == 0).all()
     assert "0 images" in repr(got)
-    assert list(Denoised.load(tmp_path / "e").provenance.columns) == list(feature_world(3)
-                                                                          and denoise(
-        *feature_world(3)).provenance.columns)
+    assert list(Denoised.load(tmp_path / "e").provenance.columns) == list(
+        feature_world(3) and denoise(*feature_world(3)).provenance.columns)
 
 
 def test_single_tracklet_and_single_images():
@@ -149,10 +159,9 @@ def test_files_of_the_user_stay(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     for sigma in (.2, .3): denoise(x, samples, sigma_cst=sigma, out=tmp_path)
-    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == [".my.tmp.txt", ".provenance.notes",
-                                                                          "denoised.json", "links.parquet",
-                                                                          "provenance.parquet", "thesis.tex",
-                                                                          "tracklets.parquet"]
+    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == [
+        ".my.tmp.txt", ".provenance.notes", "denoised.json", "links.parquet", "provenance.parquet", "thesis.tex",
+        "tracklets.parquet"]
     (tmp_path / "b" / "denoise_work").mkdir(parents=True)
     (tmp_path / "b" / "denoise_work" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not made by denoise"): denoise(x, samples, out=tmp_path / "b")

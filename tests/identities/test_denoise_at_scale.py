@@ -73,8 +73,8 @@ def test_killed_at_six_moments(world, tmp_path):
 def test_stopped_after_each_piece(world, tmp_path, monkeypatch, stop_at):
     "The moments between pieces, exactly: the n-th piece is written, then the process is gone."
     _, x, samples, want = world
-    monkeypatch.setattr(parts, "chunks_of", lambda m, half_width,
-                        pairs=0: [(i, min(i + 1500, m)) for i in range(0, m, 1500)])
+    monkeypatch.setattr(
+        parts, "chunks_of", lambda m, half_width, pairs=0: [(i, min(i + 1500, m)) for i in range(0, m, 1500)])
     real, written = parts.Store.put, []
     def put(self, name, **arrays):
         if len(written) == stop_at: raise KeyboardInterrupt
@@ -82,8 +82,8 @@ def test_stopped_after_each_piece(world, tmp_path, monkeypatch, stop_at):
         written.append(name)
     monkeypatch.setattr(parts.Store, "put", put)
     with pytest.raises(KeyboardInterrupt): denoise(x, samples, out=tmp_path, measure=False, workers=1)
-    monkeypatch.setattr(parts.Store, "put", lambda self, name,
-                        **arrays: (written.append(name), real(self, name, **arrays)))
+    monkeypatch.setattr(
+        parts.Store, "put", lambda self, name, **arrays: (written.append(name), real(self, name, **arrays)))
     assert np.array_equal(denoise(x, samples, out=tmp_path, measure=False).labels, want.labels)
     assert len(written) == len(set(written)), "a finished piece was computed again"
 
@@ -169,8 +169,8 @@ def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
         assert main(["denoise", str(features), str(samples), "--out", str(tmp_path / "x"), *more]) == 2
         assert message in capsys.readouterr().err
     p = subprocess.run([sys.executable, "-m", "cion_nb", "denoise", str(folder / "nothing.npy"),
-                        str(folder / "samples.parquet"), "--out", str(tmp_path / "x")], env=ENV, capture_output=True,
-                       text=True)
+                        str(folder / "samples.parquet"), "--out", str(tmp_path / "x")],
+                       env=ENV, capture_output=True, text=True)
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
 

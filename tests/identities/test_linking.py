@@ -292,9 +292,8 @@ def identities_in_a_street(n, mark, dim, seed, centre=None, persons=None, guarde
     def directions(k): return rng.standard_normal((k, dim)) / np.sqrt(dim)
     who = np.arange(n) if persons is None else np.asarray(persons)
     y = np.repeat(directions(n)[who] + mark * directions(1), 6, 0) + .9 * directions(6 * n)
-    tracklet, video = np.r_[samples["tracklet"],
-                            count + np.repeat(np.arange(n), 6)], np.r_[pd.factorize(samples["video"])[0],
-                                                                       np.full(6 * n, 12)]
+    tracklet, video = (np.r_[samples["tracklet"], count + np.repeat(np.arange(n), 6)],
+                       np.r_[pd.factorize(samples["video"])[0], np.full(6 * n, 12)])
     sums = np.zeros((count + n, dim))
     np.add.at(sums, tracklet, np.concatenate([x, unit(y)]))
     origin = np.zeros(count + n, np.int64)
@@ -320,8 +319,7 @@ def test_strangers_of_one_video_of_a_street_stay_apart(n, mark, centre):
     """
     for dim, apart in ((256, 6), (64, 5)):
         assert sum(len(np.unique(identities_in_a_street(n, mark, dim, seed, centre))) == n
-                   for seed in range(6)) >= apart, (
-            dim)
+                   for seed in range(6)) >= apart, dim
     # without the rule: never
     if mark == 1:
         assert sum(len(np.unique(identities_in_a_street(n, mark, 256, seed, centre, guarded=False))) == n
@@ -384,8 +382,8 @@ def test_link_by_reciprocal_refuses(change, message):
 def test_centring_is_its_formula_and_works_in_place():
     units, _ = people(3)
     video = np.random.default_rng(0).integers(5, 11, len(units))
-    wanted = np.stack([u - (n := (video == v).sum()) / (n + 20) * (units[video == v].mean(0) - units.mean(0)) for u,
-                       v in zip(units, video)])
+    wanted = np.stack([u - (n := (video == v).sum()) / (n + 20) * (units[video == v].mean(0) - units.mean(0))
+                       for u, v in zip(units, video)])
     assert np.allclose(centre_on_videos(units, video), unit(wanted), atol=1e-12)
     same = units.astype(np.float32)
     assert centre_on_videos(same, video, out=same) is same and np.allclose(same, unit(wanted), atol=1e-6)

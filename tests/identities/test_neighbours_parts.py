@@ -174,8 +174,8 @@ def test_lists_of_parts_that_hold_little_are_merged_like_a_sort():
         made = [{j: np.float32(rng.integers(0, 4)) for j in rng.permutation(n)[:rng.integers(0, 9)]}
                 for _ in range(parts)]
         owner = {}                                                          # a pair belongs to one part
-        made = [{j: d for j, d in part.items() if owner.setdefault(j, p) == p and j != 3} for p,
-                part in enumerate(made)]
+        made = [{j: d for j, d in part.items() if owner.setdefault(j, p) == p and j != 3}
+                for p, part in enumerate(made)]
         index, distance = np.full((parts, n, k), -1, np.int32), np.full((parts, n, k), np.inf, np.float32)
         index[:, :, 0], distance[:, :, 0] = np.arange(n), 0
         for p, part in enumerate(made):

@@ -225,16 +225,11 @@ def test_sums_that_do_not_fit_lie_in_a_file_without_a_name(tmp_path, monkeypatch
 # ---------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("labels, kw, message", [
-    ([0, 1], {}, "3 feature rows but 2 labels"),
-    ([0, 1, -2], {}, "-2"),
-    ([0., 1., 1.], {}, "integer"),
-    ([0, 1, 1], dict(sigma_cst=-.1), "sigma_cst"),
-    ([0, 1, 1], dict(sigma_drm=2.1), "sigma_drm"),
+    ([0, 1], {}, "3 feature rows but 2 labels"), ([0, 1, -2], {}, "-2"), ([0., 1., 1.], {}, "integer"),
+    ([0, 1, 1], dict(sigma_cst=-.1), "sigma_cst"), ([0, 1, 1], dict(sigma_drm=2.1), "sigma_drm"),
     ([0, 1, 1], dict(sigma_drm=float("nan")), "sigma_drm"),
     ([0, 1, 1], dict(sample=3), "sample=3: a whole number of identities, at least 4"),
-    ([0, 1, 1], dict(sample="a"), "sample='a'"),
-    ([0, 1, 1], dict(sample=True), "sample=True"),
-])
+    ([0, 1, 1], dict(sample="a"), "sample='a'"), ([0, 1, 1], dict(sample=True), "sample=True")])
 def test_refused(labels, kw, message):
     with pytest.raises(ValueError, match=message): noise(np.eye(3), np.array(labels), **kw)
 

@@ -28,8 +28,8 @@ def test_close_pairs_do_not_depend_on_tiles(sigma, tile):
     u[50:60] = u[20:30]
     last = np.maximum.accumulate(rng.integers(0, 90, 90))
     def collect(t):
-        return sorted((a, b, c) for i, j, d in close_pairs(u, sigma, last, t) for a, b,
-                      c in zip(i.tolist(), j.tolist(), d.tolist()))
+        return sorted((a, b, c) for i, j, d in close_pairs(u, sigma, last, t)
+                      for a, b, c in zip(i.tolist(), j.tolist(), d.tolist()))
     want = [(i, j) for i in range(90) for j in range(i + 1, int(last[i]) + 1)
             if min(2, max(0, 1 - float(u[i] @ u[j]))) < sigma]
     got = collect(tile)
@@ -56,13 +56,13 @@ def test_a_pair_just_at_the_threshold_is_decided_by_its_own_product():
 def test_a_threshold_equal_to_a_distance_excludes_that_pair_in_any_tile():
     "The product of a whole tile may round otherwise than the product of the two rows, which decides."
     units = unit_rows(np.random.default_rng(0).normal(size=(60, 96)))
-    for i, j in np.random.default_rng(1).permutation([(i, j) for i in range(60) for j in range(i + 1, 60)])[
-        :250].tolist():
+    for i, j in np.random.default_rng(1).permutation(
+            [(i, j) for i in range(60) for j in range(i + 1, 60)])[:250].tolist():
         sigma = float(cosine_distance(units[[i]], units[[j]])[0])
         for threshold, is_linked in ((sigma, False), (np.nextafter(sigma, 2), True)):
             for tile in (4, 64):
-                assert any(((a == i) & (b == j)).any() for a, b,
-                           _ in close_pairs(units, threshold, tile=tile)) == is_linked
+                assert any(((a == i) & (b == j)).any()
+                           for a, b, _ in close_pairs(units, threshold, tile=tile)) == is_linked
 
 
 # ---------------------------------------------------------------- the fast product
@@ -144,8 +144,8 @@ def test_the_bound_holds_on_every_product(screen, dim):
     fast = (s.light @ s.light.T).double().numpy()
     # the product is rounded to the format, too
     half_a_step = np.abs(fast) * torch.finfo(s.light.dtype).eps
-    slack = s.error[:, None] * (s.length + s.error) + s.length[:, None] * s.error + (dim + 8) * 2.0**-22 * s.length[
-        :, None] * s.length
+    slack = (s.error[:, None] * (s.length + s.error) + s.length[:, None] * s.error
+             + (dim + 8) * 2.0**-22 * s.length[:, None] * s.length)
     assert (np.abs(fast - u @ u.T) <= slack + half_a_step).all()
 
 
@@ -180,8 +180,8 @@ def test_formats_settings_and_sources_give_the_same_pairs():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        found = [ordered(screen=s, tile=t, panel_bytes=b) for s in SCREENS for t,
-                 b in ((None, 2**27), (100, 2**15))] + [ordered(units=UnitCentroids(sums, counts), panel_bytes=2**16)]
+        found = ([ordered(screen=s, tile=t, panel_bytes=b) for s in SCREENS for t, b in ((None, 2**27), (100, 2**15))]
+                 + [ordered(units=UnitCentroids(sums, counts), panel_bytes=2**16)])
     finally: torch.set_float32_matmul_precision(before)
     for got in found:
         assert np.array_equal(got[0], want[0]) and np.array_equal(got[1], want[1])
@@ -224,8 +224,8 @@ def test_a_gpu_finds_the_same_pairs():
     rng = np.random.default_rng(0)
     units = unit_rows(rng.normal(size=(500, 256))[rng.integers(0, 500, 20_000)] + .4 * rng.normal(size=(20_000, 256)))
     for last in (None, np.arange(20_000) + 300):
-        assert {(i, j) for a, b, _ in close_pairs(units, .18, last, device="cuda") for i,
-                j in zip(a.tolist(), b.tolist())} == pair_set(units, .18, last)
+        assert {(i, j) for a, b, _ in close_pairs(units, .18, last, device="cuda")
+                for i, j in zip(a.tolist(), b.tolist())} == pair_set(units, .18, last)
 
 
 def test_rows_of_odd_length_go_through_blocks():

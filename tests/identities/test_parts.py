@@ -51,8 +51,8 @@ def test_batched_products_decide_alike(kind, floats):
 @pytest.mark.slow("eleven thousand tracklets")
 def test_batched_products_through_the_door(world, monkeypatch):
     _, x, samples, want = world
-    monkeypatch.setattr(parts, "clean_and_sum", lambda x, offsets,
-                        sigma: clean_on_device(x, offsets, sigma, device="cpu"))
+    monkeypatch.setattr(
+        parts, "clean_and_sum", lambda x, offsets, sigma: clean_on_device(x, offsets, sigma, device="cpu"))
     got = denoise(x, samples, measure=False)
     assert np.array_equal(got.labels, want.labels) and got.provenance.state.equals(want.provenance.state)
 

@@ -39,9 +39,8 @@ def tasks(table):
     for method in ("bnneck", "mgn", "transreid"):
         yield method, finetune.FineTuning, recipe("finetune", "tiny", method=method, **common | STEPS)
     for stage in ("usl", "uda"):
-        yield stage, cluster_contrast.ClusterContrast, recipe(stage, "tiny",
-                                                              **common | CLUSTERS
-                                                              | (dict(seed=1) if stage == "uda" else {}))
+        yield stage, cluster_contrast.ClusterContrast, recipe(
+            stage, "tiny", **common | CLUSTERS | (dict(seed=1) if stage == "uda" else {}))
 
 
 def summary(arrays, **more):

@@ -82,8 +82,8 @@ class Job(Task):
             torch._foreach_lerp_(list(self.modules["teacher"].parameters()), list(self.modules["model"].parameters()),
                                  .05)
         if self.kill_at is not None and self.seen >= self.kill_at and int(os.environ.get("RANK", 0)) == 0:
-            (os.killpg if os.environ.get("JOB_GROUP") else os.kill)(os.getpid(),
-                                                                    int(os.environ.get("JOB_SIGNAL", signal.SIGKILL)))
+            (os.killpg if os.environ.get("JOB_GROUP") else os.kill)(
+                os.getpid(), int(os.environ.get("JOB_SIGNAL", signal.SIGKILL)))
 
 
 def pretend():

@@ -108,8 +108,8 @@ def test_cost_is_counted():
 
 def test_table_5_is_told():
     told = list_backbones().set_index("name")[["batch_per_gpu", "local_crops", "train_hours"]]
-    want = pd.read_csv(PAPER_NUMBERS
-                       / "table5.csv").set_index("arch")[["batch_size_per_gpu", "local_crops", "train_hours_approx"]]
+    want = pd.read_csv(PAPER_NUMBERS / "table5.csv").set_index("arch")[[
+        "batch_size_per_gpu", "local_crops", "train_hours_approx"]]
     assert set(want.index) == set(PAPER)
     assert np.array_equal(told.loc[want.index].to_numpy(float), want.to_numpy(float), equal_nan=True)
     assert told.notna().any(axis=None) and told.drop(want.index).isna().all(axis=None)

@@ -37,9 +37,8 @@ def test_imagenet(monkeypatch, arch):
 
 @pytest.mark.parametrize("arch", ["resnet50_ibn", "vit_small", "repvit_m1_5", "ghostnet_0_5", "resnet10_tiny"])
 def test_no_imagenet(arch):
-    with pytest.raises(ValueError,
-                       match="no ImageNet weights.*"
-                       + ("standard_vit_small" if arch == "vit_small" else "weights=path")):
+    with pytest.raises(ValueError, match="no ImageNet weights.*" + (
+            "standard_vit_small" if arch == "vit_small" else "weights=path")):
         create_backbone(arch, weights="imagenet")
 
 

@@ -83,9 +83,8 @@ def test_what_the_trunk_lost_is_named_and_heads_are_not(lost, prefix, recwarn):
 
 PARTS = sorted({name.rpartition(".")[0] for name in MODEL.state_dict()})
 HEADS = ["fc", "fc1", "linear", "classifier", "id_classifier", "head", "heads", "dino_head", "proj_head", "head_dist",
-         "projector", "predictor", "prototypes", "queue",
-         "bottleneck", "bottleneck_1", "bnneck", "feat", "feat_bn", "gem", "pool_layer", "b1", "b2", "b1_head",
-         "b21_head", "b3_pool", "pixel_mean"]
+         "projector", "predictor", "prototypes", "queue", "bottleneck", "bottleneck_1", "bnneck", "feat", "feat_bn",
+         "gem", "pool_layer", "b1", "b2", "b1_head", "b21_head", "b3_pool", "pixel_mean"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -120,8 +119,8 @@ def test_deeper_networks_are_refused_and_named(deep, shallow, blocks):
     the error says.
     """
     with torch.device("meta"): names = {k: v.shape for k, v in create_backbone(deep, (64, 32)).state_dict().items()}
-    file, model = {f"module.{k}": torch.zeros(()).expand(s) for k,
-                   s in names.items()}, create_backbone(shallow, (64, 32))
+    file, model = ({f"module.{k}": torch.zeros(()).expand(s) for k, s in names.items()},
+                   create_backbone(shallow, (64, 32)))
     with pytest.raises(ValueError,
                        match=f"deeper than a {shallow}, with {blocks}.*nothing was loaded. It holds all of a {deep}: "
                              f"name that backbone"):
@@ -131,8 +130,8 @@ def test_deeper_networks_are_refused_and_named(deep, shallow, blocks):
 
 
 def test_a_stage_more_is_refused_and_a_lone_layer_is_not():
-    file = wrap(MODEL, "") | {n.replace("layer4", "layer5"): v for n,
-                              v in MODEL.state_dict().items() if n.startswith("layer4")}
+    file = wrap(MODEL, "") | {n.replace("layer4", "layer5"): v for n, v in MODEL.state_dict().items()
+                              if n.startswith("layer4")}
     with pytest.raises(ValueError, match="with layer5 besides.*list_backbones.. has none as deep"):
         load_backbone_weights(MODEL, file)
     with pytest.warns(UserWarning, match="trunk has 2 entries.*norms"):
@@ -163,14 +162,12 @@ def test_a_prefix_that_holds_a_part_is_refused():
         load_backbone_weights(MODEL, file)
 
 
-@pytest.mark.parametrize("file, prefix",
-                         [
+@pytest.mark.parametrize("file, prefix", [
     (lambda net: {"state_dict": wrap(net, "model.backbone.") | {"model.head.weight": torch.ones(2)},
                   "pytorch-lightning_version": "2", "hyper_parameters": {"lr": .1},
                   "callbacks": {"ModelCheckpoint{}": {"best": torch.tensor(.5)}}}, "model.backbone."),
-                          (lambda net: {"state_dict": wrap(net, "module.")}, "module."),
-    (lambda net: {"net": wrap(net, "module.module.")}, "module.module.")],
-                         ids=["lightning", "DataParallel", "twice"])
+    (lambda net: {"state_dict": wrap(net, "module.")}, "module."),
+    (lambda net: {"net": wrap(net, "module.module.")}, "module.module.")], ids=["lightning", "DataParallel", "twice"])
 def test_wrappers(file, prefix, capsys):
     report = load_backbone_weights(create_backbone(**TINY), file(MODEL))
     assert (report.prefix, report.share) == (prefix, 1) and capsys.readouterr().out == ""
@@ -206,9 +203,8 @@ def test_mmengine_keeps_the_average_as_state_dict():
     "Its EMAHook swaps the two when it saves, so that `state_dict` is what is to be used."
     average, trained, model = (create_backbone(**TINY) for _ in range(3))
     for mark in (dict(message_hub={}), dict(meta=dict(mmengine_version="0.10"))):
-        load_backbone_weights(model,
-                              dict(ema_state_dict=wrap(trained, "module.backbone."),
-                                   state_dict=wrap(average, "backbone."), **mark))
+        load_backbone_weights(model, dict(ema_state_dict=wrap(trained, "module.backbone."),
+                                          state_dict=wrap(average, "backbone."), **mark))
         assert torch.equal(model.conv1.weight, average.conv1.weight)
 
 
@@ -232,9 +228,8 @@ def test_ambiguous_tables_are_refused():
     load_backbone_weights(a, file, part="net_2")
     assert torch.equal(a.conv1.weight, b.conv1.weight)
     with pytest.raises(ValueError) as e:
-        load_backbone_weights(a,
-                              {"net": wrap(a, "x.") | wrap(create_backbone(**TINY), "y.")
-                               | wrap(create_backbone(**TINY), "")})
+        load_backbone_weights(
+            a, {"net": wrap(a, "x.") | wrap(create_backbone(**TINY), "y.") | wrap(create_backbone(**TINY), "")})
     assert sorted(re.findall("part='(.*?)'", str(e.value))) == ["net.", "x", "y"]
     load_backbone_weights(a, {"net_1": wrap(b, ""), "net_2": wrap(b, "")})
 

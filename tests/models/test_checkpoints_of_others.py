@@ -44,15 +44,14 @@ def test_lup(project):
              {"classifier.weight": (9, 512), "classifier.bias": (9,), "fc1.weight": (2048, 512), "fc1.bias": (2048,),
               "fc2.weight": (128, 2048), "fc2.bias": (128,)})
     heads = {name: torch.zeros(shape) for name, shape in heads.items()}
-    queues = {"queue": torch.zeros(128, 16), "queue_ptr": torch.zeros(1)} | ({
-        } if project == "lup" else {"queue_id": torch.zeros(16, 1), "prototypes": torch.zeros(9, 128)})
+    queues = ({"queue": torch.zeros(128, 16), "queue_ptr": torch.zeros(1)}
+              | ({} if project == "lup" else {"queue_id": torch.zeros(16, 1), "prototypes": torch.zeros(9, 128)}))
     encoder = lambda net: net.state_dict() | heads
     state = ({f"module.encoder_k.{k}": v for k, v in encoder(other).items()}
              | {f"module.encoder_q.{k}": v for k, v in encoder(good).items()}
              | {f"module.{k}": v for k, v in queues.items()})
-    report = load_backbone_weights(model,
-                                   {"epoch": 200, "arch": "resnet18", "state_dict": state,
-                                    "optimizer": {"state": {}, "param_groups": [{"lr": 0.3}]}})
+    report = load_backbone_weights(model, {"epoch": 200, "arch": "resnet18", "state_dict": state,
+                                           "optimizer": {"state": {}, "param_groups": [{"lr": 0.3}]}})
     assert (report.place, report.prefix, report.share) == (("state_dict",), "module.encoder_q.", 1)
     assert sorted(report.unexpected) == sorted("module.encoder_q." + h for h in heads)
     assert len(report.outside) == len(encoder(other)) + len(queues)
@@ -79,9 +78,8 @@ def test_transreid_ssl(arch, stage):
                                       "classifier.weight": torch.zeros(9, 192), "bottleneck.bias": torch.zeros(192)}
     with warnings.catch_warnings(record=True) as said: report = load_backbone_weights(model, file)
     assert ["sie_embed" in str(w.message) for w in said] == [True] * (stage == "fine-tuned")
-    assert (report.share, report.missing, report.prefix) == (1, [],
-                                                             dict(pretrained="backbone.",
-                                                                  converted="").get(stage, "base."))
+    assert (report.share, report.missing, report.prefix) == (1, [], dict(pretrained="backbone.", converted="").get(
+        stage, "base."))
     assert report.unexpected == (["base.sie_embed"] if stage == "fine-tuned" else [])
     assert same(model, good)
 
@@ -109,11 +107,10 @@ def test_pass(tmp_path):
     """
     net, state = pass_file()
     model = create_backbone("standard_vit_tiny")
-    report = load_backbone_weights(model,
-                                   {"teacher": state,
-                                    "student": {"module." + k: torch.zeros_like(v) for k, v in state.items()}})
-    assert (report.names, report.added, report.missing, report.unexpected, report.share) == ("pass", ["reg_token"], [
-        ], [], 1)
+    report = load_backbone_weights(model, {"teacher": state,
+                                           "student": {"module." + k: torch.zeros_like(v) for k, v in state.items()}})
+    assert (report.names, report.added, report.missing, report.unexpected, report.share) == (
+        "pass", ["reg_token"], [], [], 1)
     f, x = {k.removeprefix("backbone."): v for k, v in state.items()}, torch.randn(2, 3, 256, 128)
     with torch.inference_mode():
         tokens = [f["cls_token"] + f["cls_pos"]] + [f[f"part_token{p}"] + f[f"part{p}_pos"] for p in (1, 2, 3)]
@@ -188,9 +185,8 @@ def test_solider(wrapper, tmp_path):
 
 def test_solider_without_semantics_is_swin():
     net, model = randomised(create_backbone("swin_tiny", (64, 32))), create_backbone("swin_tiny", (64, 32))
-    report = load_backbone_weights(model,
-                                   {"state_dict": {"module.backbone." + k: v for k,
-                                                   v in solider_file(net, semantic=False).items()}})
+    report = load_backbone_weights(
+        model, {"state_dict": {"module.backbone." + k: v for k, v in solider_file(net, semantic=False).items()}})
     assert report.added == [] and report.share == 1 and same(model, net)
 
 
@@ -199,9 +195,8 @@ def test_fast_reid():
     "Its baseline, and the MGN that LUP fine-tunes, whose global branch is the rest of the network."
     good, model = randomised(create_backbone("resnet50_ibn", (64, 32))), create_backbone("resnet50_ibn", (64, 32))
     pixels = {"pixel_mean": torch.zeros(1, 3, 1, 1), "pixel_std": torch.ones(1, 3, 1, 1)}
-    baseline = {"model": wrap(good, "backbone.") | pixels | {"heads.bottleneck.0.weight": torch.ones(2048),
-                                                             "heads.classifier.weight": torch.zeros(9, 2048)},
-                "iteration": 7}
+    baseline = {"model": wrap(good, "backbone.") | pixels | {
+        "heads.bottleneck.0.weight": torch.ones(2048), "heads.classifier.weight": torch.zeros(9, 2048)}, "iteration": 7}
     report = load_backbone_weights(model, baseline)
     assert (report.place, report.prefix, report.share, report.unexpected, len(report.outside)) == (
         ("model",), "backbone.", 1, [], 4)
@@ -273,9 +268,7 @@ def test_dinov3():
     vit = {k: v for k, v in create_backbone("standard_vit_tiny").state_dict().items() if k != "pos_embed"}
     vit = {"backbone." + k: v for k, v in vit.items()} | {"backbone.storage_tokens": torch.zeros(1, 4, 192),
                                                           "backbone.rope_embed.periods": torch.zeros(16)}
-    with pytest.warns(UserWarning,
-                      match="missing: pos_embed"), pytest.warns(UserWarning,
-                                                                match="storage_tokens.*rope_embed.*tokens or "
-                                                                      "positions"):
+    with pytest.warns(UserWarning, match="missing: pos_embed"), pytest.warns(
+            UserWarning, match="storage_tokens.*rope_embed.*tokens or positions"):
         report = load_backbone_weights(create_backbone("standard_vit_tiny"), {"teacher": vit})
     assert report.missing == ["pos_embed"] and "backbone.rope_embed.periods" in report.unexpected

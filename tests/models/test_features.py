@@ -67,8 +67,8 @@ def test_rows_belong_to_their_samples(pictures, tmp_path, paths, batch_size, wor
                        atol=1e-3 if precision == "float16" else 1e-5)
     assert f.x.dtype == precision and isinstance(f.x, np.memmap) and len(f) == len(good)
     assert np.array_equal(np.load(tmp_path / "s" / "features.npy"), f.x)
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", "features.json", "features.npy",
-                                                                  "samples.parquet", "unreadable.parquet"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        ".lock", "features.json", "features.npy", "samples.parquet", "unreadable.parquet"]
 
 
 def test_threads_change_nothing_and_batches_next_to_nothing(pictures, tmp_path):
@@ -109,8 +109,7 @@ def test_killed_at_random_moments_and_resumed(pictures, tmp_path):
     def start(out):
         code = SCRIPT.format(tests=str(TESTS), root=str(pictures), out=str(out))
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True,
-                                env={**os.environ, "CION_NB_PROGRESS": "0", "OMP_NUM_THREADS": "1"})
+                                text=True, env={**os.environ, "CION_NB_PROGRESS": "0", "OMP_NUM_THREADS": "1"})
     whole = start(tmp_path / "whole")
     marker, stood = tmp_path / "killed" / "partial.json", []
     for target in (4, 41, 70):
@@ -175,8 +174,8 @@ def test_another_request_is_refused(pictures, tmp_path, what, change, finished):
     if not finished:
         request = json.loads((tmp_path / "s" / "features.json").read_text())
         (tmp_path / "s" / "features.json").unlink()
-        (tmp_path / "s"
-         / "partial.json").write_text(json.dumps(dict(request=request, read=20, written=20, unreadable=[])))
+        (tmp_path / "s" / "partial.json").write_text(
+            json.dumps(dict(request=request, read=20, written=20, unreadable=[])))
     with pytest.raises(FileExistsError, match=f"another request.*(?s:.*)  {what}: there .*, asked for"):
         extract(**asked | change, out=tmp_path / "s")
     assert len(extract(**asked, out=tmp_path / "s")) == 20, "what was there is untouched"
@@ -292,8 +291,8 @@ def test_every_kind_of_picture(pictures, tmp_path, mode):
 def onnx_file(path, inputs=((None, 8, 4, 3),), outputs=1):
     onnx = pytest.importorskip("onnx")
     from onnx import helper, TensorProto
-    named = [helper.make_tensor_value_info(f"in{i}", TensorProto.FLOAT, ["n" if d is None else d for d in s]) for i,
-             s in enumerate(inputs)]
+    named = [helper.make_tensor_value_info(f"in{i}", TensorProto.FLOAT, ["n" if d is None else d for d in s])
+             for i, s in enumerate(inputs)]
     nodes = [helper.make_node("ReduceMean", ["in0"], [f"out{i}"], axes=[1 + i, 2 + i], keepdims=0)
              for i in range(outputs)]
     out = [helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, None) for i in range(outputs)]
@@ -338,8 +337,7 @@ def test_onnx_file_equals_its_torch_model(pictures, tmp_path):
     pytest.importorskip("onnxscript")
     model = create_backbone("resnet10_tiny_ibn", (64, 32)).eval()
     torch.onnx.export(model, (torch.zeros(2, 3, 64, 32),), tmp_path / "m.onnx", dynamo=True, external_data=False,
-                      verbose=False,
-                      dynamic_shapes=({0: torch.export.Dim("n")},))
+                      verbose=False, dynamic_shapes=({0: torch.export.Dim("n")},))
     samples, onnx = make_samples(names(9)), OnnxModel(tmp_path / "m.onnx", model.input)
     a = extract(samples, pictures, model, tmp_path / "a", precision="float32")
     b = extract(samples, pictures, onnx, tmp_path / "b", precision="float32", batch_size=4)

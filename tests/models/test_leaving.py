@@ -16,8 +16,8 @@ from cion_nb.models.checkpoints import load_backbone_weights
 from cion_nb.models.leaving import export_onnx, export_torchscript
 
 # Files that leave.
-EXPORTED = PAPER if os.environ.get("CION_NB_EXPORT_ALL") else [a for a in SMALLEST[:10]
-                                                               if a not in ("resnet18", "convnext_tiny", "volo_d1")]
+EXPORTED = (PAPER if os.environ.get("CION_NB_EXPORT_ALL")
+            else [a for a in SMALLEST[:10] if a not in ("resnet18", "convnext_tiny", "volo_d1")])
 
 
 @pytest.mark.slow("exports networks")
@@ -36,14 +36,12 @@ def test_export(zoo, arch, tmp_path):
     allowed = max(1e-3, 20 * rounding(model, size))
     onnx = export_onnx(model, tmp_path / "m.onnx", tolerance=allowed)
     script = export_torchscript(model, tmp_path / "m.pt", normalise=False, tolerance=allowed)
-    print(
-        f"| {arch} | {onnx.relative:.1e} | {script.relative:.1e} | {onnx.megabytes:.1f} | {script.megabytes:.1f} | "
-        f"{onnx.spread:.2g} |")
+    print(f"| {arch} | {onnx.relative:.1e} | {script.relative:.1e} | {onnx.megabytes:.1f} | {script.megabytes:.1f} | "
+          f"{onnx.spread:.2g} |")
     # GhostNet 1.3 rounds by 6e-3 of the distance between images by itself
     assert max(onnx.relative, script.relative) < min(allowed, 0.05) and onnx.spread > 1e-2
-    assert model.training == mode and all(torch.equal(a, b) for a,
-                                          b in zip(before.values(), model.state_dict().values())), (
-        "exporting changes nothing")
+    assert model.training == mode and all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())), "exporting changes nothing"
     assert json.loads((tmp_path / "m.onnx.json").read_text())["input"]["std"] == [1, 1, 1]
     assert script.input == model.input
     convolutions = lambda m: sum(isinstance(x, nn.Conv2d) for x in m.modules())

@@ -174,9 +174,8 @@ def test_a_run_keeps_its_precision_or_is_refused(tmp_path, runs, bf16_here, monk
     whole, _, _ = trained(tmp_path / "whole")
     cut(tmp_path / "bf16")
     for file in (runs / ".precision").iterdir(): file.unlink()                        # another CPU: asked anew
-    with Sick(), pytest.raises(ValueError,
-                               match=r"was begun in bf16 .*not sound.*model\..*CION_NB_RESUME=anyway.*start it anew: "
-                                     r"delete"):
+    with Sick(), pytest.raises(
+            ValueError, match=r"was begun in bf16 .*not sound.*model\..*CION_NB_RESUME=anyway.*start it anew: delete"):
         trained(tmp_path / "bf16")
     for file in (runs / ".precision").iterdir(): file.unlink()
     monkeypatch.setattr(room, "has_fast_bf16", lambda cpu: False)

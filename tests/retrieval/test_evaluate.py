@@ -266,9 +266,8 @@ def test_rank_lists_follow_the_order_of_the_score(tmp_path):
             assert shown["rank"].tolist() == list(range(1, len(shown) + 1))
             assert entries["rank"][entries.verdict == "ignored"].isna().all()
             junk = gallery.pid[entries.gallery].to_numpy() == -1
-            own = (gallery.pid[entries.gallery]
-                   == query.pid[i]).to_numpy() & (gallery.camid[entries.gallery]
-                                                  == query.camid[i]).to_numpy() & (query.camid[i] >= 0)
+            own = ((gallery.pid[entries.gallery] == query.pid[i]).to_numpy()
+                   & (gallery.camid[entries.gallery] == query.camid[i]).to_numpy() & (query.camid[i] >= 0))
             assert ((entries.verdict == "ignored").to_numpy() == (junk | own)).all()
             top = rank(q, g, query, gallery, k=4, memory=memory)
             pd.testing.assert_frame_equal(top[top["query"] == i].reset_index(drop=True),
@@ -293,14 +292,13 @@ def test_equal_to_torchreids_evaluator():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         n_query, n_gallery = rng.integers(20, 200), rng.integers(100, 900)
-        (qp, qc), (gp, gc) = ((rng.integers(1, people, n), rng.integers(0, 6, n)) for people,
-                              n in ((40, n_query), (60, n_gallery)))
+        (qp, qc), (gp, gc) = ((rng.integers(1, people, n), rng.integers(0, 6, n))
+                              for people, n in ((40, n_query), (60, n_gallery)))
         d = rng.random((n_query, n_gallery)).astype(np.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ours = evaluate_distances(d,
-                                      *(make_samples([f"{k}{i}" for i in range(len(p))], p, c) for k, p,
-                                        c in (("q", qp, qc), ("g", gp, gc))))
+            ours = evaluate_distances(d, *(make_samples([f"{k}{i}" for i in range(len(p))], p, c)
+                                           for k, p, c in (("q", qp, qc), ("g", gp, gc))))
         cmc, mAP = theirs.evaluate_rank(d, qp, gp, qc, gc, max_rank=50, use_cython=False)
         assert ours.mAP == pytest.approx(mAP, abs=1e-6)
         np.testing.assert_allclose(ours.cmc[:50], cmc[:50], atol=1e-6)

@@ -29,8 +29,8 @@ def test_pair_distances_count_every_pair_once(protocol, memory):
     same = (query.pid.to_numpy()[:, None] == gallery.pid.to_numpy()) & (query.pid.to_numpy()[:, None] >= 0)
     out = (gallery.pid.to_numpy() == -1)[None] | (query.pid.to_numpy() < 0)[:, None]
     if protocol == "market":
-        out = out | same & (query.camid.to_numpy()[:, None] == gallery.camid.to_numpy()) & (query.camid.to_numpy(
-            )[:, None] >= 0)
+        out = (out | same & (query.camid.to_numpy()[:, None] == gallery.camid.to_numpy())
+               & (query.camid.to_numpy()[:, None] >= 0))
     pairs = quiet(pair_distances, q, g, query, gallery, protocol, memory=memory)
     assert pairs.right.sum() == (same & ~out).sum() and pairs.wrong.sum() == (~same & ~out).sum()
     for t in (.5, 1., 1.5):

@@ -69,8 +69,8 @@ def test_clusters_of_an_epoch_are_those_of_its_features(people, runs):
 @pytest.mark.slow("trains networks")
 def test_approximate_search_that_looks_everywhere_is_the_exact_one(people, runs):
     exact, everywhere, little = (usl(quick(people, probes=p)) for p in (None, 1000, 1))
-    assert (exact.folder / "backbone.safetensors").read_bytes() == (everywhere.folder
-                                                                    / "backbone.safetensors").read_bytes()
+    assert (exact.folder / "backbone.safetensors").read_bytes() == (
+        everywhere.folder / "backbone.safetensors").read_bytes()
     assert np.isfinite(little.result["loss"])
 
 
@@ -148,11 +148,10 @@ def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, 
         assert done.returncode == 0, done.stderr[-2000:]
         a, b = (json.loads((f / "result.json").read_text()) for f in (folder, whole))
         assert (a["resumed"] == 1 and a["loss"] == b["loss"] and a["mAP"] == b["mAP"]
-                and (folder / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()), (
-            name)
-        logs = [
-            [(row["seen"], row.get("clusters"), row.get("adjusted_rand"))
-             for row in map(json.loads, (f / "log.jsonl").read_text().splitlines())] for f in (folder, whole)]
+                and (folder / "backbone.safetensors").read_bytes() == (
+                    whole / "backbone.safetensors").read_bytes()), name
+        logs = [[(row["seen"], row.get("clusters"), row.get("adjusted_rand"))
+                 for row in map(json.loads, (f / "log.jsonl").read_text().splitlines())] for f in (folder, whole)]
         assert logs[0] == logs[1], f"{name}: the log tells every epoch once"
 
 
@@ -314,8 +313,8 @@ def test_later_epochs_keep_their_clusters_where_new_ones_fail(people, runs, monk
 
 @pytest.mark.slow("trains networks")
 def test_nan_features_stop_the_run(people, runs, monkeypatch):
-    monkeypatch.setattr(ClusterNet, "forward", lambda self,
-                        x: torch.full((len(x), self.embed_dim), float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        ClusterNet, "forward", lambda self, x: torch.full((len(x), self.embed_dim), float("nan"), requires_grad=True))
     with pytest.raises(FloatingPointError, match="64 images are not finite"): usl(quick(people))
 
 
@@ -334,7 +333,6 @@ def test_hardly_any_readable_image_is_named(people, runs, tmp_path):
     import shutil
     root = shutil.copytree(people.parent, tmp_path / "torn")
     for path in read_samples(people).query("split == 'train'").path[4:]: (root / path).write_bytes(b"torn")
-    with pytest.warns(UserWarning), pytest.raises(ValueError,
-                                                  match="60 of 64 images could not be read, and k1=6 needs more than "
-                                                        "4"):
+    with pytest.warns(UserWarning), pytest.raises(
+            ValueError, match="60 of 64 images could not be read, and k1=6 needs more than 4"):
         usl(quick(root / "samples.parquet"))

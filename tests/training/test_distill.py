@@ -175,9 +175,8 @@ def test_a_step_in_pieces_is_the_step(variant):
         values = []
         for _ in range(3):
             s, t = (torch.randn(v, 8, 6, generator=g, dtype=torch.float64).requires_grad_(v == 3) for v in (3, 2))
-            parts = [
-                loss(s[:, i:i + 8 // n].flatten(0, 1), t[:, i:i + 8 // n].flatten(0, 1),
-                     identity[i:i + 8 // n] - identity[i]) / n for i in range(0, 8, 8 // n)]
+            parts = [loss(s[:, i:i + 8 // n].flatten(0, 1), t[:, i:i + 8 // n].flatten(0, 1),
+                          identity[i:i + 8 // n] - identity[i]) / n for i in range(0, 8, 8 // n)]
             values += [sum(parts), torch.autograd.grad(sum(parts), s)[0], loss.centre.clone()]
         found[n] = values
     for n in (2, 4):
@@ -289,9 +288,8 @@ def test_alarms_ring_on_their_side_after_patience_and_never_on_nan(name):
 def test_compiled_functions_are_one_graph_and_give_the_same(monkeypatch):
     "Traced without a break; the kernels themselves are CUDA's. On a CPU nothing is compiled unless asked for."
     made = distill._fused.cache_info().currsize
-    monkeypatch.setattr(distill, "_fused",
-                        lambda: [torch.compile(f, backend="eager", fullgraph=True)
-                                 for f in (distill._view_loss, distill._view_grad_)])
+    monkeypatch.setattr(distill, "_fused", lambda: [torch.compile(f, backend="eager", fullgraph=True)
+                                                    for f in (distill._view_loss, distill._view_grad_)])
     torch.manual_seed(0)
     student, teacher, identity, results = torch.randn(12, 50), torch.randn(6, 50), torch.tensor([0, 0, 1]), []
     for fused in (None, True):
@@ -308,9 +306,8 @@ def test_compiled_functions_are_one_graph_and_give_the_same(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fused_on_cuda(dtype):
     torch.manual_seed(0)
-    student, teacher, identity = torch.randn(10 * 24, 4096,
-                                             device="cuda").to(dtype), torch.randn(
-        2 * 24, 4096, device="cuda"), torch.arange(24, device="cuda") // 4
+    student, teacher, identity = (torch.randn(10 * 24, 4096, device="cuda").to(dtype),
+                                  torch.randn(2 * 24, 4096, device="cuda"), torch.arange(24, device="cuda") // 4)
     def run(fused):
         z = student.clone().requires_grad_()
         value = IdentityGuidedLoss(4096, 10, fused=fused).cuda()(z, teacher, identity)

@@ -160,9 +160,8 @@ def test_the_released_configurations_are_ours():
     "All 64 of them, from the table of the paper's facts."
     for row in paper("transreid_configs").itertuples():
         r = recipe("finetune", "paper", backbone=row.arch, data=dict(market="market1501").get(row.dataset, row.dataset))
-        assert (r["batch_size"], r["warmup_epochs"], r["epochs"], r["k"]) == (row.ims_per_batch, row.warmup_epochs,
-                                                                              row.max_epochs, row.num_instance), (
-            row.config)
+        assert (r["batch_size"], r["warmup_epochs"], r["epochs"], r["k"]) == (
+            row.ims_per_batch, row.warmup_epochs, row.max_epochs, row.num_instance), row.config
         assert r["lr"] * r["batch_size"] / r["lr_per"] == pytest.approx(row.base_lr), row.config
     assert recipe("finetune", "paper", backbone="vit_base", batch_size=64)["batch_size"] == 64, (
         "what is asked for counts")
@@ -192,9 +191,8 @@ def test_erasing_and_rates_of_a_method_are_the_released_ones(people, runs, metho
     inside = what_is_erased(task, r)
     # black, before normalisation
     if method == "mgn":
-        assert torch.allclose(inside,
-                              (-torch.tensor([.485, .456, .406])
-                               / torch.tensor([.229, .224, .225])).expand(len(inside), 3), atol=1e-6)
+        assert torch.allclose(inside, (-torch.tensor([.485, .456, .406]) / torch.tensor([.229, .224, .225])).expand(
+            len(inside), 3), atol=1e-6)
     # N(0, 1) a value, after it
     else: assert abs(inside.mean()) < .05 and abs(inside.std() - 1) < .05 and len(inside.unique()) > .9 * inside.numel()
     # five steps an epoch
@@ -233,9 +231,8 @@ def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
     file.write_text(GATHER)
     env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     found = []
-    for launch in ([sys.executable],
-                   [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                    str(random.randint(20000, 40000))]):
+    for launch in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                                      "--master_port", str(random.randint(20000, 40000))]):
         p = subprocess.run([*launch, str(file)], env=env, capture_output=True, text=True, timeout=240)
         assert p.returncode == 0, p.stderr[-2000:]
         found.append(json.loads([l for l in p.stdout.splitlines() if l.startswith("[")][-1]))

@@ -98,8 +98,8 @@ def test_what_cannot_work_is_named(people, runs, changes, word):
 @pytest.mark.slow("trains networks")
 def test_one_image_a_person_is_repeated(people, runs, tmp_path):
     "K = 4 of one image: the same image under other crops; a documented result, not an error."
-    data = changed(people, tmp_path, lambda t,
-                   root: t[(t.split != "train") | ((t.frame == 0) & (t.camid == 1))].reset_index(drop=True))
+    data = changed(people, tmp_path, lambda t, root: t[
+        (t.split != "train") | ((t.frame == 0) & (t.camid == 1))].reset_index(drop=True))
     run = finetune(quick(data))
     assert run.result["train_images"] == run.result["train_ids"] == 8 and 0 < run.result["mAP"] <= 1
 

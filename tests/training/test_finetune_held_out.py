@@ -100,5 +100,5 @@ def test_killed_fine_tuning_with_held_out_people_resumes_to_the_same_bits(people
     a, b = (json.loads((tmp_path / w / Run(r).name / "result.json").read_text()) for w in ("other", "third"))
     assert a["resumed"] == 1 and b["resumed"] == 0
     assert all(a[k] == b[k] for k in ("held_out_mAP", "chosen_epoch", "mAP", "loss"))
-    assert (folder / "backbone.safetensors").read_bytes() == (tmp_path / "third" / Run(r).name
-                                                              / "backbone.safetensors").read_bytes()
+    assert (folder / "backbone.safetensors").read_bytes() == (
+        tmp_path / "third" / Run(r).name / "backbone.safetensors").read_bytes()

@@ -69,10 +69,10 @@ def test_mgn_loss_is_its_sums():
                           triplet_weight=2.)
     ce = []
     for _, s in out.values():
-        z = torch.stack(
-            [
+        z = torch.stack([
             torch.stack([3 * max(1.2 - float(v), 0) * (v - .8) if j == y else 3 * max(float(v) + .2, 0) * (v - .2)
-                         for j, v in enumerate(row)]) for row, y in zip(s, pid)])
+                         for j, v in enumerate(row)])
+            for row, y in zip(s, pid)])
         ce.append(nn.functional.cross_entropy(z, pid))
     f = lambda *names: torch.cat([out[n][0] for n in names], 1)
     triplets = [batch_hard_triplet(x, pid)

@@ -107,9 +107,8 @@ def test_released_settings_and_views_agree_where_both_state_them():
     for method, name in (("cion", "paper"), ("released", "released")):
         r = recipe("pretrain", "paper", method=method)
         views = VIEW_RECIPES[name]
-        assert (r["global_scale"], r["local_scale"], r["aspect"]) == tuple(list(views[k])
-                                                                           for k in ("global_scale", "local_scale",
-                                                                                     "ratio"))
+        assert (r["global_scale"], r["local_scale"], r["aspect"]) == tuple(
+            list(views[k]) for k in ("global_scale", "local_scale", "ratio"))
         assert r["augmentation"] == name
 
 
@@ -154,8 +153,8 @@ def test_fit_is_dinos_loop(people, runs):
     named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
     decays = lambda n, p: p.ndim > 1 and not n.endswith(".bias")
     optimizer = torch.optim.SGD([dict(params=[p for n, p in named if decays(n, p)]),
-                                 dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)], lr=1.,
-                                momentum=.9)
+                                 dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0.)],
+                                lr=1., momentum=.9)
     rows = [b for n_pass in range(2) for b in plain.sampler(1, n_pass, 0, 0, 1)][:6]
     cosine = lambda a, b, k, n: b + .5 * (a - b) * (1 + np.cos(np.pi * k / n))
     for step in range(6):
@@ -167,10 +166,8 @@ def test_fit_is_dinos_loop(people, runs):
                  / torch.tensor(student.backbone.input.std).view(3, 1, 1)
                  for v in plain.load(rows[step], 24 * (step + 1))["views"]]
         with torch.no_grad(): t = teacher(views[:2]).unflatten(0, (2, 24))
-        s, q, pairs = student(views).unflatten(0,
-                                               (3, 24)), ((t - centre)
-                                                          / tau).softmax(-1), [(a, b) for a in range(2)
-                                                                               for b in range(3) if a != b]
+        s, q, pairs = (student(views).unflatten(0, (3, 24)), ((t - centre) / tau).softmax(-1),
+                       [(a, b) for a in range(2) for b in range(3) if a != b])
         loss = sum((-q[a] * (s[b] / .1).log_softmax(-1)).sum(-1).mean() for a, b in pairs) / len(pairs)
         losses.append(loss.item())
         loss.backward()
@@ -186,8 +183,8 @@ def test_fit_is_dinos_loop(people, runs):
     assert log.loss.tolist() == pytest.approx(losses, rel=1e-3)
     assert torch.allclose(task.modules["loss"].centre, centre, atol=1e-4)
     for ours, theirs in ((task.modules["model"], student), (task.modules["teacher"], teacher)):
-        moved = max((p - q).abs().max().item() for p,
-                    q in zip(theirs.parameters(), Distillation_at_start(r).modules["model"].parameters()))
+        moved = max((p - q).abs().max().item()
+                    for p, q in zip(theirs.parameters(), Distillation_at_start(r).modules["model"].parameters()))
         worst = max((p - q).abs().max().item() for p, q in zip(ours.parameters(), theirs.parameters()))
         assert worst < .02 * moved, f"weights differ by {worst:.1e}, training moved them by {moved:.1e}"
 
@@ -227,8 +224,8 @@ def test_a_run_in_pieces_is_the_whole_run(people, runs, monkeypatch, method):
     start = pretrain_room.TASKS[r["loss"]](r)
     torch.manual_seed(r["seed"])
     start.build(torch.device("cpu"))
-    assert max((p - q).abs().max() for p,
-               q in zip(start.modules["model"].parameters(), whole.modules["model"].parameters())) > .01, (
+    assert max((p - q).abs().max() for p, q in zip(
+        start.modules["model"].parameters(), whole.modules["model"].parameters())) > .01, (
         "it learned something to compare")
 
 
@@ -269,8 +266,8 @@ def test_gradients_are_unscaled_then_clipped_then_stepped(people, runs, monkeypa
     import accelerate
     order, task = [], Distillation(asked(people, images_per_epoch=24, epochs=1, n_id=[2], n_id_epochs=[0]))
     unscale, before, step = accelerate.Accelerator.unscale_gradients, Distillation.before_step, torch.optim.AdamW.step
-    monkeypatch.setattr(accelerate.Accelerator, "unscale_gradients", lambda self,
-                        *a: (order.append("unscale"), unscale(self, *a))[1])
+    monkeypatch.setattr(
+        accelerate.Accelerator, "unscale_gradients", lambda self, *a: (order.append("unscale"), unscale(self, *a))[1])
     monkeypatch.setattr(Distillation, "before_step", lambda self, share: (order.append("clip"), before(self, share))[1])
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (order.append("step"), step(self, *a, **k))[1])
     fit(task, Run(task.recipe))
@@ -337,8 +334,8 @@ def test_killed_pretraining_resumes_to_the_same_bits(people, runs, tmp_path):
                          env=env | dict(CION_NB_RUNS=str(tmp_path / "third")), capture_output=True, text=True,
                          timeout=240)
     assert own.returncode == 0, own.stderr[-2000:]
-    assert (folder / "backbone.safetensors").read_bytes() == (tmp_path / "third" / through.name
-                                                              / "backbone.safetensors").read_bytes()
+    assert (folder / "backbone.safetensors").read_bytes() == (
+        tmp_path / "third" / through.name / "backbone.safetensors").read_bytes()
 
 
 @pytest.mark.slow("starts processes")

@@ -26,8 +26,8 @@ def check_plan(labels, plan, n_id, batch_size):
     assert used[n >= n_id].max(initial=0) <= 1
     for group, who in zip(groups, owner[:, 0]):
         if counts[who] < n_id:
-            assert set(np.bincount(np.unique(group, return_inverse=True)[1])) <= {n_id // counts[who],
-                                                                                  n_id // counts[who] + 1}
+            assert set(np.bincount(np.unique(group, return_inverse=True)[1])) <= {
+                n_id // counts[who], n_id // counts[who] + 1}
             assert len(set(group)) == counts[who]
     made = np.bincount(owner[:, 0], minlength=len(counts))
     assert (made <= np.maximum(counts // n_id, 1)).all()
@@ -223,9 +223,8 @@ def test_an_epoch_at_cion_al_size_fits_the_budget(given):
     counts = rng.geometric(1 / 15.8, 246_904)
     labels = np.repeat(np.arange(len(counts)), counts)
     n = len(labels)
-    known = {"nothing": {},
-             "cameras and tracklets": dict(camids=rng.integers(0, 3000, n).astype(np.int16),
-                                           tracklets=np.arange(n) // 8)}
+    known = {"nothing": {}, "cameras and tracklets": dict(camids=rng.integers(0, 3000, n).astype(np.int16),
+                                                          tracklets=np.arange(n) // 8)}
     sampler, seconds = IdentitySampler(labels, 960, 2, **known[given]), []
     # compiled once an installation
     IdentitySampler(labels[:1000], 4, 2).plan(0)

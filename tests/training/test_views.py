@@ -110,9 +110,8 @@ def test_blur_equals_torchvisions_and_is_near_pils(sigma):
         assert (out - tv.gaussian_blur(image, kernel, sigma).float()).abs().max() <= .51
     # PIL approximates the Gaussian by box filters and repeats the edge pixels
     image = picture(128, 64, 3)
-    pil = np.array(
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).filter(ImageFilter.GaussianBlur(sigma))).transpose(
-        2, 0, 1)
+    pil = np.array(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).filter(
+        ImageFilter.GaussianBlur(sigma))).transpose(2, 0, 1)
     assert np.abs(blurred(image, sigma).numpy() - pil)[:, 8:-8, 8:-8].mean() < (.6 if sigma >= 1 else 1.5)
 
 
@@ -214,12 +213,13 @@ def test_views_are_distributed_as_those_of_the_pil_pipeline(kind):
     torch.manual_seed(kind)
     n, r, size = 600, VIEW_RECIPES["paper"], (64, 32)
     solarise, sigma = r["solarise"][kind], lambda: random.uniform(*r["blur_sigma"])
-    chain = T.Compose([T.RandomResizedCrop(size, r["local_scale" if kind == 2 else "global_scale"], r["ratio"],
-                                           interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
-                       T.RandomApply([T.ColorJitter(*r["strength"])], r["jitter"]), T.RandomGrayscale(r["grey"]),
-                       lambda i: i.filter(ImageFilter.GaussianBlur(sigma())) if random.random() < r["blur"][kind]
-                       else i,
-                       lambda i: ImageOps.solarize(i) if random.random() < solarise else i, T.PILToTensor()])
+    chain = T.Compose([
+        T.RandomResizedCrop(size, r["local_scale" if kind == 2 else "global_scale"], r["ratio"],
+                            interpolation=T.InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(*r["strength"])], r["jitter"]),
+        T.RandomGrayscale(r["grey"]),
+        lambda i: i.filter(ImageFilter.GaussianBlur(sigma())) if random.random() < r["blur"][kind] else i,
+        lambda i: ImageOps.solarize(i) if random.random() < solarise else i, T.PILToTensor()])
     image = picture(128, 64, 5, noise=6)
     pil = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     theirs = torch.stack([chain(pil) for _ in range(n)]).float()

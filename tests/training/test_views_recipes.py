@@ -206,8 +206,8 @@ def test_wrong_view_settings(settings_, says):
 
 
 def test_views_do_not_depend_on_torchs_threads():
-    images, crop, n = [picture(90, 48, s) for s in range(4)], MultiCrop((128, 64), (64, 32),
-                                                                        n_local=2), torch.get_num_threads()
+    images, crop, n = ([picture(90, 48, s) for s in range(4)], MultiCrop((128, 64), (64, 32), n_local=2),
+                       torch.get_num_threads())
     one = crop(images, np.arange(4))
     try:
         torch.set_num_threads(2)
