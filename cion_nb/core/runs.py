@@ -54,8 +54,10 @@ def environment() -> dict:
 # %% ../../nbs/0_core/02_runs.ipynb #03af1f12
 def _cpu_name():
     "The processor as the system calls it."
-    try: return next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    usual = platform.processor() or platform.machine()
+    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError: return usual
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), usual)
 
 def git_commit() -> str | None:
     "The checkout's commit, with a `+` when files differ from it; None outside a checkout."
