@@ -1,0 +1,128 @@
+"""Claims as experiments: worlds differ in all that they are made of, rows outlive their runs, and a damaged table is
+refused."""
+import numpy as np
+import pandas as pd
+import pytest
+from places import ROOT
+
+from cion_nb.companion import experiments as E
+from cion_nb.core.files import read_json
+from cion_nb.core.runs import Run
+
+
+@pytest.mark.parametrize("arm", E.ARMS)
+def test_a_world_is_another_world_in_all_that_an_arm_is_made_of(arm):
+    one, two = (E.ARMS[arm].recipe("small", world) for world in (1, 2))
+    text = [repr(made).replace("'seed': 1", "'seed': W").replace("'seed': 2", "'seed': W") for made in (one, two)]
+    assert text[0] == text[1] and one != two                             # nothing but seeds differs
+    assert one["seed"] == one["data"]["seed"] == 1
+    assert E.run_name(one) != E.run_name(two)
+
+
+def test_arms_of_a_world_share_data_and_budget():
+    made = [arm.recipe("small", 3) for arm in E.ARMS.values() if arm.method]
+    for name in ("data", "epochs", "images_per_epoch", "batch_size", "backbone", "lr", "seed"):
+        assert all(recipe[name] == made[0][name] for recipe in made)
+
+
+def test_the_worlds_of_the_settings_are_none_of_an_experiments():
+    "Settings of the profiles were looked for in world 0."
+    assert E.ARMS["identity"].recipe("small", 1)["identities"]["features"]["model"]["data"]["bank"] == "B"
+    for claim in E.CLAIMS.values():
+        assert claim.worlds >= 5 and set(claim.arms) <= set(E.ARMS)
+        assert all(better != worse for better, worse in claim.comparisons)
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    "Two thumbnails of worlds, computed once."
+    folder, patch = tmp_path_factory.mktemp("experiments"), pytest.MonkeyPatch()
+    patch.setenv("CION_NB_RUNS", str(folder / "runs"))
+    claim = E.Claim("C2", "order", "", (("identity", "instance"),), ("untrained",))
+    patch.setattr(E, "CLAIMS", dict(C2=claim))
+    E.compute("smoke", worlds=2, folder=folder / "results", jobs=1)
+    yield folder / "results"
+    patch.undo()
+
+
+@pytest.mark.slow("trains networks")
+def test_rows_say_what_they_are_and_recipes_lead_back_to_them(computed):
+    rows = E.read_results("smoke", computed)
+    assert rows[["world", "arm"]].to_numpy().tolist() == [[w, a] for w in (1, 2)
+                                                          for a in ("untrained", "instance", "identity")]
+    assert rows[["mAP", "rank1", "own_camera", "commit", "cpu", "torch"]].notna().all(axis=None)
+    assert rows.mAP.between(0, 1).all() and (rows.feature_rank >= 1).all()
+    trained = rows[rows.arm != "untrained"]
+    assert (trained.presentations == trained.presentations.iloc[0]).all()
+    for row in rows.itertuples():
+        asked = read_json(computed / "recipes" / f"{row.run}.json")
+        assert E.run_name(asked) == row.run and asked["seed"] == row.world
+        if row.arm != "untrained": assert Run(asked).result["images"] == row.presentations
+
+
+@pytest.mark.slow("trains networks")
+def test_rows_outlive_their_runs(computed, tmp_path, monkeypatch):
+    monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "empty"))
+    monkeypatch.setattr(E, "make_runs", lambda *a, **k: pytest.fail("computed again"))
+    E.compute("smoke", worlds=2, folder=computed)
+    assert not E.missing(E.CLAIMS["C2"], "smoke", 1, computed)
+    assert set(E.missing(E.CLAIMS["C2"], "smoke", 3, computed)) == {"untrained", "instance", "identity"}
+    plan = E.costs("smoke", folder=computed)
+    assert plan.loc["C2", "to_do"] == plan.loc["C2", "worlds"] - 2
+    assert plan.loc["C2", "trainings"] == 2 * plan.loc["C2", "to_do"]
+
+
+@pytest.mark.slow("trains networks")
+def test_a_row_of_other_settings_is_computed_again(computed, monkeypatch):
+    changed = E.ARMS | dict(identity=E.Arm("fewer levels", "cion", ("tracklet",)))
+    monkeypatch.setattr(E, "ARMS", changed)
+    assert set(E.missing(E.CLAIMS["C2"], "smoke", 1, computed)) == {"identity"}
+
+
+def row(world, arm, mAP): return dict(world=world, arm=arm, mAP=mAP, run=f"{arm}-{world}")
+
+
+def test_differences_are_paired_within_worlds(tmp_path):
+    rng, scores = np.random.default_rng(0), {}
+    for world in range(1, 8):
+        for arm in ("identity", "tracklet", "instance"): scores[world, arm] = rng.random()
+    del scores[4, "tracklet"]                                            # a world that is not finished
+    E.write_results("small", [row(*key, value) for key, value in scores.items()], {}, tmp_path)
+    found = E.differences(E.CLAIMS["C2"], E.read_results("small", tmp_path))
+    over = found["denoised, all levels (CION) over raw tracklets"]
+    wanted = [100 * (scores[w, "identity"] - scores[w, "tracklet"]) for w in (1, 2, 3, 5)]
+    assert over == pytest.approx(wanted, abs=1e-3)                       # worlds 6 and 7 were not planned
+    assert E.verdicts("small", ["C2"], tmp_path).verdict.iloc[0] == "4 of 5 worlds"
+
+
+def test_a_damaged_table_is_refused_by_name(tmp_path):
+    file = E.write_results("small", [row(1, "identity", .5)], {}, tmp_path)
+    good = file.read_text()
+    for text, said in (("", "no table of results"), (good.replace("rank1", "rank_1"), "other columns"),
+                       (good + good.splitlines()[1] + "\n", "two rows of one arm and world")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said) as error: E.read_results("small", tmp_path)
+        assert str(file) in str(error.value) and "git checkout" in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
+    file = E.write_results("small", [row(1, "identity", .5)], {}, tmp_path)
+    before = file.read_bytes()
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError): E.write_results("small", [row(2, "identity", .5)], {}, tmp_path)
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["small.csv"]
+
+
+def test_an_unknown_claim_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="no claim 'C9': choose from C2, C1"): E.costs("smoke", ["C9"])
+
+
+def test_stored_results_are_whole():
+    "Every stored row has its recipe, and was made by a program that was committed."
+    for file in (ROOT / "reports/results").glob("*.csv"):
+        rows = E.read_results(file.stem)
+        assert file.stem != "smoke" and len(rows)
+        for r in rows.itertuples():
+            asked = read_json(E.results_folder() / "recipes" / f"{r.run}.json")
+            assert asked["seed"] == r.world and asked["profile"] == file.stem
+        assert not rows.commit.str.endswith("+").any()
