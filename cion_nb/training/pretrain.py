@@ -19,9 +19,10 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.runs import is_main_process, licence, Run
+from ..core.samples import read_samples
 from ..core.settings import Count, NotNegative, Positive, PositiveShare, setting, Settings, Share, Whole
 from ..data.datasets import read_data
-from ..identities.denoise import Denoised
+from ..identities.denoise import check_same_rows, Denoised
 from ..models.architectures import architecture
 from ..models.backbones import create_backbone, save_backbone
 from cion_nb.training.distill import (
@@ -207,9 +208,9 @@ def identity_labels(
 
 def _denoised_labels(samples, run):
     "The identities that a denoising run found for the images of a table."
-    found = Denoised.load(run.folder)
-    paths = pd.read_parquet(run.folder / "samples.parquet", columns=["path"]).path
-    labels = samples.path.map(pd.Series(found.labels, index=paths.to_numpy())).fillna(-1).to_numpy(np.int64)
+    found, table = Denoised.load(run.folder), read_samples(run.folder / "samples.parquet")
+    check_same_rows(table, found.provenance, found.parameters)
+    labels = samples.path.map(pd.Series(found.labels, index=table.path.to_numpy())).fillna(-1).to_numpy(np.int64)
     if not (labels >= 0).any():
         raise ValueError(f"denoising run {run.name} gives no identity to any of the {len(samples)} images: "
                          "is it a run on other data?")
