@@ -21,13 +21,12 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from ..core.files import atomic, read_json, resolve, write_json
-from ..core.runs import processors
-from ..core.settings import Count, setting, Settings, Whole
+from ..core.runs import check_device, processors
+from ..core.settings import check_whole, Count, setting, Settings, Whole
 from .levels import columns_read, frames_restart, lay_out
 from .noise import check_thresholds, noises
 from .pairs import unit_rows, UnitCentroids
@@ -270,7 +269,8 @@ def load(cls: Denoised,
 def _read_part(file):
     try: return pd.read_parquet(file)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{file} cannot be read ({e}): delete the folder {file.parent} and run denoise again") from e
+        raise ValueError(f"{file} cannot be read, it is missing or damaged: delete the folder {file.parent} and run "
+                         "denoise again") from e
 
 def _is_saved(folder, request, key):
     "Whether `folder` holds the finished result of this request. FileExistsError: it holds that of another."
@@ -387,7 +387,7 @@ def check_settings(sigma_cst, sigma_drm, half_width, levels, link, measure, k1, 
     "The request as plain data; ValueError for one that has no meaning."
     check_thresholds(sigma_cst=sigma_cst, sigma_drm=sigma_drm)
     if half_width is not None:
-        _check_whole("half_width", half_width, 0, " of positions, or None for all pairs")
+        check_whole("half_width", half_width, 0, " of positions, or None for all pairs")
         half_width = min(int(half_width), 2**40)
     levels = _checked_levels(levels)
     _check_choice("link", link, LINKS)
@@ -397,7 +397,7 @@ def check_settings(sigma_cst, sigma_drm, half_width, levels, link, measure, k1, 
     request = dict(sigma_cst=float(sigma_cst), sigma_drm=float(sigma_drm), half_width=half_width, levels=list(levels),
                    link=link, measure=measure, cannot_link=cannot_link, centre=centre)
     for name, value, least in (("k1", k1, 3), ("k2", k2, 1), ("min_samples", min_samples, 1)):
-        _check_whole(name, value, least)
+        check_whole(name, value, least)
     if k2 > k1:
         raise ValueError(f"k2 = {k2} must not be above k1 = {k1}: sets are averaged over neighbours in the list")
     is_number = isinstance(eps, (int, float, np.integer, np.floating)) and not isinstance(eps, bool)
@@ -407,10 +407,6 @@ def check_settings(sigma_cst, sigma_drm, half_width, levels, link, measure, k1, 
     return request | dict(k1=int(k1), k2=int(k2), eps=float(eps), min_samples=int(min_samples))
 
 # %% ../../nbs/3_identities/08_denoise.ipynb #afee64fa
-def _check_whole(name, value, least, of=""):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number{of}, {least} or more, got {value!r}")
-
 def _check_choice(name, value, known):
     "True is no 1 here, and None no word."
     if not any(value is k or (isinstance(value, str) and value == k) for k in known):
@@ -430,12 +426,9 @@ def _checked_levels(levels):
 # %% ../../nbs/3_identities/08_denoise.ipynb #7d249fcc
 def check_machine(device, workers):
     "ValueError where torch does not know the device, or has none of its kind."
-    if workers is not None: _check_whole("workers", workers, 1, " of threads, or None for one a processor")
-    try: kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r}: such as \"cpu\" or \"cuda:0\"") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: torch finds no CUDA device here; use device=\"cpu\"")
+    if workers is not None: check_whole("workers", workers, 1, " of threads, or None for one a processor")
+    if device is None: raise ValueError('device must be named: such as "cpu" or "cuda:0"')
+    check_device(device)
 
 def check_table(features, samples):
     "The features as an array; ValueError unless row i of one can be row i of the other."

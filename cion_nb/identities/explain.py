@@ -28,7 +28,7 @@ from numba import njit
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
-from ..core.files import atomic, counted, progress
+from ..core.files import atomic, check_can_be_folder, counted, progress
 from ..core.images import IMAGE_SUFFIXES, open_image, UnreadableImage
 from ..core.samples import as_samples, COLUMNS
 from .denoise import check_same_rows, denoise, Denoised
@@ -671,6 +671,7 @@ def _write_tree(table, out, root, link):
     sources, targets = table["path"].tolist(), moved["path"].tolist()
     asked = hashlib.sha256(json.dumps([str(root), link, sources, targets]).encode()).hexdigest()[:16]
     half, lock = out.with_name(f".{out.name}.{asked}.half"), FileLock(out.with_name(f".{out.name}.lock"))
+    check_can_be_folder(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError(f"another process is exporting to {out}; its lock is {lock.lock_file}") from None
