@@ -12,12 +12,14 @@ import argparse
 import json
 import os
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
 from ..core.files import project_root
-from ..core.settings import PROFILES, refuse_unknown
+from ..core.settings import check_values, PROFILES, refuse_unknown, settings_class, STAGES
 
 # %% ../../nbs/9_companion/05_commands.ipynb #06b29df2
 @dataclass(frozen=True)
@@ -74,7 +76,13 @@ def settings_for(
     found = read_settings(items, known, f"{function.__name__} setting")
     for name, value in found.items():
         check_kind(f"{function.__name__} setting {name}", value, known[name].default, str(known[name].annotation))
+    if function.__name__ in STAGES: _check_limits(function.__name__, found)
     return found
+
+def _check_limits(stage: str, found: dict) -> None:
+    "ValueError for values that the stage's own settings do not allow."
+    stage_settings = settings_class(stage)
+    check_values(stage, stage_settings, {k: v for k, v in found.items() if k in stage_settings.names()})
 
 def check_kind(what: str, value: Any, default: Any, annotation: str = "") -> None:
     """A value is of its default's kind, or of its annotation's where the default is None. `None` and `False` are
@@ -95,29 +103,22 @@ PATHS = ("data_root", "test_root", "annotation", "keep_list", "weights", "model"
 def from_here(changes: dict) -> dict:
     "Settings whose relative paths start in this folder."
     if Path.cwd() == project_root(): return changes
-    def is_path(name, value):
-        if not isinstance(value, str) or value == "imagenet": return False
-        return (
-            name in PATHS
-            and (name != "identities" or os.path.exists(value))
-            or name in ("data", "test_data")
-            and value.endswith(".parquet")
-        )
+    return {name: str(_here(value)) if _is_path(name, value) else value for name, value in changes.items()}
 
-    return {
-        name: str(Path(value).expanduser().absolute()) if is_path(name, value) else value
-        for name, value in changes.items()
-    }
-
-# %% ../../nbs/9_companion/05_commands.ipynb #64bebc09
-def _set(parser, of: str) -> None:
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help=f"{of}; values as JSON, or text"
-    )
-
+def _is_path(name: str, value) -> bool:
+    "Whether a setting's value is a path: `data` may be a name, `identities` a column, `weights` imagenet."
+    if not isinstance(value, str) or value == "imagenet": return False
+    if name in ("data", "test_data"): return value.endswith(".parquet")
+    if name == "identities": return os.path.exists(value)
+    return name in PATHS
 
 def _here(path) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
+
+# %% ../../nbs/9_companion/05_commands.ipynb #64bebc09
+def _set(parser, of: str) -> None:
+    told = f"{of}; values as JSON, or text"
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help=told)
 
 def shard_of(text: str | None) -> tuple[int, int] | None:
     "`I/N` as numbers, 0 <= I < N."
@@ -129,55 +130,43 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
 
 # %% ../../nbs/9_companion/05_commands.ipynb #5ae2232c
 def _track_arguments(parser):
-    parser.add_argument(
-        "videos", nargs="+", help="video files, folders of numbered images, or patterns such as img1/%%06d.jpg"
-    )
-    parser.add_argument("--out", required=True, help="folder for crops, tables and detections")
-    parser.add_argument(
-        "--detector",
-        default="torchvision",
-        help='"hog", "torchvision", a YOLOX .onnx file, or a MOT .txt file (default: %(default)s)',
-    )
-    parser.add_argument(
-        "--tracker", default="bytetrack", help="a tracker of the library `trackers` (default: %(default)s)"
-    )
-    parser.add_argument("--camids", type=int, nargs="+", help="a camera number for each video")
-    parser.add_argument("--skip-unreadable", action="store_true", help="warn and go on where a video cannot be read")
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="only every N-th video from the I-th on, counted from 0; the same command without it joins the tables",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="only see whether videos, detector and settings make sense"
-    )
+    add = parser.add_argument
+    add("videos", nargs="+", help="video files, folders of numbered images, or patterns such as img1/%%06d.jpg")
+    add("--out", required=True, help="folder for crops, tables and detections")
+    detectors = '"hog", "torchvision", a YOLOX .onnx file, or a MOT .txt file'
+    add("--detector", default="torchvision", help=f"{detectors} (default: %(default)s)")
+    add("--tracker", default="bytetrack", help="a tracker of the library `trackers` (default: %(default)s)")
+    add("--camids", type=int, nargs="+", help="a camera number for each video")
+    add("--skip-unreadable", action="store_true", help="warn and go on where a video cannot be read")
+    every = "only every N-th video from the I-th on, counted from 0; the same command without it joins the tables"
+    add("--shard", metavar="I/N", help=every)
+    add("--check", action="store_true", help="only see whether videos, detector and settings make sense")
     _set(parser, "settings of `track`: stride, min_height, min_score, tracker_settings, …")
 
+# %% ../../nbs/9_companion/05_commands.ipynb #2b0e928b
 @command("Videos to person crops: detect, track, cut.", "one or several videos",
          "OUT/samples.parquet, a row a crop; each video has a folder of crops there",
          "track street.mp4 hall.mp4 --out tracks --detector yolox.onnx --camids 1 2 --set stride=2", _track_arguments)
 def track(args):
-    from cion_nb.data.tracking import track, track_videos
+    from cion_nb.data.tracking import check_tracking, track, track_videos
     settings = settings_for(track, args.set, "detector", "tracker", "video_name", "camid", "first_tracklet")
-    settings["tracker"] = args.tracker
+    check_tracking(**settings)
     is_file = args.detector.lower().endswith((".onnx", ".txt", ".csv"))
-    detector, videos = str(_here(args.detector)) if is_file else args.detector, [_here(v) for v in args.videos]
-    _check_videos(videos, detector, args)
+    detector = str(_here(args.detector)) if is_file else args.detector
+    videos = [_here(v) for v in args.videos]
+    _check_videos(videos, detector, args, settings.get("tracker_settings"))
     if args.check: return
     samples = track_videos(videos, _here(args.out), detector, camids=args.camids, shard=shard_of(args.shard),
-                           on_unreadable="skip" if args.skip_unreadable else "raise", **settings)
+                           tracker=args.tracker, on_unreadable="skip" if args.skip_unreadable else "raise", **settings)
     if args.shard: return print(f"{len(samples):,} crops of this shard")
-    print(
-        f"{len(samples):,} crops, {samples.tracklet.nunique():,} tracklets, {samples.video.nunique():,} videos: "
-        f"{_here(args.out) / 'samples.parquet'}"
-    )
+    tracklets, many = samples.tracklet.nunique(), samples.video.nunique()
+    print(f"{len(samples):,} crops, {tracklets:,} tracklets, {many:,} videos: {_here(args.out) / 'samples.parquet'}")
 
-
-def _check_videos(videos, detector, args) -> None:
+# %% ../../nbs/9_companion/05_commands.ipynb #d30fb60a
+def _check_videos(videos, detector, args, tracker_settings) -> None:
     from cion_nb.data.detectors import create_detector
     from cion_nb.data.tracking import create_tracker
     from cion_nb.data.videos import UnreadableVideo, Video
-
     if args.camids and len(args.camids) != len(videos):
         raise ValueError(f"{len(args.camids)} camids for {len(videos)} videos: one each")
     shard_of(args.shard)
@@ -186,51 +175,56 @@ def _check_videos(videos, detector, args) -> None:
         except UnreadableVideo:
             if not args.skip_unreadable: raise
     if detector != "torchvision": create_detector(detector)        # whose weights may have to be fetched
-    create_tracker(args.tracker)
+    create_tracker(args.tracker, **(tracker_settings or {}))
 
 # %% ../../nbs/9_companion/05_commands.ipynb #aadbb75e
 def _extract_arguments(parser):
-    parser.add_argument(
-        "samples", help="a samples .parquet, or the name of a data set with --root: market1501, msmt17, …"
-    )
-    parser.add_argument(
-        "--model", required=True, help="a run's folder, a saved backbone (.safetensors), or an .onnx file"
-    )
-    parser.add_argument("--out", required=True, help="folder of the features")
-    parser.add_argument("--root", help="folder that image paths are relative to (default: the folder of the .parquet)")
-    parser.add_argument("--check", action="store_true", help="only see whether table, model and settings make sense")
+    add = parser.add_argument
+    add("samples", help="a samples .parquet, or the name of a data set with --root: market1501, msmt17, …")
+    add("--model", required=True, help="a run's folder, a saved backbone (.safetensors), or an .onnx file")
+    add("--out", required=True, help="folder of the features")
+    add("--root", help="folder that image paths are relative to (default: the folder of the .parquet)")
+    add("--check", action="store_true", help="only see whether table, model and settings make sense")
     _set(parser, "settings of `extract`: batch_size, workers, flip, precision, compute, device, …")
 
 @command("Person images to features.", "a table of images and a model",
          "OUT/features.npy, a row an image, and OUT/samples.parquet, row beside row; goes on where it was killed",
-         "extract tracks/samples.parquet --model backbone.safetensors --out features --set "
-         "flip=true", _extract_arguments)
+         "extract tracks/samples.parquet --model backbone.safetensors --out features --set flip=true",
+         _extract_arguments)
 def extract(args):
-    from cion_nb.models.features import extract
+    from cion_nb.core.files import check_can_be_folder
+    from cion_nb.models.features import check_extraction, extract
     settings = settings_for(extract, args.set)
+    check_extraction(**settings)
+    check_can_be_folder(_here(args.out))
     samples, root = _table(args.samples, args.root)
     model = _model(args.model)
     if args.check: return _check_images(samples, root)
     print(extract(samples, root, model, _here(args.out), **settings))
 
+# %% ../../nbs/9_companion/05_commands.ipynb #537b874f
 def _check_images(samples, root) -> None:
     "The first and the last image are there."
     if not len(samples): raise ValueError("the table is empty")
     for path in samples.path.iloc[[0, -1]]:
-        if not (root / path).is_file():
-            raise FileNotFoundError(
-                f"no image {root / path}: --root names the folder that the table's paths start from"
-            )
-
+        if (root / path).is_file(): continue
+        raise FileNotFoundError(f"no image {root / path}: --root names the folder that the table's paths start from")
 
 def _table(name: str, root: str | None):
     "The samples that a command names, and the root of their paths."
     from cion_nb.core.samples import read_samples
     from cion_nb.data.datasets import data_sets, reader_of
     if name.endswith(".parquet"): return read_samples(_here(name)), _here(root) or _here(name).parent
-    refuse_unknown("samples", name, [n for n in data_sets() if n != "cion_al"])
+    named = [n for n in data_sets() if n != "cion_al"]
+    _refuse_folder(name, named)
+    refuse_unknown("samples", name, named)
     if root is None: raise ValueError(f"{name} needs --root: the folder that holds it")
     return reader_of(name)(_here(root)), _here(root)
+
+def _refuse_folder(name: str, data_sets) -> None:
+    "A folder where a table or the name of a data set belongs."
+    if name in data_sets or not _here(name).is_dir(): return
+    raise IsADirectoryError(f"{name} is a folder: name the samples .parquet in it, or a data set by name")
 
 def _model(path: str):
     from cion_nb.companion.score import load_model
@@ -238,48 +232,52 @@ def _model(path: str):
 
 # %% ../../nbs/9_companion/05_commands.ipynb #60124e4a
 def _features_arguments(parser):
-    parser.add_argument(
-        "features", help="the folder that `extract` wrote, or an (N, D) .npy file; it is mapped, not loaded"
-    )
-    parser.add_argument(
-        "samples",
-        nargs="?",
-        help="the table beside an .npy file: a samples .parquet, row i of one is row i of the other",
-    )
-
+    add = parser.add_argument
+    add("features", help="the folder that `extract` wrote, or an (N, D) .npy file; it is mapped, not loaded")
+    table = "the table beside an .npy file: a samples .parquet, row i of one is row i of the other"
+    add("samples", nargs="?", help=table)
 
 def open_features(
     features: str,               # a folder of `extract`, or an .npy file
     samples: str | None = None,  # the .parquet beside an .npy file
 ):                               # (N, D) memory map, N rows with the columns that denoising reads
     "Features and their table. ValueError or OSError that names the file."
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    features = _here(features)
+    features, samples = _here(features), _here(samples)
     if samples is None and features.is_dir():
         from cion_nb.core.store import Features
         Features.open(features)
         features, samples = features / "features.npy", features / "samples.parquet"
     if samples is None:
-        raise ValueError(
-            f"{features} needs its table: name the samples .parquet after it, or the folder that `extract` wrote"
-        )
-    try: x = np.load(features, mmap_mode="r")
+        remedy = "name the samples .parquet after it, or the folder that `extract` wrote"
+        raise ValueError(f"{features} needs its table: {remedy}")
+    return _open_array(features), _read_needed(samples)
+
+# %% ../../nbs/9_companion/05_commands.ipynb #97cd4089
+def _open_array(file: Path):
+    "An .npy file, mapped. ValueError or OSError for anything else."
+    import numpy as np
+    if file.is_dir(): raise IsADirectoryError(f"{file} is a folder: name the .npy file in it, or leave the table out")
+    if not file.exists(): raise FileNotFoundError(f"no features at {file}: name an .npy file, or a folder of `extract`")
+    try: x = np.load(file, mmap_mode="r")
     except (ValueError, EOFError): x = None
-    if not isinstance(x, np.ndarray):
-        raise ValueError(
-            f"{features} is not one whole .npy array: write the (N, D) features with np.save, or take the folder of "
-            f"`extract`"
-        )
-    wanted, samples = {"path", "video", "tracklet", "frame", "x", "y", "w", "h"}, _here(samples)
+    if isinstance(x, np.ndarray): return x
+    remedy = "write the (N, D) features with np.save, or take the folder of `extract`"
+    raise ValueError(f"{file} is not one whole .npy array: {remedy}")
+
+def _read_needed(file: Path):
+    "The columns of a table that denoising reads. ValueError or OSError for what is no samples .parquet."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    if file.is_dir(): raise IsADirectoryError(f"{file} is a folder: name the samples .parquet in it")
+    if not file.exists(): raise FileNotFoundError(f"no samples table at {file}: `write_samples` makes one")
+    wanted = {"path", "video", "tracklet", "frame", "x", "y", "w", "h"}
     try:
-        table = pq.read_table(
-            samples, columns=[c for c in pq.read_schema(samples).names if c in wanted], read_dictionary=["video"]
-        )
-    except pa.ArrowInvalid as e:
-        raise ValueError(f"{samples} is not a parquet file ({e}): write the table with write_samples") from None
-    return x, table.to_pandas(split_blocks=True, self_destruct=True)
+        there = [name for name in pq.read_schema(file).names if name in wanted]
+        table = pq.read_table(file, columns=there, read_dictionary=["video"])
+    except (pa.ArrowInvalid, OSError):
+        remedy = "write the table with write_samples"
+        raise ValueError(f"{file} is not a parquet file, or a damaged one: {remedy}") from None
+    return table.to_pandas(split_blocks=True, self_destruct=True)
 
 # %% ../../nbs/9_companion/05_commands.ipynb #9f130508
 def _calibrate_arguments(parser):
@@ -291,30 +289,28 @@ def _calibrate_arguments(parser):
          "thresholds, what they rest on, warnings, and the `denoise` command that uses them",
          "calibrate features", _calibrate_arguments)
 def calibrate(args):
-    from cion_nb.core.files import write_json
+    from cion_nb.core.files import check_can_be_file, write_json
     from cion_nb.identities.calibration import calibrate
     settings = settings_for(calibrate, args.set)
+    if args.json: check_can_be_file(_here(args.json))
     found = calibrate(*open_features(args.features, args.samples), **settings)
     print(found, found.errors.round(4).to_string(), sep="\n")
     where = " ".join(x for x in (args.features, args.samples) if x)
-    print(
-        f"cion_nb denoise {where} --out identities --set "
-        + " ".join(f"{k}={json.dumps(v)}" for k, v in found.parameters.items())
-    )
-    if args.json:
-        write_json(_here(args.json), dict(parameters=found.parameters, warnings=found.warnings, notes=found.notes))
+    chosen = " ".join(f"{name}={json.dumps(value)}" for name, value in found.parameters.items())
+    print(f"cion_nb denoise {where} --out identities --set {chosen}")
+    if not args.json: return
+    write_json(_here(args.json), dict(parameters=found.parameters, warnings=found.warnings, notes=found.notes))
 
 # %% ../../nbs/9_companion/05_commands.ipynb #352b5528
 def _denoise_arguments(parser):
     _features_arguments(parser)
-    parser.add_argument("--out", required=True, help="folder of the result")
-    parser.add_argument(
-        "--step", choices=("videos", "links"), help="compute one shard of this step instead of everything"
-    )
-    parser.add_argument("--shard", metavar="I/N", help="with --step: which shard of how many, counted from 0")
-    parser.add_argument("--check", action="store_true", help="only see whether files and settings make sense")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int)
+    add = parser.add_argument
+    add("--out", required=True, help="folder of the result")
+    add("--step", choices=("videos", "links"), help="compute one shard of this step instead of everything")
+    add("--shard", metavar="I/N", help="with --step: which shard of how many, counted from 0")
+    add("--check", action="store_true", help="only see whether files and settings make sense")
+    add("--device", default="cpu")
+    add("--workers", type=int)
     _set(parser, "settings of `denoise`: sigma_cst, sigma_drm, half_width, levels, link, measure, …")
 
 @command("Tracklets to identities: progressive multi-level denoising (Eq. 4-7).", "features and their table",
@@ -329,31 +325,22 @@ def denoise(args):
     check_machine(args.device, args.workers)
     check_settings(**(SETTINGS | settings))
     features, samples = open_features(args.features, args.samples)
-    machine = dict(device=args.device, workers=args.workers)
-    if args.check: check_table(features, samples)
-    elif args.step is None: print(denoise(features, samples, out=_here(args.out), **machine, **settings))
-    else:
-        print(
-            denoise_shard(features, samples, _here(args.out), args.step, shard, shards, **machine, **settings), "pieces"
-        )
+    check_table(features, samples)
+    if args.check: return
+    settings |= dict(device=args.device, workers=args.workers)
+    if args.step is None: return print(denoise(features, samples, out=_here(args.out), **settings))
+    print(denoise_shard(features, samples, _here(args.out), args.step, shard, shards, **settings), "pieces")
 
 # %% ../../nbs/9_companion/05_commands.ipynb #9de950c7
 def _training_arguments(parser):
-    parser.add_argument("--recipe", metavar="FILE", help="a recipe.json; the other arguments then change it")
-    parser.add_argument("--profile", help=f"one of {', '.join(PROFILES)} (default: tiny, or the recipe's own)")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=1,
-        metavar="N",
-        help="run it with N seeds, from the recipe's own on, and tell mean and standard deviation of its scores",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="only see whether the settings make sense, and print the recipe"
-    )
-    parser.add_argument(
-        "--dependencies", action="store_true", help="compute what it starts from, where it can be made here, and stop"
-    )
+    add = parser.add_argument
+    add("--recipe", metavar="FILE", help="a recipe.json; the other arguments then change it")
+    add("--profile", help=f"one of {', '.join(PROFILES)} (default: tiny, or the recipe's own)")
+    seeds = "run it with N seeds, from the recipe's own on, and tell mean and standard deviation of its scores"
+    add("--seeds", type=int, default=1, metavar="N", help=seeds)
+    add("--check", action="store_true", help="only see whether the settings make sense, and print the recipe")
+    starts = "compute what it starts from, where it can be made here, and stop"
+    add("--dependencies", action="store_true", help=starts)
     _set(parser, "settings of the recipe: data, data_root, backbone, lr, epochs, …")
 
 def recipe_of(stage: str, args) -> dict:
@@ -361,73 +348,82 @@ def recipe_of(stage: str, args) -> dict:
     from cion_nb.core.files import read_json
     from cion_nb.core.settings import recipe
     changes = from_here(read_settings(args.set))
-    if taken := set(changes) & {"profile", "stage"}: raise ValueError(f"--set {min(taken)}: a {min(taken)} is no "
-        f"setting; --profile chooses one, a command has its stage's name")
+    for name in sorted({"profile", "stage"} & set(changes)):
+        remedy = "--profile chooses one, a command has its stage's name"
+        raise ValueError(f"--set {name}: a {name} is no setting; {remedy}")
     if not args.recipe: return recipe(stage, args.profile or "tiny", **changes)
     if args.profile: raise ValueError("--recipe brings its own profile: leave --profile out")
     base = read_json(_here(args.recipe))
-    if not isinstance(base, dict) or base.get("stage") != stage:
-        raise ValueError(
-            f"{args.recipe} is "
-                f"{'a recipe of stage ' + repr(base.get('stage')) if isinstance(base, dict) else 'no recipe'}, not of "
-                f"{stage!r}"
-        )
+    its_stage = base.get("stage") if isinstance(base, dict) else None
+    found = f"a recipe of stage {its_stage!r}" if isinstance(base, dict) else "no recipe"
+    if its_stage != stage: raise ValueError(f"{args.recipe} is {found}, not of {stage!r}")
     try: return recipe(**base | changes)
     except TypeError as e: raise ValueError(f"{args.recipe}: {e}") from None
 
 # %% ../../nbs/9_companion/05_commands.ipynb #1e05bdb5
 def _train(stage: str, args) -> None:
     "Run a training for each seed, print the runs' folders and the spread of their scores."
-    from importlib import import_module
-
     from cion_nb.core.files import runs_dir
     from cion_nb.core.runs import dependencies, is_main_process, MissingRun, over_seeds, Run, show_mean
-    from cion_nb.core.settings import STAGES
     if args.seeds < 1: raise ValueError(f"--seeds {args.seeds}: at least 1")
     asked = recipe_of(stage, args)
-    if args.check: return _check_data(asked) or print(json.dumps(asked, indent=1))
+    if args.check: return _check(asked)
     if args.dependencies:
         from cion_nb.companion.reproduce import make_runs
         return make_runs(dependencies(asked)) and None
-    function = getattr(import_module("cion_nb." + STAGES[stage].replace("/", ".")), stage)
-    try: found = over_seeds(asked, function, args.seeds)
+    try: found = over_seeds(asked, getattr(_room_of(stage), stage), args.seeds)
     except MissingRun as e:
         file = Run(asked).request().folder / "recipe.json"
         raise MissingRun(f"{e}; or everything at once with `cion_nb reproduce --recipe {file}`") from None
     if not is_main_process(): return
     for name in found.run: print(runs_dir() / name)
     scores = [s for s in ("mAP", "rank1", "mINP") if s in found]
-    if args.seeds > 1 and scores:
-        print(
-            f"seeds {', '.join(map(str, found.seed))} (mean ± sd, %): "
-            + ", ".join(f"{s} {show_mean(found[s])}" for s in scores)
-        )
+    if args.seeds == 1 or not scores: return
+    seeds, means = ", ".join(map(str, found.seed)), ", ".join(f"{s} {show_mean(found[s])}" for s in scores)
+    print(f"seeds {seeds} (mean ± sd, %): {means}")
 
+def _room_of(stage: str):
+    from importlib import import_module
+    return import_module("cion_nb." + STAGES[stage].replace("/", "."))
 
-def _check_data(recipe: dict) -> None:
-    "What a recipe reads is there: its folders and files, and the tables of data sets that are lists of names."
-    from cion_nb.data.datasets import read_data
+# %% ../../nbs/9_companion/05_commands.ipynb #80ae46af
+def _check(recipe: dict) -> None:
+    "Refuse what the run would refuse at its start; print the recipe."
+    getattr(_room_of(recipe["stage"]), f"check_{recipe['stage']}")(recipe)
+    _check_network(recipe)
+    _check_files(recipe)
+    _check_data(recipe)
+    print(json.dumps(recipe, indent=1))
+
+def _check_network(recipe: dict) -> None:
+    "The method's network can be built over this backbone."
+    from cion_nb.training.cluster_contrast import ClusterNet
+    from cion_nb.training.finetune import make_backbone, make_model
+    random = recipe | dict(weights=None)
+    if recipe["stage"] == "finetune": make_model(random, n_ids=2, n_cameras=1)
+    if recipe["stage"] in ("usl", "uda"): ClusterNet(make_backbone(random)[0], recipe["pooling"])
+
+def _check_files(recipe: dict) -> None:
+    "What a recipe reads is there: its folders and files."
+    from cion_nb.core.files import resolve
     for name in PATHS:
         value = recipe.get(name)
-        if (
-            isinstance(value, str)
-            and value != "imagenet"
-            and ("/" in value or name.endswith("root"))
-            and not _resolved(value).exists()
-        ):
+        if not isinstance(value, str) or value == "imagenet": continue
+        is_path = "/" in value or name.endswith("root")
+        if is_path and not resolve(value).exists():
             raise FileNotFoundError(f"{name}={value}: there is no such file or folder")
-    if isinstance(recipe["data"], str) and recipe["data"] != "cion_al":
-        read_data(recipe, "tracklets" if recipe["stage"] == "pretrain" else "train")
-    elif recipe["data"] == "cion_al" and not (recipe["data_root"] and recipe["annotation"]):
-        raise ValueError(
-            "data 'cion_al' needs data_root= and annotation=: the folder of the images, and the JSON list of "
-            "{id, file_path}"
-        )
 
-
-def _resolved(value: str) -> Path:
-    from cion_nb.core.files import resolve
-    return resolve(value)
+def _check_data(recipe: dict) -> None:
+    "The tables of data sets that are lists of names, for training and for the test."
+    from cion_nb.data.datasets import read_data
+    data, is_tested = recipe["data"], recipe["stage"] != "pretrain"
+    if data == "cion_al" and not (recipe["data_root"] and recipe.get("annotation")):
+        what = "the folder of the images, and the JSON list of {id, file_path}"
+        raise ValueError(f"data 'cion_al' needs data_root= and annotation=: {what}")
+    if isinstance(data, str) and data != "cion_al": read_data(recipe, "train" if is_tested else "tracklets")
+    if not is_tested or not isinstance(recipe["test_data"] or data, str): return
+    from cion_nb.training.finetune import test_set
+    test_set(recipe)
 
 # %% ../../nbs/9_companion/05_commands.ipynb #9e707071
 @command("Pre-train a backbone: identity-guided self-distillation, or a baseline (method=dino, lup, tracklet).",
@@ -436,22 +432,22 @@ def _resolved(value: str) -> Path:
          "pretrain --profile small --set data=mine.parquet data_root=my_tracklets", _training_arguments)
 def pretrain(args): return _train("pretrain", args)
 
-@command("Fine-tune a backbone on labelled people, and test it.", "a data set with train, query and gallery; a "
-                                                                  "backbone in weights=",
+@command("Fine-tune a backbone on labelled people, and test it.",
+         "a data set with train, query and gallery; a backbone in weights=",
          "a run's folder with the network, features of the test images, mAP and CMC",
          "finetune --profile paper --set data=market1501 data_root=/data/Market-1501 weights=backbone.safetensors "
          "--seeds 3", _training_arguments)
 def finetune(args): return _train("finetune", args)
 
-@command("Adapt a backbone to a data set without its labels: cluster contrast.", "train images, no labels; a backbone "
-                                                                                 "in weights=",
+@command("Adapt a backbone to a data set without its labels: cluster contrast.",
+         "train images, no labels; a backbone in weights=",
          "a run's folder with the network, the clusters of every epoch, mAP and CMC",
-         "usl --profile paper --set data=market1501 data_root=/data/Market-1501 "
-         "weights=backbone.safetensors", _training_arguments)
+         "usl --profile paper --set data=market1501 data_root=/data/Market-1501 weights=backbone.safetensors",
+         _training_arguments)
 def usl(args): return _train("usl", args)
 
-@command("The same from a network fine-tuned on another, labelled data set.", "train images of the target, no labels; "
-                                                                              "weights= of the source",
+@command("The same from a network fine-tuned on another, labelled data set.",
+         "train images of the target, no labels; weights= of the source",
          "a run's folder as `usl` makes it",
          "uda --profile paper --set data=market1501 data_root=/data/Market-1501 "
          "weights=runs/finetune-…/backbone.safetensors", _training_arguments)
@@ -459,122 +455,103 @@ def uda(args): return _train("uda", args)
 
 # %% ../../nbs/9_companion/05_commands.ipynb #21f80db3
 def _score_arguments(parser):
-    parser.add_argument("model", help="a run's folder, a saved backbone (.safetensors), or an .onnx file")
-    parser.add_argument(
-        "--data", required=True, help="market1501, msmt17, cuhk03np_labeled, viper_0, …, or a samples .parquet"
-    )
-    parser.add_argument("--data-root", help="folder of that data set")
-    parser.add_argument(
-        "--protocol", default="market", help="market, no_camera, clothes_changing, … (default: %(default)s)"
-    )
-    parser.add_argument("--flip", action="store_true", help="average with mirrored images")
-    parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking")
-    parser.add_argument("--draws", type=int, default=0, help="one gallery image a person, this many times")
-    parser.add_argument(
-        "--tracklets", action="store_true", default=None, help="mean features of whole tracklets (mars: always)"
-    )
-    parser.add_argument(
-        "--distractors",
-        type=int,
-        nargs="*",
-        help="pids that are nobody in particular, for --draws (default: those of the data set)",
-    )
-    parser.add_argument("--out", help="folder of the features")
-    parser.add_argument("--json", metavar="FILE", help="write the score there too, with the machine it was made on")
+    add = parser.add_argument
+    add("model", help="a run's folder, a saved backbone (.safetensors), or an .onnx file")
+    add("--data", required=True, help="market1501, msmt17, cuhk03np_labeled, viper_0, …, or a samples .parquet")
+    add("--data-root", help="folder of that data set")
+    add("--protocol", default="market", help="market, no_camera, clothes_changing, … (default: %(default)s)")
+    add("--flip", action="store_true", help="average with mirrored images")
+    add("--rerank", action="store_true", help="k-reciprocal re-ranking")
+    add("--draws", type=int, default=0, help="one gallery image a person, this many times")
+    add("--tracklets", action="store_true", default=None, help="mean features of whole tracklets (mars: always)")
+    nobody = "pids that are nobody in particular, for --draws (default: those of the data set)"
+    add("--distractors", type=int, nargs="*", help=nobody)
+    add("--out", help="folder of the features")
+    add("--json", metavar="FILE", help="write the score there too, with the machine it was made on")
     _set(parser, "the same by name: protocol, flip, reranked, draws, tracklets, distractors")
 
-@command("Score a model on query and gallery of a data set.", "a model and a data set", "mAP, CMC and mINP under a "
-    "protocol; features are kept and resumed",
+def _asked_of_score(args) -> dict:
+    "What the flags and `--set` say together. ValueError where they say two things."
+    asked = dict(protocol=args.protocol, flip=args.flip, reranked=args.rerank, draws=args.draws,
+                 tracklets=args.tracklets, distractors=args.distractors)
+    plain = dict(flip=False, reranked=False, draws=0, protocol="market")
+    named = read_settings(args.set, asked, "score setting")
+    for name, value in named.items():
+        flag, usual = asked[name], plain.get(name)
+        check_kind(f"score setting {name}", value, usual, "")
+        if flag not in (usual, value): raise ValueError(f"{name} stands twice: {flag!r} and {value!r}")
+    return asked | named
+
+# %% ../../nbs/9_companion/05_commands.ipynb #040b065e
+@command("Score a model on query and gallery of a data set.", "a model and a data set",
+         "mAP, CMC and mINP under a protocol; features are kept and resumed",
          "score runs/finetune-… --data market1501 --data-root /data/Market-1501 --rerank", _score_arguments)
 def score(args):
     from cion_nb.companion.score import score
-    from cion_nb.core.files import write_json
+    from cion_nb.core.files import check_can_be_file, write_json
     from cion_nb.core.runs import environment
+    from cion_nb.data.datasets import READERS
     from cion_nb.retrieval.evaluate import PROTOCOLS
-
-    asked = dict(
-        protocol=args.protocol,
-        flip=args.flip,
-        reranked=args.rerank,
-        draws=args.draws,
-        tracklets=args.tracklets,
-        distractors=args.distractors,
-    )
-    named = read_settings(args.set, asked, "score setting")
-    plain = dict(flip=False, reranked=False, draws=0, protocol="market")
-    for name, value in named.items():
-        check_kind(f"score setting {name}", value, plain.get(name), "")
-        if asked[name] not in (plain.get(name), value): raise ValueError(f"{name} stands twice: {asked[name]!r} and "
-                                                                         f"{value!r}")
-    asked |= named
+    asked = _asked_of_score(args)
     refuse_unknown("protocol", asked["protocol"], PROTOCOLS)
-    data = str(_here(args.data)) if args.data.endswith(".parquet") else args.data
+    if args.json: check_can_be_file(_here(args.json))
+    is_table = args.data.endswith(".parquet")
+    if not is_table: _refuse_folder(args.data, READERS)
+    data = str(_here(args.data)) if is_table else args.data
     root = None if args.data_root is None else str(_here(args.data_root))
     found = score(_model(args.model), data, root, out=_here(args.out), **asked)
-    told = dict(
-        model=str(args.model), data=args.data, flip=asked["flip"], reranked=asked["reranked"], environment=environment()
-    )
+    flip, reranked = asked["flip"], asked["reranked"]
+    told = dict(model=str(args.model), data=args.data, flip=flip, reranked=reranked, environment=environment())
     if args.json: write_json(_here(args.json), found.asdict() | told)
-    print(f"{found}" + ", mirrored images averaged in" * bool(asked["flip"]) + ", re-ranked" * bool(asked["reranked"]))
+    print(f"{found}" + ", mirrored images averaged in" * bool(flip) + ", re-ranked" * bool(reranked))
 
 # %% ../../nbs/9_companion/05_commands.ipynb #b5a46286
 def _export_arguments(parser):
-    parser.add_argument("what", help="a model (run's folder, .safetensors), or a folder that `denoise` wrote")
-    parser.add_argument(
-        "out",
-        help="a model: FILE.onnx or FILE.pt (TorchScript); identities: a file, or a folder for --format tracklets",
-    )
-    parser.add_argument("--samples", help="identities: the table that was denoised")
-    parser.add_argument("--format", help="identities: cion_al (JSON), csv, tracklets (a tree; needs --root)",
-    )
-    parser.add_argument("--root", help="identities: folder of the images")
-    _set(
-        parser,
-        "settings of `export_onnx`, `export_torchscript` (normalise, tolerance, …) or of the identities' `export` "
-        "(link, discarded)",
-    )
+    add = parser.add_argument
+    add("what", help="a model (run's folder, .safetensors), or a folder that `denoise` wrote")
+    out = "a model: FILE.onnx or FILE.pt (TorchScript); identities: a file, or a folder for --format tracklets"
+    add("out", help=out)
+    add("--samples", help="identities: the table that was denoised")
+    add("--format", help="identities: cion_al (JSON), csv, tracklets (a tree; needs --root)")
+    add("--root", help="identities: folder of the images")
+    _set(parser, "settings of `export_onnx`, `export_torchscript` (normalise, tolerance, …) or of the identities' "
+                 "`export` (link, discarded)")
 
-
-@command("Out of Python: a model as ONNX or TorchScript, identities as files for other "
-         "programs.", "a model, or a denoised folder with its table",
+@command("Out of Python: a model as ONNX or TorchScript, identities as files for other programs.",
+         "a model, or a denoised folder with its table",
          "a file that was compared with what it was made from", "export runs/finetune-… model.onnx", _export_arguments)
 def export(args):
     if (_here(args.what) / "denoised.json").is_file(): return _export_identities(args)
-    if args.samples or args.root or args.format: raise ValueError("--samples, --root and --format are for identities; "
-                                                                  "this is a model")
+    if args.samples or args.root or args.format:
+        raise ValueError("--samples, --root and --format are for identities; this is a model")
+    from cion_nb.core.files import check_can_be_file
     from cion_nb.models.leaving import export_onnx, export_torchscript
     ways = {".onnx": export_onnx, ".pt": export_torchscript}
     way = ways.get(Path(args.out).suffix)
     if way is None: raise ValueError(f"{args.out}: a model leaves as .onnx or .pt")
+    check_can_be_file(_here(args.out))
     print(way(_model(args.what), _here(args.out), **settings_for(way, args.set)))
 
+# %% ../../nbs/9_companion/05_commands.ipynb #2cb99d3b
 def _export_identities(args):
     from cion_nb.core.samples import read_samples
     from cion_nb.identities.denoise import Denoised
     from cion_nb.identities.explain import export
     if args.samples is None: raise ValueError("identities need --samples: the table that was denoised")
     settings = settings_for(export, args.set, "format", "root")
-    form = args.format or {".json": "cion_al", ".csv": "csv", "": "tracklets"}.get(Path(args.out).suffix)
+    by_ending = {".json": "cion_al", ".csv": "csv", "": "tracklets"}
+    form = args.format or by_ending.get(Path(args.out).suffix)
     if form is None: raise ValueError(f"{args.out}: say --format: cion_al, csv or tracklets")
-    print(
-        export(
-            Denoised.load(_here(args.what)),
-            read_samples(_here(args.samples)),
-            _here(args.out),
-            format=args.format,
-            root=_here(args.root),
-            **settings,
-        )
-    )
+    found, samples = Denoised.load(_here(args.what)), read_samples(_here(args.samples))
+    print(export(found, samples, _here(args.out), format=form, root=_here(args.root), **settings))
 
 # %% ../../nbs/9_companion/05_commands.ipynb #90c08d55
 def _reproduce_arguments(parser):
-    parser.add_argument("--profile", default="tiny", choices=PROFILES, help="(default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="PAGE", help="these pages only, e.g. table4 figure4")
-    parser.add_argument(
-        "--recipe", metavar="FILE", help="compute the run of this recipe.json and what it depends on, then stop"
-    )
-    parser.add_argument("--serve", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)          # a worker of make_runs
+    add = parser.add_argument
+    add("--profile", default="tiny", choices=PROFILES, help="(default: %(default)s)")
+    add("--only", nargs="+", metavar="PAGE", help="these pages only, e.g. table4 figure4")
+    add("--recipe", metavar="FILE", help="compute the run of this recipe.json and what it depends on, then stop")
+    add("--serve", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)          # a worker of make_runs
     _set(parser, "papermill parameters of the pages, e.g. seeds=5")
 
 @command("Rebuild the paper's tables and figures.", "a profile; everything it needs is made or named",
@@ -584,14 +561,15 @@ def reproduce(args):
     from cion_nb.companion.reproduce import make_run, reproduce, serve
     from cion_nb.core.files import read_json
     parameters = read_settings(args.set)
-    if taken := set(parameters) & {"profile", "only"}: raise ValueError(f"--set {min(taken)}: that is --{min(taken)}")
+    for name in sorted({"profile", "only"} & set(parameters)): raise ValueError(f"--set {name}: that is --{name}")
     if args.serve: return serve(args.serve)
-    if args.recipe and (args.only or parameters): raise ValueError("--recipe computes one run: leave --only and --set "
-                                                                   "out")
+    if args.recipe and (args.only or parameters):
+        raise ValueError("--recipe computes one run: leave --only and --set out")
     if args.recipe:
         run = make_run(read_json(_here(args.recipe)))
         return print(json.dumps(run.result, indent=1), run.folder, sep="\n")
-    return int(any(page["error"] for page in reproduce(args.profile, args.only, **parameters)))
+    pages = reproduce(args.profile, args.only, **parameters)
+    return int(any(page["error"] for page in pages))
 
 # %% ../../nbs/9_companion/05_commands.ipynb #fa5ac27c
 def _runs_arguments(parser):
@@ -611,12 +589,12 @@ def runs(args):
     settings = read_settings(args.set, ("checkpoints",), "prune setting")
     if args.action == "prune":
         freed = prune_runs(*args.runs, requests=args.requests, dry_run=args.dry_run, **settings)
-        return print(f"{'would free' if args.dry_run else 'freed'} {freed / 1e6:,.1f} MB")
-    table = list_runs(*args.runs)
+        done = "would free" if args.dry_run else "freed"
+        return print(f"{done} {freed / 1e6:,.1f} MB")
     for name in args.runs:
         if not len(list_runs(name)): raise LookupError(f"no run in {runs_dir()} is called {name}")
-    if not len(table):
-        raise LookupError(f"no run in {runs_dir()}" + (f" is called {' or '.join(args.runs)}" if args.runs else ""))
+    table = list_runs(*args.runs)
+    if not len(table): raise LookupError(f"no run in {runs_dir()}")
     if args.action == "list": return print(table.to_string(index=False))
     if len(table) > 1: raise ValueError(f"{len(table)} runs are called so: {', '.join(table.run[:4])}, …; show one")
     print(show_run(table.run[0]))
@@ -624,28 +602,22 @@ def runs(args):
 # %% ../../nbs/9_companion/05_commands.ipynb #7791ead4
 def make_parser(name: str | None = None) -> argparse.ArgumentParser:
     "The parser of a command, or of the list of commands."
-    plain = argparse.RawDescriptionHelpFormatter
-    if name:
-        c = COMMANDS[name]
-        parser = argparse.ArgumentParser(
-            prog=f"cion_nb {name}",
-            formatter_class=plain,
-            epilog=f"example:\n  cion_nb {c.example}",
-            description=f"{c.does}\n\ntakes: {c.takes}\ngives: {c.gives}",
-        )
-        c.arguments(parser)
-        return parser
+    if name: return _parser_of(COMMANDS[name])
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {c.name:{width}}  {c.does}" for c in COMMANDS.values())
+    more = "`cion_nb COMMAND --help` says what it takes, what it gives, and shows an example."
     parser = argparse.ArgumentParser(
-        prog="cion_nb",
-        formatter_class=plain,
-        description="A notebook-first, reproducible companion to CION.",
-        epilog=f"commands:\n{listed}\n\n`cion_nb COMMAND --help` says what it takes, what it gives, and shows an "
-               f"example.",
-    )
+        prog="cion_nb", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A notebook-first, reproducible companion to CION.", epilog=f"commands:\n{listed}\n\n{more}")
     parser.add_argument("command", help="one of the commands below")
     parser.add_argument("--version", action="store_true", help="print the version")
+    return parser
+
+def _parser_of(c: Command) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"cion_nb {c.name}", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{c.does}\n\ntakes: {c.takes}\ngives: {c.gives}", epilog=f"example:\n  cion_nb {c.example}")
+    c.arguments(parser)
     return parser
 
 # %% ../../nbs/9_companion/05_commands.ipynb #7dfd7a5c
@@ -659,12 +631,17 @@ def main(argv: list[str] | None = None) -> int:
     try: refuse_unknown("command", argv[0], COMMANDS)
     except ValueError as e: return print(f"cion_nb: error: {e}", file=sys.stderr) or 2
     args = make_parser(argv[0]).parse_args(argv[1:])
-    try: return int(COMMANDS[argv[0]].run(args) or 0)
+    with _warnings_in_a_line(argv[0]): return _run(COMMANDS[argv[0]], args)
+
+def _run(command: Command, args) -> int:
+    "The command's exit code; what it refuses is told in one line."
+    try: return int(command.run(args) or 0)
     except BrokenPipeError:                                     # `cion_nb … | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (ValueError, TypeError, LookupError, OSError, ImportError, _busy()) as e: return _refused(argv[0], e, 2)
-    except FloatingPointError as e: return _refused(argv[0], e, 1)
+    except (ValueError, TypeError, LookupError, OSError, ImportError, _busy()) as e:
+        return _refused(command.name, e, 2)
+    except FloatingPointError as e: return _refused(command.name, e, 1)
 
 def _refused(command: str, error: BaseException, code: int) -> int:
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -674,3 +651,17 @@ def _refused(command: str, error: BaseException, code: int) -> int:
 def _busy() -> type:
     from cion_nb.core.runs import BusyRun
     return BusyRun
+
+# %% ../../nbs/9_companion/05_commands.ipynb #be889fff
+@contextmanager
+def _warnings_in_a_line(command: str):
+    "While a command runs, its warnings are lines of standard error without file and source, each text once."
+    told = set()
+    def show(message, category, filename, lineno, file=None, line=None):
+        text = " ".join(str(message).split())
+        if text in told: return
+        told.add(text)
+        print(f"cion_nb {command}: warning: {text}", file=sys.stderr)
+    with warnings.catch_warnings():                             # puts back what stood there
+        warnings.showwarning = show
+        yield

@@ -29,7 +29,7 @@ from .claims import judge
 from .report import made_text, report_folder, write_index, write_report
 from .score import load_model
 from ..core.files import atomic, progress, project_root, read_json, resolve, write_json
-from ..core.runs import dependencies, processors, Run
+from ..core.runs import check_parameters, dependencies, processors, Run
 from ..core.samples import write_samples
 from ..core.settings import PROFILES, recipe, TRAININGS
 from ..core.store import Features
@@ -569,19 +569,26 @@ def check_names(
     path: Path,         # a notebook with a cell tagged `parameters`
     parameters: dict,   # what will be passed
 ) -> None:
-    "Refuse parameters that the notebook does not define (papermill itself only warns)."
+    """Refuse parameters that the notebook does not define (papermill itself only warns), values of another kind than
+    its cell says, and whole numbers below 1: they all count something."""
     import difflib
 
     import papermill
     known = papermill.inspect_notebook(str(path))
-    for name in parameters:
+    for name, value in parameters.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise ValueError(
-                f"{path.name} has no parameter {name!r}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
-                + f" It has: {', '.join(known)}"
-            )
+            nearest = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path.name} has no parameter {name!r}{nearest} It has: {', '.join(known)}")
+        try: check_parameters(dict(In=[_parameter_cell(path), f"# Parameters\n{name} = {value!r}\n"]))
+        except ValueError as e: raise ValueError(f"{path.name}: {e}") from None
+        is_count = isinstance(value, int) and known[name]["inferred_type_name"] not in ("bool", "float")
+        if is_count and value < 1: raise ValueError(f"{path.name}: parameter {name!r} is {value}: at least 1")
+
+def _parameter_cell(path: Path) -> str:
+    "The source of a notebook's cell that is tagged `parameters`."
+    cells = read_json(path)["cells"]
+    return next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #3bfe0462
 def run_notebook(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RENAME_FILES', 'read_text', 'read_json', 'counted', 'first_few', 'is_utf8', 'shown_name', 'project_root', 'resolve',
-           'runs_dir', 'paper_file', 'atomic', 'write_json', 'json_line', 'progress', 'fingerprint']
+           'runs_dir', 'paper_file', 'check_can_be_file', 'check_can_be_folder', 'atomic', 'write_json', 'json_line',
+           'progress', 'fingerprint']
 
 # %% ../../nbs/0_core/00_files.ipynb #2813c86d
 import hashlib
@@ -23,6 +24,7 @@ def read_text(
     keep_ends: bool = False, # leave "\r" as it is, for a reader that tells lines from cells
 ) -> str:  # without the byte-order mark; lines end in "\n"
     "The text of a UTF-8 file, with or without a byte-order mark. ValueError, naming file and remedy, for any other."
+    if Path(path).is_dir(): raise IsADirectoryError(f"{path} is a folder, a file is needed here: name the one in it")
     raw = Path(path).read_bytes()
     _refuse_other_kinds(path, raw)
     try: text = raw.decode("utf-8-sig")
@@ -115,12 +117,23 @@ def paper_file(
     return files[name]
 
 # %% ../../nbs/0_core/00_files.ipynb #10b73988
+def check_can_be_file(path: str | Path) -> None:
+    "OSError where a file of this name cannot be written: it is a folder, or what should be its folder is a file."
+    if Path(path).is_dir(): raise IsADirectoryError(f"{path} is a folder, and a file is to be written: name the file")
+    check_can_be_folder(Path(path).parent)
+
+def check_can_be_folder(path: str | Path) -> None:
+    "OSError where a folder of this name cannot be made: it is a file, or lies below one."
+    first = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if not first.is_dir(): raise NotADirectoryError(f"{first} is a file, a folder is needed here: choose another name")
+
 @contextmanager
 def atomic(
     path: str | Path,  # the file that shall exist when the block ends without an error; its folder is made
 ):                     # yields the temporary path to write to, with the same suffix
     "Write beside `path`, then rename; on an error nothing is left behind."
     path = Path(path)
+    check_can_be_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_native_id()}.tmp{path.suffix}")
     try:

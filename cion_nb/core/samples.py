@@ -163,10 +163,11 @@ def read_samples(
     path, # parquet file written by `write_samples`
 ) -> pd.DataFrame:
     "Read a table back, same rows, dtypes and `attrs`. FileNotFoundError or ValueError that names the file."
+    if Path(path).is_dir(): raise IsADirectoryError(f"{path} is a folder: name the samples table (.parquet) in it")
     if not Path(path).is_file(): raise FileNotFoundError(f"no samples table at {path}: `write_samples` makes one")
     try: table = pd.read_parquet(path)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{path} is no readable samples table ({e}); "
+        raise ValueError(f"{path} is no readable samples table: no parquet file, or a damaged one; "
                          "write it again, or read text by `read_csv`") from e
     for c in table.columns.difference(COLUMNS):
         if any(isinstance(v, np.ndarray) for v in table[c].head(100)): table[c] = [_lists(v) for v in table[c]]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STAGES', 'TRAININGS', 'Count', 'Whole', 'Positive', 'NotNegative', 'Share', 'PositiveShare',
-           'refuse_unknown', 'setting', 'Settings', 'check_values', 'settings_class', 'recipe', 'as_before', 'describe',
-           'table5']
+           'refuse_unknown', 'check_whole', 'setting', 'Settings', 'check_values', 'settings_class', 'recipe',
+           'as_before', 'describe', 'table5']
 
 # %% ../../nbs/0_core/01_settings.ipynb #6a8a3d04
 import copy
@@ -39,6 +39,19 @@ def refuse_unknown(
     close = difflib.get_close_matches(str(name), list(names), 3)
     nearest = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     raise ValueError(f"{what} {name!r} is not known{nearest} Known: {', '.join(map(str, names))}")
+
+def check_whole(
+    name: str,
+    value,
+    least: int = 0,
+    of: str = "",             # what is counted, and what else is allowed: " of threads, or None for one a processor"
+    most: int | None = None,
+) -> None:
+    "ValueError for anything but a whole number from `least` on; true and false are none."
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if is_whole and value >= least and (most is None or value <= most): return
+    limits = f"{least} or more" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name} must be a whole number{of}, {limits}, got {value!r}")
 
 # %% ../../nbs/0_core/01_settings.ipynb #9e8b9fc6
 Count = Annotated[int, Field(ge=1)]            # at least one

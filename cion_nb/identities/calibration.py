@@ -14,6 +14,8 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
 
+from ..core.runs import check_device
+from ..core.settings import check_whole
 from .levels import clean_and_sum, closure, frames_restart, lay_out, reallocate
 from .linking import centre_on_videos, link_by_reciprocal, link_within, seen_together
 from .neighbours import jaccard, knn
@@ -553,6 +555,9 @@ def calibrate(
 
     ValueError: an empty table, lengths that differ, what `lay_out` refuses, NaN or zero rows."""
     _check_asked(features, samples, half_width, sigma_cst, k1, eps, centres)
+    for name, value in dict(min_samples=min_samples, max_tracklets=max_tracklets, max_images=max_images).items():
+        check_whole(name, value, 1)
+    check_device(device)
     table, x, layout, facts = _look(features, samples, max_tracklets, max_images)
     warnings, notes = [], []
     table = _usable_frames(table, layout, notes)

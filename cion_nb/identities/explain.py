@@ -28,10 +28,10 @@ from numba import njit
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
-from ..core.files import atomic, counted, progress
+from ..core.files import atomic, check_can_be_folder, counted, progress
 from ..core.images import IMAGE_SUFFIXES, open_image, UnreadableImage
 from ..core.samples import as_samples, COLUMNS
-from .denoise import denoise, Denoised
+from .denoise import check_same_rows, denoise, Denoised
 from .pairs import cosine_distance, group_sums, unit_centroids, unit_rows
 from .parts import blocks, LINKS
 from .truth import identity_scores
@@ -194,12 +194,16 @@ def identity_sheet(
 ):                                 # matplotlib Figure
     """Crops of identities, one row each, by tracklet; the frame says what happened to a crop.
 
-    ValueError: lengths that differ, an identity without images, no identity at all, `rows` or `columns` below 1."""
+    ValueError: lengths that differ, another table than the one that was denoised, an identity without images, no
+    identity at all, `rows` or `columns` below 1."""
     if rows < 1 or columns < 1: raise ValueError(f"rows={rows}, columns={columns}: at least one of each")
+    parameters = None
     if isinstance(labels, Denoised):
-        labels, provenance = labels.labels, labels.provenance if provenance is None else provenance
+        provenance, parameters = labels.provenance if provenance is None else provenance, labels.parameters
+        labels = labels.labels
     labels = np.asarray(labels)
     _check_lengths(labels, samples, provenance)
+    if provenance is not None: check_same_rows(samples, provenance, parameters)
     crops = _crops_of(labels, samples, provenance)
     wanted = _wanted(crops, identities, rows)
     crops = crops[crops["identity"].isin(wanted)]
@@ -403,8 +407,9 @@ def explain(
 ) -> Story:
     """Why an image ended where it is, or what an identity is made of and held together by.
 
-    ValueError: not exactly one of the two, or not there."""
+    ValueError: not exactly one of the two, or not there; another table than the one that was denoised."""
     if (row is None) == (identity is None): raise ValueError("say row=… for an image or identity=… for an identity")
+    if samples is not None: check_same_rows(samples, denoised.provenance, denoised.parameters)
     if identity is not None: return _explain_identity(denoised, identity)
     n = len(denoised.labels)
     if not 0 <= row < n: raise ValueError(f"no row {row!r}: the table has rows 0 … {n - 1}")
@@ -666,6 +671,7 @@ def _write_tree(table, out, root, link):
     sources, targets = table["path"].tolist(), moved["path"].tolist()
     asked = hashlib.sha256(json.dumps([str(root), link, sources, targets]).encode()).hexdigest()[:16]
     half, lock = out.with_name(f".{out.name}.{asked}.half"), FileLock(out.with_name(f".{out.name}.lock"))
+    check_can_be_folder(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError(f"another process is exporting to {out}; its lock is {lock.lock_file}") from None
@@ -726,7 +732,8 @@ def export(
     """Write identities for other programs, readable back by `cion_nb.samples`.
 
     FileExistsError: `out` is there. FileNotFoundError: an image of the tree is not.
-    ValueError: lengths that differ, unknown choices, a tree without `root`."""
+    ValueError: lengths that differ, another table than the one that was denoised, unknown choices, a tree without
+    `root`."""
     _one_of("format", format, tuple(_WRITERS))
     _one_of("link", link, ("copy", "hard", "symlink"))
     _one_of("discarded", discarded, ("leave out", "keep"))
@@ -747,6 +754,7 @@ def _labelled(labels, samples):
     if len(values) != len(samples):
         raise ValueError(f"{len(values)} labels but {len(samples)} samples: row i of one must be row i of the other")
     if isinstance(labels, Denoised):
+        check_same_rows(samples, labels.provenance, labels.parameters)
         to = labels.provenance["to_tracklet"]
         samples = samples.assign(tracklet=np.where(to >= 0, to, samples["tracklet"]))
     return samples.assign(pid=values)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'FAMILIES', 'InputSpec', 'Architecture', 'list_backbones', 'IBN', 'ConvStem', 'resize_grid',
-           'ConvStemViT', 'PlainVOLO', 'Family', 'build_backbone', 'architecture', 'count_gflops']
+           'ConvStemViT', 'PlainVOLO', 'Family', 'build_backbone', 'architecture', 'check_architecture', 'count_gflops']
 
 # %% ../../nbs/2_models/00_architectures.ipynb #4c99a2ce
 import difflib
@@ -306,6 +306,17 @@ def architecture(name: str) -> Architecture:
     if name in ARCHITECTURES: return ARCHITECTURES[name]
     close = difflib.get_close_matches(str(name).lower().replace("-", "_"), ARCHITECTURES, n=4, cutoff=0.5)
     raise ValueError(f"no backbone {name!r}; " + (f"close: {', '.join(close)}" if close else "see list_backbones()"))
+
+def check_architecture(
+    name: str,
+    image_size: tuple,                 # height, width
+    drop_path: float | None = None,
+    overlap: bool = False,
+) -> None:
+    "ValueError for a backbone that `build_backbone` could not build."
+    arch = architecture(name)
+    _check_size(arch, image_size)
+    _check_extras(arch, drop_path, overlap)
 
 def _check_size(arch: Architecture, image_size) -> tuple:
     family = FAMILIES[arch.family]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UPDATES', 'PoolingSettings', 'ClusterSettings', 'StepSettings', 'NormSettings', 'released_clustering', 'UslSettings',
            'UdaSettings', 'ClusterNet', 'ghost_batchnorm', 'bn_group', 'ClusterMemory', 'ClusterContrast',
-           'save_clusternet', 'load_clusternet', 'usl', 'uda']
+           'save_clusternet', 'load_clusternet', 'check_usl', 'usl', 'uda', 'check_uda']
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #a0dbf5fa
 import shutil
@@ -40,6 +40,7 @@ from cion_nb.training.engine import (
 )
 from cion_nb.training.finetune import (
     BatchSettings,
+    check_tested,
     ColourSettings,
     CropSettings,
     make_backbone,
@@ -454,16 +455,24 @@ def trial(self: ClusterContrast, model, accelerator):
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #390e38ac
 def _check_clustering(r: dict, n_images: int, per_epoch: int) -> None:
     "ValueError naming the first value of a recipe that cannot work on so many images."
+    _check_whole_epochs(r, per_epoch)
+    _check_clusters(r)
+    if n_images < 4: raise ValueError(f"the data set has {n_images} training images: clusters need more")
+    if r["k1"] >= n_images: raise ValueError(f"k1={r['k1']}: the data set has {n_images} images; use a smaller k1")
+
+def _check_whole_epochs(r: dict, per_epoch: int) -> None:
     batch = r["batch_size"]
     if not per_epoch or per_epoch % batch:
         raise ValueError(f"images_per_epoch={per_epoch}: a multiple of batch_size={batch} is needed, "
                          "since every epoch clusters anew")
+
+def _check_clusters(r: dict) -> None:
+    "ValueError naming the first value of a recipe that cannot work on any data."
+    batch = r["batch_size"]
     if r["clusterer"] not in CLUSTERERS:
         raise ValueError(f"clusterer {r['clusterer']!r} is none of {', '.join(CLUSTERERS)}")
     if r["optimizer"] not in ("sgd", "adam"):
         raise ValueError(f"optimizer {r['optimizer']!r}: cluster contrast has sgd and adam")
-    if n_images < 4: raise ValueError(f"the data set has {n_images} training images: clusters need more")
-    if r["k1"] >= n_images: raise ValueError(f"k1={r['k1']}: the data set has {n_images} images; use a smaller k1")
     if batch % r["k"]:
         raise ValueError(f"batch_size={batch} must be a multiple of k={r['k']}, the images of a cluster")
     if r["clusterer"] == "dbscan" and not 0 < r["eps"] < 1:
@@ -497,11 +506,21 @@ def load_clusternet(
     return model.eval()
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #309fea52
+def check_usl(
+    recipe: dict,   # as `recipe("usl", ...)` wrote it
+) -> None:
+    "ValueError for what a run refuses before it looks at its data."
+    check_tested(recipe)
+    if recipe["images_per_epoch"]: _check_whole_epochs(recipe, recipe["images_per_epoch"])
+    _check_clusters(recipe)
+    bn_group(recipe)
+
 def _run(recipe: dict) -> Run:
     architecture(recipe["backbone"])
     run = Run(recipe)
     with run.computing() as todo:
         if not todo: return run
+        check_usl(recipe)
         test_set(recipe)
         task = ClusterContrast(recipe)
         report = fit(task, run)
@@ -535,8 +554,20 @@ def uda(
     recipe: dict,  # as `recipe("uda", ...)` wrote it: `weights` was fine-tuned on the source domain
 ) -> Run:
     "The same from a backbone that was fine-tuned on another, labelled data set (`weights`)."
-    weights = recipe["weights"]
     if recipe["stage"] != "uda": raise ValueError(f"uda takes a recipe of uda, not of {recipe['stage']}")
+    _check_source(recipe)
+    return _run(recipe)
+
+def check_uda(
+    recipe: dict,  # as `recipe("uda", ...)` wrote it
+) -> None:
+    "ValueError for what a run refuses before it looks at its data."
+    _check_source(recipe)
+    check_usl(recipe)
+
+def _check_source(recipe: dict) -> None:
+    "ValueError where `weights` is no network of another data set's."
+    weights = recipe["weights"]
     if weights is None or isinstance(weights, dict) and weights["stage"] != "finetune":
         raise ValueError("uda starts from a network fine-tuned on the source: weights=dict(stage='finetune', …), "
                          "or a file")
@@ -544,4 +575,3 @@ def uda(
     if same:
         raise ValueError("uda: weights were fine-tuned on the target's own labels; "
                          "name another data set, the source, in weights")
-    return _run(recipe)

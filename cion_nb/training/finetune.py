@@ -7,7 +7,8 @@ __all__ = ['RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'TUNINGS', 'ScoreSettings'
            'CropSettings', 'TuningSettings', 'PartSettings', 'BatchSettings', 'RateSettings', 'TripletSettings',
            'BranchSettings', 'FeatureSettings', 'released_finetuning', 'FinetuneSettings', 'BNNeck',
            'batch_hard_triplet', 'epoch_lr', 'part_of', 'held_out_score', 'BestSoFar', 'make_backbone', 'make_model',
-           'FineTuning', 'save_finetuned', 'load_finetuned', 'test_set', 'test_model', 'finetune']
+           'FineTuning', 'check_tested', 'check_finetune', 'save_finetuned', 'load_finetuned', 'test_set', 'test_model',
+           'finetune']
 
 # %% ../../nbs/5_training/07_finetune.ipynb #3bcf6ca4
 import math
@@ -42,15 +43,16 @@ from ..core.store import Features
 from ..core.weights import checkpoint_metadata, fill_module, read_checkpoint
 from ..data.datasets import read_data
 from ..data.facts import facts_of
-from ..models.architectures import architecture, InputSpec
+from ..models.architectures import architecture, check_architecture, InputSpec
 from ..models.backbones import create_backbone, load_backbone, save_backbone
 from ..models.checkpoints import load_backbone_weights
 from ..models.features import extract
-from ..retrieval.evaluate import Answers, evaluate
+from ..retrieval.evaluate import Answers, evaluate, PROTOCOLS
 from ..retrieval.protocols import ranked, sides, tracklet_rows
 from cion_nb.training.engine import (
     budget,
     BudgetSettings,
+    check_budget,
     DataSettings,
     fit,
     MachineSettings,
@@ -60,7 +62,7 @@ from cion_nb.training.engine import (
     to_channels_last,
 )
 from .mgn import MGN, mgn_loss
-from .samplers import PKSampler
+from .samplers import check_batch, PKSampler
 from .transreid import TransReID, transreid_loss
 from .views import embed_rows, erase_, ImageStore, normalise, TrainTransform
 
@@ -387,16 +389,19 @@ def make_backbone(
     backbone.input = replace(backbone.input, **own)                        # whatever the weights saw before
     return backbone, report
 
+def _check_branches(r: dict) -> None:
+    if r["method"] != "transreid" and (r["jpm"] or r["sie"]):
+        raise ValueError(f"jpm and sie belong to method='transreid', not to {r['method']!r}")
+
 def make_model(
     r: dict,             # a fine-tuning recipe
     n_ids: int,          # training identities
     n_cameras: int = 0,  # for SIE
 ):                       # the model, and what loading its weights reported (None without weights)
     "The network of a recipe's method, with its pre-trained backbone inside."
+    _check_branches(r)
     backbone, report = make_backbone(r)
     method = r["method"]
-    if method != "transreid" and (r["jpm"] or r["sie"]):
-        raise ValueError(f"jpm and sie belong to method='transreid', not to {method!r}")
     if method == "mgn": return MGN(backbone, n_ids, r["part_dim"]), report
     if method == "transreid": return TransReID(backbone, n_ids, n_cameras if r["sie"] else 0, r["jpm"]), report
     return BNNeck(backbone, n_ids, r["feature"]), report
@@ -551,6 +556,23 @@ def _check_finetuning(r: dict) -> None:
         raise ValueError(f"erasing_fill {r['erasing_fill']!r}: choose pixel (noise), const (the mean colour) or black")
     if r["lr_by"] not in ("epoch", "step"): raise ValueError(f"lr_by {r['lr_by']!r}: choose epoch or step")
 
+def check_tested(
+    r: dict,   # a recipe of a network that is tested
+) -> None:
+    "ValueError for a backbone that cannot be built, a budget without a batch, or a protocol that there is not."
+    check_architecture(r["backbone"], r["image_size"], r["drop_path"], r["overlap"])
+    check_budget(r)
+    refuse_unknown("protocol", r["protocol"], PROTOCOLS)
+
+def check_finetune(
+    recipe: dict,   # as `recipe("finetune", ...)` wrote it
+) -> None:
+    "ValueError for what a run refuses before it looks at its data."
+    check_tested(recipe)
+    _check_finetuning(recipe)
+    _check_branches(recipe)
+    check_batch(recipe["batch_size"], [recipe["k"]])
+
 # %% ../../nbs/5_training/07_finetune.ipynb #6f98be82
 def save_finetuned(
     model: nn.Module,    # BNNeck, MGN or TransReID
@@ -666,6 +688,7 @@ def finetune(
     run = Run(recipe)
     with run.computing() as todo:
         if not todo: return run
+        check_finetune(recipe)
         test_set(recipe)
         task = FineTuning(recipe)
         report = fit(task, run)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'TASKS', 'MethodSettings', 'IdentitySettings', 'ViewSettings', 'LossSettings', 'CurriculumSettings',
            'HeadSettings', 'OptimisationSettings', 'QueueSettings', 'PretrainSettings', 'identity_labels', 'keep_share',
-           'Pretraining', 'Distillation', 'MomentumContrast', 'WatchedRun', 'pretrain', 'equal_budget']
+           'Pretraining', 'Distillation', 'MomentumContrast', 'WatchedRun', 'check_pretrain', 'pretrain',
+           'equal_budget']
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #dcc25c1f
 import warnings
@@ -19,10 +20,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.runs import is_main_process, licence, Run
+from ..core.samples import read_samples
 from ..core.settings import Count, NotNegative, Positive, PositiveShare, setting, Settings, Share, Whole
 from ..data.datasets import read_data
-from ..identities.denoise import Denoised
-from ..models.architectures import architecture
+from ..identities.denoise import check_same_rows, Denoised
+from ..models.architectures import architecture, check_architecture
 from ..models.backbones import create_backbone, save_backbone
 from cion_nb.training.distill import (
     ALARMS,
@@ -42,6 +44,7 @@ from cion_nb.training.engine import (
     adamw,
     budget,
     BudgetSettings,
+    check_budget,
     DataSettings,
     fit,
     MachineSettings,
@@ -50,7 +53,7 @@ from cion_nb.training.engine import (
     to_channels_last,
     warmup_cosine,
 )
-from .samplers import id_curriculum, IdentitySampler
+from .samplers import check_batch, id_curriculum, IdentitySampler
 from .views import ImageStore, MultiCrop, normalise
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #f3bf17f5
@@ -206,9 +209,9 @@ def identity_labels(
 
 def _denoised_labels(samples, run):
     "The identities that a denoising run found for the images of a table."
-    found = Denoised.load(run.folder)
-    paths = pd.read_parquet(run.folder / "samples.parquet", columns=["path"]).path
-    labels = samples.path.map(pd.Series(found.labels, index=paths.to_numpy())).fillna(-1).to_numpy(np.int64)
+    found, table = Denoised.load(run.folder), read_samples(run.folder / "samples.parquet")
+    check_same_rows(table, found.provenance, found.parameters)
+    labels = samples.path.map(pd.Series(found.labels, index=table.path.to_numpy())).fillna(-1).to_numpy(np.int64)
     if not (labels >= 0).any():
         raise ValueError(f"denoising run {run.name} gives no identity to any of the {len(samples)} images: "
                          "is it a run on other data?")
@@ -246,9 +249,13 @@ class Pretraining(Task):
         self.images = ImageStore(self.samples.assign(pid=-1 if r["identities"] == "image" else self.labels), root)
         self.labels[~np.isin(self.labels, self.labels[self.images.readable])] = -1
         self.n_images = int((self.labels >= 0).sum())
-        changes = dict(erase_rule=r["erasing_rule"]) | r["view_changes"]
-        self.views = MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"],
-                               r["aspect"], recipe=r["augmentation"], seed=r["seed"], **changes)
+        self.views = _views_of(r)
+
+def _views_of(r: dict) -> MultiCrop:
+    "The views of a recipe. ValueError for crops and colours that cannot be."
+    changes = dict(erase_rule=r["erasing_rule"]) | r["view_changes"]
+    return MultiCrop(r["image_size"], r["local_size"], r["n_local"], r["global_scale"], r["local_scale"], r["aspect"],
+                     recipe=r["augmentation"], seed=r["seed"], **changes)
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #207f3739
 @patch
@@ -307,8 +314,10 @@ def ranks(self: Pretraining, n):
 
 # %% ../../nbs/5_training/04_pretrain.ipynb #21506026
 def _check_pretraining(r: dict) -> None:
-    "ValueError for a recipe with values that its epochs do not reach."
+    "ValueError for a recipe with values that its epochs do not reach, or a batch that cannot be cut."
     epochs = r["epochs"]
+    check_budget(r)
+    check_batch(r["batch_size"], r["n_id"], pieces=r["accumulate"])
     id_curriculum(0, epochs, r["n_id"], r["n_id_epochs"])
     late = [n for n, epoch in zip(r["n_id"], r["n_id_epochs"]) if epoch >= epochs]
     if late:
@@ -323,10 +332,16 @@ def _check_pretraining(r: dict) -> None:
 class Distillation(Pretraining):
     "Student, EMA teacher, projection heads and Eq. 8-9; with one image an identity it is DINO."
     def __init__(self, r: dict):
+        self.check(r)
+        super().__init__(r)
+
+    @staticmethod
+    def check(r: dict) -> None:
+        "ValueError for what self-distillation cannot do."
         if r["teacher"] not in ("step", "epoch"):
             raise ValueError(f"teacher {r['teacher']!r}: choose 'step' (EMA after every step) or 'epoch' "
                              "(the student, at each epoch's end)")
-        super().__init__(r)
+        _loss_of(r)
 
     def loss(self, model, batch, accelerator):
         teacher, loss, identity = self.modules["teacher"], self.modules["loss"], batch["identity"]
@@ -359,12 +374,15 @@ def build(self: Distillation, device):
     student = MultiViewModel(backbone, head).to(device)
     if recipe["channels_last"]: student = to_channels_last(student)
     teacher = deepcopy(student).requires_grad_(False)      # stays in train mode: its BatchNorm has its own statistics
-    loss = IdentityGuidedLoss(
+    self.modules = dict(model=student, teacher=teacher, loss=_loss_of(recipe).to(device))
+    self.optimizer = self.make_optimizer(student)
+
+def _loss_of(recipe: dict) -> IdentityGuidedLoss:
+    "The loss of a recipe. ValueError for settings of it that cannot work."
+    return IdentityGuidedLoss(
         recipe["out_dim"], 2 + recipe["n_local"], student_temp=recipe["student_temp"],
         teacher_temp=recipe["teacher_temp"], centre_momentum=recipe["centre_momentum"], variant=recipe["variant"],
         centre=recipe["centre"], accumulate=recipe["accumulate"])
-    self.modules = dict(model=student, teacher=teacher, loss=loss.to(device))
-    self.optimizer = self.make_optimizer(student)
 
 @patch
 def after_step(self: Distillation, share):
@@ -382,8 +400,13 @@ def _crosses_epoch(self: Distillation, share):
 class MomentumContrast(Pretraining):
     "MoCo-v2: an encoder, its momentum copy, and a queue of keys (the LUP-style baseline)."
     def __init__(self, r: dict):
-        if r["n_local"]: raise ValueError(f"n_local={r['n_local']}: MoCo compares two global views; set n_local=0")
+        self.check(r)
         super().__init__(r)
+
+    @staticmethod
+    def check(r: dict) -> None:
+        "ValueError for what MoCo cannot do."
+        if r["n_local"]: raise ValueError(f"n_local={r['n_local']}: MoCo compares two global views; set n_local=0")
 
     def build(self, device):
         recipe = self.recipe
@@ -430,6 +453,16 @@ class WatchedRun(Run):
 # %% ../../nbs/5_training/04_pretrain.ipynb #9a891e71
 TASKS = dict(identity=Distillation, moco=MomentumContrast)
 
+def check_pretrain(
+    recipe: dict,   # as `recipe("pretrain", ...)` wrote it
+) -> None:
+    "ValueError for what a run refuses before it looks at its data."
+    check_architecture(recipe["backbone"], recipe["image_size"])
+    if recipe["loss"] not in TASKS: raise ValueError(f"loss {recipe['loss']!r}: choose one of {', '.join(TASKS)}")
+    TASKS[recipe["loss"]].check(recipe)
+    _check_pretraining(recipe)
+    _views_of(recipe)
+
 def pretrain(
     recipe: dict,   # as `recipe("pretrain", ...)` wrote it; runs that it depends on must be done
 ) -> Run:           # holds `backbone.safetensors` with its card, the log, checkpoints and `result.json`
@@ -438,7 +471,7 @@ def pretrain(
     run = WatchedRun(recipe)
     with run.computing() as todo:
         if not todo: return run
-        if recipe["loss"] not in TASKS: raise ValueError(f"loss {recipe['loss']!r}: choose one of {', '.join(TASKS)}")
+        check_pretrain(recipe)
         task = TASKS[recipe["loss"]](recipe)
         warm = round(recipe["warmup_epochs"] / recipe["epochs"] * budget(recipe, task.n_images))
         run.watch = CollapseWatch(after=warm)

@@ -74,8 +74,21 @@ def test_stride_keeps_the_file_s_frame_numbers(street, tmp_path, stride):
     assert report["counts"]["frames"] == -(-N // stride) and report["video"]["read"] == N
 
 
-def test_bad_stride(street, tmp_path):
-    with pytest.raises(ValueError, match="stride 0"): T.track(street[0], tmp_path, stride=0, **OPTIONS)
+@pytest.mark.parametrize("bad, message", [
+    (dict(stride=0), "stride must be a whole number, 1 or more, got 0"), (dict(stride=1.5), "stride"),
+    (dict(crop_quality=101), "crop_quality must be a whole number, from 0 to 100"),
+    (dict(crop_quality="high"), "crop_quality"),
+    (dict(min_height=-1), "min_height"), (dict(min_width="x"), "min_width"),
+    (dict(min_score=float("nan")), "min_score"),
+    (dict(frame_rate=0), "frame_rate"), (dict(tracker_settings=3), "tracker_settings"), (dict(resume="no"), "resume"),
+    (dict(camid=-2), "camid"), (dict(first_tracklet=-1), "first_tracklet"),
+])
+def test_settings_without_meaning_are_refused_before_anything_is_written(street, tmp_path, bad, message):
+    with pytest.raises(ValueError, match=message): T.track(street[0], tmp_path / "a", **OPTIONS | bad)
+    assert not (tmp_path / "a").exists()
+    if set(bad) & {"camid", "first_tracklet"}: return                        # of one video
+    with pytest.raises(ValueError, match=message): T.track_videos([street[0]], tmp_path / "b", **OPTIONS | bad)
+    assert not (tmp_path / "b").exists()
 
 
 def test_size_and_score_limits(street, tmp_path):

@@ -241,3 +241,10 @@ def test_bad_input(features, rows, message):
 def test_rows_without_tracklet():
     samples = make_samples(["a", "b"], video="v", tracklet=[0, -1], frame=[0, 1])
     with pytest.raises(ValueError, match="no tracklet"): calibrate(np.ones((2, 4)), samples)
+
+
+@pytest.mark.parametrize("name, value", [("max_tracklets", -5), ("max_images", 0), ("min_samples", 0),
+                                         ("min_samples", 2.5), ("max_images", True), ("device", "banana")])
+def test_settings_without_meaning(name, value):
+    features, samples = street_world(n_people=4, videos=2, cast=2, images=2, dim=8)
+    with pytest.raises(ValueError, match=name): calibrate(features, samples, **{name: value})

@@ -9,7 +9,7 @@ from examples import angles, PREFIXES
 from cion_nb.core.samples import make_samples
 from cion_nb.data.feature_worlds import feature_world
 from cion_nb.identities import denoise as module
-from cion_nb.identities.denoise import denoise, Denoised
+from cion_nb.identities.denoise import denoise, denoise_shard, Denoised
 
 # ---------------------------------------------------------------- keeping a result
 
@@ -32,17 +32,37 @@ def test_out_computes_a_request_once(tmp_path, monkeypatch):
     assert np.array_equal(denoise(x, samples, out=tmp_path / "a").labels, first.labels)
     # columns it does not read
     assert np.array_equal(denoise(x, samples.assign(pid=-1), out=tmp_path / "a").labels, first.labels)
-    for kw in (dict(sigma_cst=.3), dict(levels=("tracklet",)), dict(half_width=3)):
-        with pytest.raises(TypeError): denoise(x, samples, out=tmp_path / "a", **kw)
+
+
+@pytest.mark.parametrize("kw, message", [
+    (dict(sigma_cst=.3), "sigma_cst=0.2 there, 0.3 asked for"), (dict(levels=("tracklet",)), "levels="),
+    (dict(half_width=3), "half_width=1000 there, 3 asked for"), (dict(link="reciprocal"), "link='threshold' there"),
+])
+def test_the_finished_result_of_another_request_stays(tmp_path, kw, message, monkeypatch):
+    x, samples = feature_world(40, seed=1)
+    first = denoise(x, samples, out=tmp_path)
+    monkeypatch.setattr(module, "do_parts", None)
+    with pytest.raises(FileExistsError, match=f"another request.*{message}.*choose another out="):
+        denoise(x, samples, out=tmp_path, **kw)
+    with pytest.raises(FileExistsError, match="another request"):
+        denoise_shard(x, samples, tmp_path, "videos", 0, 2, **kw)
+    assert np.array_equal(Denoised.load(tmp_path).labels, first.labels)
+
+
+def test_the_finished_result_of_other_features_or_another_table_stays(tmp_path):
+    x, samples = feature_world(40, seed=1)
+    denoise(x, samples, out=tmp_path)
     y = x.copy()
     y[3] = x[4]
-    with pytest.raises(TypeError): denoise(y, samples, out=tmp_path / "a")
-    with pytest.raises(TypeError): denoise(x, samples.assign(frame=samples.frame + 1), out=tmp_path / "a")
+    message = "other features or another table"
+    with pytest.raises(FileExistsError, match=message): denoise(y, samples, out=tmp_path)
+    later = samples.assign(frame=samples.frame + 1)
+    with pytest.raises(FileExistsError, match=message): denoise(x, later, out=tmp_path)
 
 
 def test_an_interrupted_save_is_no_result(tmp_path, monkeypatch):
     x, samples = feature_world(40, seed=1)
-    got = denoise(x, samples, out=tmp_path / "a")
+    got = denoise(x, samples)
     real = module.write_json
     def stop(path, obj):
         if path.name == "denoised.json": raise KeyboardInterrupt
@@ -73,27 +93,18 @@ def test_memory_map_and_float16(tmp_path):
 
 
 @pytest.mark.parametrize("kw, message", [
-    (dict(sigma_cst=-.1), "sigma_cst"),
-    (dict(sigma_drm=2.01), "sigma_drm"),
-    (dict(half_width=-1), "half_width"),
-    (dict(half_width=2.5), "half_width"),
-    (dict(half_width=True), "half_width"),
-    (dict(levels=("track",)), "unknown level 'track'"),
-    (dict(levels=("video", "tracklet")), "order"),
-    (dict(levels=("video", "video")), "once"),
-    (dict(link="nearest"), "unknown link 'nearest'"),
-    (dict(sigma_cst="0.2"), "sigma_cst"),
-    (dict(sigma_drm=None), "sigma_drm"),
-    (dict(sigma_cst=True), "sigma_cst"),
-    (dict(levels=5), "levels"),
-    (dict(link="reciprocal", eps="x"), "eps"),
-    (dict(link="reciprocal", k1=2), "k1"),
-    (dict(workers="2"), "workers"),
-    (dict(workers=0), "workers"),
-    (dict(device="cudaa"), "device"),
-    (dict(centre="v"), "unknown centre"),
-    (dict(cannot_link="time"), "unknown cannot_link"),
-    (dict(measure="yes"), "unknown measure")])
+    (dict(sigma_cst=-.1), "sigma_cst"), (dict(sigma_drm=2.01), "sigma_drm"), (dict(half_width=-1), "half_width"),
+    (dict(half_width=2.5), "half_width"), (dict(half_width=True), "half_width"),
+    (dict(levels=("track",)), "unknown level 'track'"), (dict(levels=("video", "tracklet")), "order"),
+    (dict(levels=("video", "video")), "once"), (dict(link="nearest"), "unknown link 'nearest'"),
+    (dict(sigma_cst="0.2"), "sigma_cst"), (dict(sigma_drm=None), "sigma_drm"), (dict(sigma_cst=True), "sigma_cst"),
+    (dict(levels=5), "levels"), (dict(link="reciprocal", eps="x"), "eps"), (dict(link="reciprocal", k1=2), "k1"),
+    (dict(k1=0), "k1"), (dict(k2=0), "k2"), (dict(k1=5, k2=6), "k2 = 6"), (dict(eps=1), "eps"),
+    (dict(min_samples=0), "min_samples"),
+    (dict(workers="2"), "workers"), (dict(workers=0), "workers"), (dict(device="cudaa"), "device"),
+    (dict(centre="v"), "unknown centre"), (dict(cannot_link="time"), "unknown cannot_link"),
+    (dict(measure="yes"), "unknown measure"),
+])
 def test_requests_without_meaning(kw, message):
     x, samples = feature_world(10, seed=1)
     with pytest.raises(ValueError, match=message): denoise(x, samples, **kw)
@@ -158,10 +169,11 @@ def test_files_of_the_user_stay(tmp_path):
     for name in ("work/thesis.tex", ".my.tmp.txt", ".provenance.notes"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    for sigma in (.2, .3): denoise(x, samples, sigma_cst=sigma, out=tmp_path)
-    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == [
-        ".my.tmp.txt", ".provenance.notes", "denoised.json", "links.parquet", "provenance.parquet", "thesis.tex",
-        "tracklets.parquet"]
+    denoise(x, samples, out=tmp_path)
+    assert sorted(f.name for f in tmp_path.rglob("*") if f.is_file()) == [".my.tmp.txt", ".provenance.notes",
+                                                                          "denoised.json", "links.parquet",
+                                                                          "provenance.parquet", "thesis.tex",
+                                                                          "tracklets.parquet"]
     (tmp_path / "b" / "denoise_work").mkdir(parents=True)
     (tmp_path / "b" / "denoise_work" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="not made by denoise"): denoise(x, samples, out=tmp_path / "b")

@@ -249,8 +249,11 @@ def test_bad_calls(pictures, tmp_path):
     samples = make_samples(names(3))
     for change, error, text in [(dict(precision="int8"), ValueError, "precision"),
                                 (dict(on_unreadable="ignore"), ValueError, "on_unreadable"),
-                                (dict(batch_size=0), ValueError, "at least 1"),
-                                (dict(workers=0), ValueError, "at least 1"),
+                                (dict(batch_size=0), ValueError, "batch_size must be a whole number, 1 or more"),
+                                (dict(batch_size=2.5), ValueError, "batch_size"),
+                                (dict(workers=0), ValueError, "workers"), (dict(workers=-1), ValueError, "workers"),
+                                (dict(device="banana"), ValueError, "unknown device 'banana'"),
+                                (dict(flush_seconds="x"), ValueError, "flush_seconds"),
                                 (dict(model=nn.Identity()), TypeError, "model.input"),
                                 (dict(model="resnet18"), TypeError, "pass create_backbone.NAME"),
                                 (dict(compute="int8"), ValueError, "compute"),
@@ -258,8 +261,10 @@ def test_bad_calls(pictures, tmp_path):
         with pytest.raises(error, match=text):
             extract(**dict(samples=samples, root=pictures, model=Mean(), out=tmp_path / "s") | change)
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="no GPU"):
+        with pytest.raises(ValueError, match="no CUDA device"):
             extract(samples, pictures, Mean(), tmp_path / "s", device="cuda")
+    for change, text in ((dict(batch_size=0), "batch_size"), (dict(device="banana"), "unknown device")):
+        with pytest.raises(ValueError, match=text): embed(Mean(), [], **change)
     class Map(Mean):
         def forward(self, x): return x
     with pytest.raises(ValueError, match="returns .n, D."): extract(samples, pictures, Map(), tmp_path / "m")
