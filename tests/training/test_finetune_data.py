@@ -89,7 +89,7 @@ def test_a_list_of_ones_own(people, runs, tmp_path, capsys):
                           (dict(method="transreid", backbone="resnet18", overlap=False, drop_path=None), "class token"),
                           (dict(overlap=True), "no convolutional patch stem"),
                           (dict(drop_path=.1, backbone="ghostnet_0_5"), "no drop path"),
-                          (dict(protocol="markt"), "is none of"),
+                          (dict(protocol="markt"), "did you mean 'market'"),
                           (dict(keep_list="/nowhere.txt"), "nowhere.txt")])
 def test_what_cannot_work_is_named(people, runs, changes, word):
     with pytest.raises((ValueError, FileNotFoundError), match=word): finetune(quick(people, **changes))
