@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'CLAIMS', 'COLUMNS', 'Arm', 'Claim', 'results_folder', 'read_results', 'write_results', 'run_name', 'measure',
-           'missing', 'costs', 'compute', 'differences', 'verdicts']
+           'missing', 'costs', 'compute', 'differences', 'verdicts', 'claims_table', 'arms_table', 'plot_arms']
 
 # %% ../../nbs/9_companion/04_experiments.ipynb #3d9f5958
 import tempfile
@@ -256,3 +256,59 @@ def verdicts(
     results = read_results(profile, folder)
     tables = {c.name: decide(differences(c, results), c.worlds) for c in _chosen(claims)}
     return pd.concat(tables, names=["claim"])
+
+# %% ../../nbs/9_companion/04_experiments.ipynb #27a24232
+def claims_table(
+    profile: str,
+    claims=None,
+    folder: Path = None,
+) -> pd.DataFrame:   # claim, comparison, n, effect with its corrected interval, verdict
+    "The verdicts in words. An interval without all planned worlds is none, and is not shown."
+    rows = []
+    for (name, comparison), row in verdicts(profile, claims, folder).iterrows():
+        is_whole = row["n"] >= CLAIMS[name].worlds
+        effect = f"{row['effect']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]" if is_whole else ""
+        rows.append({"claim": name, "comparison": comparison, "worlds": f"{row['n']:.0f} of {CLAIMS[name].worlds}",
+                     "difference, points of mAP [interval]": effect, "verdict": row["verdict"]})
+    return pd.DataFrame(rows).set_index(["claim", "comparison"])
+
+def arms_table(
+    claim: Claim,
+    profile: str,
+    folder: Path = None,
+) -> pd.DataFrame:   # a row an arm: means over worlds, and the spread of mAP
+    "What became of each arm of a claim."
+    results = read_results(profile, folder)
+    shown = {"mAP": ("mAP", 100, 1), "rank-1": ("rank1", 100, 1), "own camera": ("own_camera", 1, 1),
+             "rank of features": ("feature_rank", 1, 1), "F1 of identities": ("label_f1", 100, 1)}
+    def line(part):
+        told = {name: f"{scale * part[key].mean():.{digits}f}" for name, (key, scale, digits) in shown.items()
+                if part[key].notna().any()}
+        spread = f" ± {100 * part['mAP'].std():.1f}" if len(part) > 1 else ""
+        return told | {"mAP": told["mAP"] + spread, "worlds": len(part)}
+    parts = {arm: results[results["arm"] == arm] for arm in claim.arms}
+    table = pd.DataFrame({ARMS[arm].label: line(part) for arm, part in parts.items() if len(part)}).T
+    return table.reindex(columns=[*shown, "worlds"]).fillna("").rename_axis("learned from")
+
+# %% ../../nbs/9_companion/04_experiments.ipynb #cf177485
+def plot_arms(
+    claim: Claim,
+    profile: str,
+    folder: Path = None,
+):
+    "Frozen mAP of every arm: a bar for the mean, a line and its dots for a world."
+    import matplotlib.pyplot as plt
+    results = read_results(profile, folder)
+    table = results.pivot(index="world", columns="arm", values="mAP").reindex(columns=claim.arms)
+    fig, ax = plt.subplots(figsize=(6.5, .6 + .42 * len(claim.arms)), dpi=90)
+    at = np.arange(len(claim.arms))
+    ax.barh(at, 100 * table.mean(), .62, color="#c6dbef")
+    for world, scores in table.iterrows():
+        ax.plot(100 * scores, at, "o-", ms=4, lw=.7, color="0.25", alpha=.7)
+    ax.set_yticks(at, [ARMS[arm].label for arm in claim.arms], fontsize=10)
+    ax.set_xlabel("mAP of frozen features on people nobody trained on, per cent", fontsize=9)
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    plt.close(fig)
+    return fig

@@ -100,7 +100,7 @@ class MissingRun(LookupError):
     "A run that another one needs has not been computed."
 
 class BusyRun(RuntimeError):
-    "A run is being computed by another process."
+    "A run is being computed, or a folder written, by another process."
 
 def dependencies(
     recipe: dict,

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 
 from ..core.files import atomic, check_can_be_folder, fingerprint, progress, read_json, resolve, write_json
 from ..core.images import open_image
+from ..core.runs import BusyRun
 from ..core.samples import make_samples, read_samples, write_samples
 from ..core.settings import check_whole
 from .detectors import create_detector, no_boxes
@@ -374,8 +375,8 @@ def _claimed(out: Path, settings: dict, resume: bool):
     lock, state = FileLock(out / ".lock", timeout=0), out / "tracking.json"
     try: lock.acquire()
     except Timeout:
-        raise RuntimeError(f"{out} is being written by another process; wait for it, or give each video a folder of "
-                           "its own") from None
+        raise BusyRun(f"{out} is being written by another process; wait for it, or give each video a folder "
+                      "of its own") from None
     try:
         before = read_json(state) if state.exists() else None
         if before is None and (out / "crops").exists():

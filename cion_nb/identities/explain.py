@@ -30,6 +30,7 @@ from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
 from ..core.files import atomic, check_can_be_folder, counted, progress
 from ..core.images import IMAGE_SUFFIXES, open_image, UnreadableImage
+from ..core.runs import BusyRun
 from ..core.samples import as_samples, COLUMNS
 from .denoise import check_same_rows, denoise, Denoised
 from .pairs import cosine_distance, group_sums, unit_centroids, unit_rows
@@ -674,7 +675,7 @@ def _write_tree(table, out, root, link):
     check_can_be_folder(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=0)
-    except Timeout: raise RuntimeError(f"another process is exporting to {out}; its lock is {lock.lock_file}") from None
+    except Timeout: raise BusyRun(f"another process is exporting to {out}; its lock is {lock.lock_file}") from None
     try:
         for left in out.parent.glob(f".{glob_escape(out.name)}.*.half"):
             if left != half: shutil.rmtree(left)

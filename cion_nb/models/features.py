@@ -28,7 +28,7 @@ from torch import nn, Tensor
 
 from ..core.files import atomic, check_can_be_folder, progress, read_json, resolve, write_json
 from ..core.images import open_image, to_rgb, UnreadableImage
-from ..core.runs import check_device
+from ..core.runs import BusyRun, check_device
 from ..core.samples import as_samples, write_samples
 from ..core.settings import check_whole, Count, setting, Settings
 from ..core.store import Features
@@ -506,13 +506,13 @@ def check_extraction(
     check_device(device)
 
 def _lock(out: Path):
-    "The lock of a store's folder. RuntimeError where another process holds it, OSError where it is no folder."
+    "The lock of a store's folder. BusyRun where another process holds it, OSError where it is no folder."
     check_can_be_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     try: return FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
-        raise RuntimeError(f"another process is extracting into {out}; "
-                           "wait for it, or choose another out=") from None
+        raise BusyRun(f"another process is extracting into {out}; "
+                      "wait for it, or choose another out=") from None
 
 def _discard(out: Path):
     "Remove a store's own files, the claim that it is finished first."

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from cion_nb.companion.commands import main
 from cion_nb.core.samples import write_samples
@@ -154,3 +155,11 @@ def test_a_warning_is_one_line_and_told_once(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said == "cion_nb runs: warning: two lines\ncion_nb runs: warning: another\n"
     assert warnings.showwarning is before
+
+
+def test_a_folder_that_another_process_writes_is_named(folder, tmp_path, capsys):
+    out = tmp_path / "tree"
+    with FileLock(tmp_path / ".tree.lock"):
+        said = refusal(capsys, f"export {folder}/found {out} --samples {folder}/samples.parquet --format tracklets "
+                               f"--root {folder}")
+    assert f"another process is exporting to {out}" in said and not out.exists()

@@ -3,8 +3,7 @@ Holm's correction against a plain one."""
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from cion_nb.companion.claims import decide, holm_levels, paired, worlds_needed
