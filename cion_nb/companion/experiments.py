@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'CLAIMS', 'COLUMNS', 'Arm', 'Claim', 'results_folder', 'read_results', 'write_results', 'run_name', 'measure',
-           'missing', 'costs', 'compute', 'differences', 'verdicts', 'claims_table', 'arms_table', 'plot_arms']
+           'missing', 'costs', 'compute', 'differences', 'verdicts', 'claims_table', 'said', 'arms_table', 'plot_arms']
 
 # %% ../../nbs/9_companion/04_experiments.ipynb #3d9f5958
 import tempfile
@@ -271,6 +271,18 @@ def claims_table(
         rows.append({"claim": name, "comparison": comparison, "worlds": f"{row['n']:.0f} of {CLAIMS[name].worlds}",
                      "difference, points of mAP [interval]": effect, "verdict": row["verdict"]})
     return pd.DataFrame(rows).set_index(["claim", "comparison"])
+
+def said(
+    profile: str,
+    claims=None,
+    folder: Path = None,
+) -> list[str]:   # a line a comparison
+    "The same as sentences."
+    table = claims_table(profile, claims, folder)
+    def line(name, comparison, worlds, difference, verdict):
+        evidence = f" ({difference} points, {worlds} worlds)" if difference else ""
+        return f"{name}, {comparison}: {verdict}{evidence}"
+    return [line(*at, *row) for at, row in zip(table.index, table.itertuples(index=False))]
 
 def arms_table(
     claim: Claim,

@@ -191,4 +191,5 @@ def _paragraph(text: str, kind: str) -> str: return f"<p class={kind}>{html.esca
 def _list(lines) -> str: return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
 
 def _colour(verdict: str) -> str:
-    return "agrees" if ": agrees" in verdict else "contradicts" if ": contradicts" in verdict else "open"
+    if ": agrees" in verdict or ": holds" in verdict: return "agrees"
+    return "contradicts" if ": contradicts" in verdict else "open"

@@ -33,21 +33,31 @@ def test_the_worlds_of_the_settings_are_none_of_an_experiments():
         assert all(better != worse for better, worse in claim.comparisons)
 
 
+SHORT = dict(C2=E.Claim("C2", "order", "", (("identity", "instance"),), ("untrained",)))
+
+
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory):
-    "Two thumbnails of worlds, computed once."
-    folder, patch = tmp_path_factory.mktemp("experiments"), pytest.MonkeyPatch()
-    patch.setenv("CION_NB_RUNS", str(folder / "runs"))
-    claim = E.Claim("C2", "order", "", (("identity", "instance"),), ("untrained",))
-    patch.setattr(E, "CLAIMS", dict(C2=claim))
-    E.compute("smoke", worlds=2, folder=folder / "results", jobs=1)
-    yield folder / "results"
-    patch.undo()
+    "Two thumbnails of worlds, computed once: the folder of their results, and of their runs."
+    folder = tmp_path_factory.mktemp("experiments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CION_NB_RUNS", str(folder / "runs"))
+        patch.setattr(E, "CLAIMS", SHORT)
+        E.compute("smoke", worlds=2, folder=folder / "results", jobs=1)
+    return folder / "results", folder / "runs"
+
+
+@pytest.fixture
+def results(computed, monkeypatch):
+    "The folder of these results, while there is that one claim."
+    monkeypatch.setattr(E, "CLAIMS", SHORT)
+    monkeypatch.setenv("CION_NB_RUNS", str(computed[1]))
+    return computed[0]
 
 
 @pytest.mark.slow("trains networks")
-def test_rows_say_what_they_are_and_recipes_lead_back_to_them(computed):
-    rows = E.read_results("smoke", computed)
+def test_rows_say_what_they_are_and_recipes_lead_back_to_them(results):
+    rows = E.read_results("smoke", results)
     assert rows[["world", "arm"]].to_numpy().tolist() == [[w, a] for w in (1, 2)
                                                           for a in ("untrained", "instance", "identity")]
     assert rows[["mAP", "rank1", "own_camera", "commit", "cpu", "torch"]].notna().all(axis=None)
@@ -55,28 +65,28 @@ def test_rows_say_what_they_are_and_recipes_lead_back_to_them(computed):
     trained = rows[rows.arm != "untrained"]
     assert (trained.presentations == trained.presentations.iloc[0]).all()
     for row in rows.itertuples():
-        asked = read_json(computed / "recipes" / f"{row.run}.json")
+        asked = read_json(results / "recipes" / f"{row.run}.json")
         assert E.run_name(asked) == row.run and asked["seed"] == row.world
         if row.arm != "untrained": assert Run(asked).result["images"] == row.presentations
 
 
 @pytest.mark.slow("trains networks")
-def test_rows_outlive_their_runs(computed, tmp_path, monkeypatch):
+def test_rows_outlive_their_runs(results, tmp_path, monkeypatch):
     monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "empty"))
     monkeypatch.setattr(E, "make_runs", lambda *a, **k: pytest.fail("computed again"))
-    E.compute("smoke", worlds=2, folder=computed)
-    assert not E.missing(E.CLAIMS["C2"], "smoke", 1, computed)
-    assert set(E.missing(E.CLAIMS["C2"], "smoke", 3, computed)) == {"untrained", "instance", "identity"}
-    plan = E.costs("smoke", folder=computed)
+    E.compute("smoke", worlds=2, folder=results)
+    assert not E.missing(E.CLAIMS["C2"], "smoke", 1, results)
+    assert set(E.missing(E.CLAIMS["C2"], "smoke", 3, results)) == {"untrained", "instance", "identity"}
+    plan = E.costs("smoke", folder=results)
     assert plan.loc["C2", "to_do"] == plan.loc["C2", "worlds"] - 2
     assert plan.loc["C2", "trainings"] == 2 * plan.loc["C2", "to_do"]
 
 
 @pytest.mark.slow("trains networks")
-def test_a_row_of_other_settings_is_computed_again(computed, monkeypatch):
+def test_a_row_of_other_settings_is_computed_again(results, monkeypatch):
     changed = E.ARMS | dict(identity=E.Arm("fewer levels", "cion", ("tracklet",)))
     monkeypatch.setattr(E, "ARMS", changed)
-    assert set(E.missing(E.CLAIMS["C2"], "smoke", 1, computed)) == {"identity"}
+    assert set(E.missing(E.CLAIMS["C2"], "smoke", 1, results)) == {"identity"}
 
 
 def row(world, arm, mAP): return dict(world=world, arm=arm, mAP=mAP, run=f"{arm}-{world}")
