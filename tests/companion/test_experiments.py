@@ -1,5 +1,7 @@
 """Claims as experiments: worlds differ in all that they are made of, rows outlive their runs, and a damaged table is
 refused."""
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -136,3 +138,31 @@ def test_stored_results_are_whole():
             asked = read_json(E.results_folder() / "recipes" / f"{r.run}.json")
             assert asked["seed"] == r.world and asked["profile"] == file.stem
         assert not rows.commit.str.endswith("+").any()
+
+
+def test_what_is_published_is_written_from_the_rows(tmp_path):
+    rng = np.random.default_rng(1)
+    machine = dict(cpu="a CPU", cores=2, device="cpu", rank1=.5, own_camera=2., feature_rank=9.)
+    rows = [row(w, arm, rng.random()) | machine for w in range(1, 6) for arm in E.CLAIMS["C2"].arms]
+    E.write_results("small", rows, {}, tmp_path / "results")
+    text = E.publish("small", tmp_path / "results").read_text(encoding="utf-8")
+    assert text == E.results_text("small", tmp_path / "results")
+    for link in re.findall(r"\]\((results/[^)]+)\)", text): assert (tmp_path / link).exists(), link
+    stored = pd.read_csv(tmp_path / "results/tables/small_C2.csv", index_col=0)
+    means = pd.DataFrame(rows).groupby("arm").mAP.mean()
+    for arm in E.CLAIMS["C2"].arms:
+        said = stored.loc[E.ARMS[arm].label, "mAP"]
+        assert float(said.split()[0]) == pytest.approx(100 * means[arm], abs=.051)
+        assert f"| {E.ARMS[arm].label} | {said} |" in text
+    tex = (tmp_path / "results/tables/small_C2.tex").read_text(encoding="utf-8")
+    assert tex.count(r"\\") == 1 + len(stored) and r"$\pm$" in tex and r"\toprule" in tex
+
+
+def test_a_claim_without_rows_is_not_run_and_has_no_picture(tmp_path):
+    text = E.publish("small", tmp_path / "results").read_text(encoding="utf-8")
+    assert "not run" in text and "![" not in text and "nothing yet" in text
+
+
+def test_the_published_text_is_that_of_the_stored_rows():
+    if not (ROOT / "reports/README.md").exists(): pytest.skip("nothing was published yet")
+    assert (ROOT / "reports/README.md").read_text(encoding="utf-8") == E.results_text("small")
