@@ -22,9 +22,19 @@ def test_a_world_is_another_world_in_all_that_an_arm_is_made_of(arm):
 
 
 def test_arms_of_a_world_share_data_and_budget():
-    made = [arm.recipe("small", 3) for arm in E.ARMS.values() if arm.method]
+    made = [arm.recipe("small", 3) for arm in E.ARMS.values() if arm.method and not arm.then]
     for name in ("data", "epochs", "images_per_epoch", "batch_size", "backbone", "lr", "seed"):
         assert all(recipe[name] == made[0][name] for recipe in made)
+
+
+def test_pairs_of_a_claim_differ_in_what_it_is_about():
+    "Fine-tunings and adaptations of a pair share all but their start; a tenth of the data all but the share."
+    for better, worse in (*E.CLAIMS["few labels"].comparisons, *E.CLAIMS["C6"].comparisons):
+        one, other = (E.ARMS[name].recipe("small", 1) for name in (better, worse))
+        assert {k for k in one if one[k] != other[k]} == {"weights"} and other["weights"] is None
+    one, other = (E.ARMS[name].recipe("small", 1) for name in E.CLAIMS["C4"].comparisons[0])
+    assert {k for k in one if one[k] != other[k]} == {"data_share"}
+    assert [E.ARMS[f"tuned_{few:g}"].recipe("small", 1)["few_ids"] for few in E.FEW] == list(E.FEW)
 
 
 def test_the_worlds_of_the_settings_are_none_of_an_experiments():
@@ -126,7 +136,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
 
 
 def test_an_unknown_claim_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="no claim 'C9': choose from C2, C1"): E.costs("smoke", ["C9"])
+    with pytest.raises(ValueError, match="no claim 'C9': choose from C2, C1, few labels"): E.costs("smoke", ["C9"])
 
 
 def test_stored_results_are_whole():
