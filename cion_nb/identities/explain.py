@@ -109,15 +109,23 @@ def _select(crops, places):
     return pd.concat([odd, _thin(crops[is_plain], places - len(odd))]).sort_index()
 
 # %% ../../nbs/3_identities/09_explain.ipynb #248567e8
-def _crop(root, path, size=(48, 96)):
+def _crop(root, path, blur_heads=0., size=(48, 96)):
     "(96, 48, 3) crop on grey, its aspect kept; None and the reason where it cannot be read."
     try: image = open_image(root / path)
     except UnreadableImage as e: return None, e.reason
     image.thumbnail(size)
+    if blur_heads: _blur_top(image, blur_heads)
     canvas = np.full((size[1], size[0], 3), 235, np.uint8)
     x, y = (size[0] - image.width) // 2, (size[1] - image.height) // 2
     canvas[y:y + image.height, x:x + image.width] = np.asarray(image)
     return canvas, ""
+
+def _blur_top(image, share):
+    "Blur this share of the rows from the top, in place; the rows below stay as they are."
+    from PIL import ImageFilter
+    rows = -int(-share * image.height // 1)                     # rounded up
+    top = image.crop((0, 0, image.width, rows))
+    image.paste(top.filter(ImageFilter.GaussianBlur(max(3, rows / 3))))
 
 def _small_print(crop):
     "What stands under a crop."
@@ -130,7 +138,7 @@ def _shorten(text, most):
     return text if len(text) <= most else "…" + text[-(most - 1):]
 
 # %% ../../nbs/3_identities/09_explain.ipynb #324d78b3
-def _draw_sheet(sheet, samples, root, columns, dpi):
+def _draw_sheet(sheet, samples, root, columns, dpi, blur_heads):
     "The figure; `sheet` is a list of identities and their crops."
     from matplotlib.figure import Figure
     chosen = [(k, crops, _select(crops, columns)) for k, crops in sheet]
@@ -141,7 +149,7 @@ def _draw_sheet(sheet, samples, root, columns, dpi):
     ax.set(xlim=(-1.9, width - 1.9), ylim=(height, 0))
     ax.axis("off")
     for n, (identity, everything, crops) in enumerate(chosen):
-        _draw_row(ax, 3.05 * n + .7, identity, everything, crops, samples, root)
+        _draw_row(ax, 3.05 * n + .7, identity, everything, crops, samples, root, blur_heads)
     _draw_legend(ax, [s for s in FRAMES if any((crops["state"] == s).any() for _, _, crops in chosen)])
     ax.set(aspect="equal", xlim=(-1.9, width - 1.9), ylim=(height, 0))
     return figure
@@ -153,7 +161,7 @@ def _draw_legend(ax, states):
               handlelength=1)
 
 # %% ../../nbs/3_identities/09_explain.ipynb #701ebc2d
-def _draw_row(ax, top, identity, everything, crops, samples, root):
+def _draw_row(ax, top, identity, everything, crops, samples, root, blur_heads):
     "The crops of an identity, and of how many."
     gone = everything["state"].isin(["moved away", "discarded", "removed", "no label"])
     own, x, last = everything[~gone], 0., None
@@ -167,7 +175,7 @@ def _draw_row(ax, top, identity, everything, crops, samples, root):
             n_here = int((crops["tracklet"] == crop.tracklet).sum())
             name = _shorten(crop.video, 9 * n_here) + (f"\nt{crop.tracklet}" if crop.tracklet >= 0 else "")
             ax.text(x + .02, top - .08, name, fontsize=5.5, ha="left", clip_on=False)
-        _draw_crop(ax, x, top, crop, *_crop(root, samples["path"].iloc[crop.row]))
+        _draw_crop(ax, x, top, crop, *_crop(root, samples["path"].iloc[crop.row], blur_heads))
         x += 1
     if len(crops) < len(everything):
         ax.text(x + .1, top + 1, f"and {len(everything) - len(crops):,} more", fontsize=7, va="center")
@@ -192,12 +200,16 @@ def identity_sheet(
     rows: int = 5,                 # identities on the sheet when none are named
     columns: int = 16,             # crops in a row; the others are counted
     dpi: int = 80,
+    blur_heads: float = 0.,        # share of every crop's height, from the top, that is blurred; .25 for upright people
 ):                                 # matplotlib Figure
     """Crops of identities, one row each, by tracklet; the frame says what happened to a crop.
 
+    `blur_heads` hides what lies at the top of a crop, and looks for no face: one that is lower (somebody sits, a box is
+    too high, a second person) stays sharp, and clothes still tell people apart. Files are not changed.
     ValueError: lengths that differ, another table than the one that was denoised, an identity without images, no
-    identity at all, `rows` or `columns` below 1."""
+    identity at all, `rows` or `columns` below 1, `blur_heads` outside [0, 1]."""
     if rows < 1 or columns < 1: raise ValueError(f"rows={rows}, columns={columns}: at least one of each")
+    if not 0 <= blur_heads <= 1: raise ValueError(f"blur_heads={blur_heads}: a share of the crop's height, 0 to 1")
     parameters = None
     if isinstance(labels, Denoised):
         provenance, parameters = labels.provenance if provenance is None else provenance, labels.parameters
@@ -212,7 +224,8 @@ def identity_sheet(
     video, frame = (samples[c].to_numpy()[crops["row"]] for c in ("video", "frame"))
     crops = crops.assign(video=video, frame=frame, first=first.reindex(crops["tracklet"]).fillna(-1).to_numpy())
     crops = crops.sort_values(["identity", "video", "first", "tracklet", "frame", "row"], ignore_index=True)
-    return _draw_sheet([(k, crops[crops["identity"] == k]) for k in wanted], samples, Path(root), columns, dpi)
+    sheet = [(k, crops[crops["identity"] == k]) for k in wanted]
+    return _draw_sheet(sheet, samples, Path(root), columns, dpi, blur_heads)
 
 # %% ../../nbs/3_identities/09_explain.ipynb #f7150c21
 def _check_lengths(labels, samples, provenance):
