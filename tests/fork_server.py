@@ -30,15 +30,16 @@ IMPORTED = ["timm", "accelerate", "torch._dynamo", "torch.distributed", "torch.u
 
 def asked_child(listener) -> tuple[dict, list]:
     "Forks for every request, until the tests have ended; returns in the fork, with the request and its open files."
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    watchers = []
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
+        watchers = [pid for pid in watchers if os.waitpid(pid, os.WNOHANG) == (0, 0)]
         if sys.stdin in ready: os._exit(0)
         link, _ = listener.accept()
-        if os.fork() == 0: break
+        watchers.append(os.fork())
+        if watchers[-1] == 0: break
         link.close()
     listener.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     length, files, _, _ = socket.recv_fds(link, 8, 3)
     request = json.loads(link.makefile("rb").read(int(length)))
     if pid := os.fork(): watch(link, pid)
