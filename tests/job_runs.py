@@ -1,11 +1,9 @@
 """Runs of jobs/training_job.py, each in a process of its own."""
 import json
 import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import torch
 from places import JOBS
 
@@ -16,12 +14,10 @@ JOB = JOBS / "training_job.py"
 
 def job(folder, *args, processes=1, check=True, start_new_session=False, **env):
     "Run the job in its own process(es); returns the finished process."
-    launch = [sys.executable, str(JOB)] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-        "--master_port", str(random.randint(20000, 40000)), str(JOB)]
+    command = [str(JOB), str(folder), *map(str, args)]
     env = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", ACCELERATE_USE_CPU="true") | env
-    p = subprocess.run([*launch, str(folder), *map(str, args)], env=env, capture_output=True, text=True, timeout=240,
-                       start_new_session=start_new_session)
+    if processes == 1: p = forked.run(command, env=env, start_new_session=start_new_session)
+    else: p = forked.run_ranks(processes, command, env=env)
     if check: assert p.returncode == 0, p.stderr[-3000:]
     return p
 

@@ -1,9 +1,8 @@
 """The one command: seeds, recipes, what it refuses before running, and errors of one line."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import matplotlib
 import numpy as np
 import pytest
@@ -45,8 +44,7 @@ def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path, monkeypatch, 
     file, wanted = tmp_path / "recipe.json", asked(people, seed=17)
     file.write_text(json.dumps(wanted))
     with Run(wanted).computing():
-        command = [sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)]
-        p = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        p = forked.run(["-m", "cion_nb", "pretrain", "--recipe", file])
     assert p.returncode == 2 and "Traceback" not in p.stderr, p.stderr
     assert "is being computed by another process" in p.stderr.strip().splitlines()[-1]
     name = Run(wanted).name
@@ -73,8 +71,7 @@ def test_reproduce_refuses_before_running(args, word, tmp_path, monkeypatch, cap
 def test_seeds_on_a_command_line(people, runs, capsys):
     settings = [f"{k}={json.dumps(v)}"
                 for k, v in dict(data=str(people), backbone="resnet10_tiny_ibn", **QUICK).items()]
-    done = subprocess.run([sys.executable, "-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings],
-                          capture_output=True, text=True)
+    done = forked.run(["-m", "cion_nb", "finetune", "--seeds", "2", "--set", *settings])
     assert done.returncode == 0, done.stderr
     *folders, said = done.stdout.strip().splitlines()
     results = [json.loads(Path(f, "result.json").read_text()) for f in folders]

@@ -1,11 +1,10 @@
 """The embedded world: same seed same bytes, truth that agrees with itself and the pictures."""
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -183,7 +182,7 @@ def test_crops_are_what_the_tables_say(root, world):
 def test_goes_on_after_a_kill(world, root, tmp_path):
     code = (f"from cion_nb.data.film import make_world, render; render(make_world('tiny', 3, **{SMALL!r}), "
             f"{str(tmp_path)!r}, workers=1)")
-    p = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ, CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
+    p = forked.start(["-c", code], env=dict(os.environ, CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
     end = time.time() + 60
     while not [q for q in tmp_path.glob("crops/[!.]*")] and time.time() < end and p.poll() is None: time.sleep(.02)
     os.kill(p.pid, signal.SIGKILL)

@@ -2,10 +2,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -170,8 +169,7 @@ def run_and_kill(video, out, when, detect_pause=0.0, crop_pause=0.0):
     "Track in a process of its own and SIGKILL it as soon as `when()` holds."
     code = CHILD.format(tests=str(TESTS), root=str(ROOT), video=str(video), out=str(out), detect_pause=detect_pause,
                         crop_pause=crop_pause)
-    child = subprocess.Popen([sys.executable, "-c", code],
-                             env=os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
+    child = forked.start(["-c", code], env=os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
     end = time.time() + 60
     while not when() and child.poll() is None and time.time() < end: time.sleep(0.005)
     assert child.poll() is None, "the child ended before it could be killed"

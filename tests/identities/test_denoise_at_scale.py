@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ ENV = os.environ | dict(CION_NB_PROGRESS="0", OMP_NUM_THREADS="1")
 
 
 def command(folder, out, *more):
-    return [sys.executable, "-m", "cion_nb", "denoise", str(folder / "features.npy"), str(folder / "samples.parquet"),
+    return ["-m", "cion_nb", "denoise", str(folder / "features.npy"), str(folder / "samples.parquet"),
             "--out", str(out), "--set", "measure=false", *more]
 
 
@@ -45,8 +46,7 @@ def test_killed_at_six_moments(world, tmp_path):
     def pieces(): return len(list((out / "denoise_work").glob("*.npz")))
 
     def start(out):
-        p = subprocess.Popen([sys.executable, "-c", JOB, str(folder), str(out)], env=ENV, stdout=subprocess.PIPE,
-                             text=True)
+        p = forked.start(["-c", JOB, folder, out], env=ENV, stderr=None)
         assert p.stdout.readline() == "begin\n"
         return p
 
@@ -149,7 +149,7 @@ def test_shards_refuse_what_is_not_ready(world, tmp_path):
 def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
     folder = world[0]
     for more, message in ((["sigma=1"], "sigma"),):
-        p = subprocess.run(command(folder, tmp_path / "x", *more), env=ENV, capture_output=True, text=True)
+        p = forked.run(command(folder, tmp_path / "x", *more), env=ENV)
         assert p.returncode == 2 and message in p.stderr and "Traceback" not in p.stderr
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "empty.parquet").touch()
@@ -168,9 +168,8 @@ def test_command_line_says_what_is_wrong(world, tmp_path, capsys):
                                               ["--set", "sigma_drm=abc"], "sigma_drm must be")):
         assert main(["denoise", str(features), str(samples), "--out", str(tmp_path / "x"), *more]) == 2
         assert message in capsys.readouterr().err
-    p = subprocess.run([sys.executable, "-m", "cion_nb", "denoise", str(folder / "nothing.npy"),
-                        str(folder / "samples.parquet"), "--out", str(tmp_path / "x")],
-                       env=ENV, capture_output=True, text=True)
+    p = forked.run(["-m", "cion_nb", "denoise", folder / "nothing.npy", folder / "samples.parquet", "--out",
+                    tmp_path / "x"], env=ENV)
     assert p.returncode == 2 and "nothing.npy" in p.stderr and "Traceback" not in p.stderr
 
 

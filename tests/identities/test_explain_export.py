@@ -2,11 +2,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
+import forked
 import numpy as np
 import pytest
 from hypothesis import given, HealthCheck, settings, strategies as st
@@ -160,8 +159,7 @@ def test_killed_while_exporting(tmp_path, monkeypatch):
     "Never half a tree; the same call goes on, another call clears the remains."
     n = 200
     for i in range(n): (tmp_path / f"{i}.jpg").write_bytes(b"x" * (i + 1))
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)],
-                               env=dict(os.environ, CION_NB_PROGRESS="0"))
+    process = forked.start(["-c", KILLED, tmp_path], env=dict(os.environ, CION_NB_PROGRESS="0", OMP_NUM_THREADS="1"))
     while not (made := list(tmp_path.glob(".tree.*.half/v/*/*.jpg"))) or len(made) < 20:
         assert process.poll() is None, "finished before it could be killed"
         time.sleep(.005)

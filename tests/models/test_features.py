@@ -5,10 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -108,8 +108,8 @@ def test_killed_at_random_moments_and_resumed(pictures, tmp_path):
     "SIGKILL in a real process, three times, until one run gets through: the same bytes as without."
     def start(out):
         code = SCRIPT.format(tests=str(TESTS), root=str(pictures), out=str(out))
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, env={**os.environ, "CION_NB_PROGRESS": "0", "OMP_NUM_THREADS": "1"})
+        return forked.start(["-c", code], stderr=subprocess.STDOUT,
+                            env={**os.environ, "CION_NB_PROGRESS": "0", "OMP_NUM_THREADS": "1"})
     whole = start(tmp_path / "whole")
     marker, stood = tmp_path / "killed" / "partial.json", []
     for target in (4, 41, 70):

@@ -2,10 +2,10 @@
 poisoned heap."""
 import json
 import os
-import random
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -237,13 +237,11 @@ def test_a_run_that_went_back_stays_in_float32_and_nan_there_is_the_error(tmp_pa
                           (dict(JOB_NAN_RANK="1", JOB_NAN_SHORT="1"), "on from there in fp32")], ids=["probe", "nan"])
 def test_two_processes_decide_together(tmp_path, env, ends):
     "One rank's CPU has the fault, or one rank's loss is NaN: both compute in float32, and end with the same weights."
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-              str(random.randint(20000, 40000)), str(JOBS / "training_job.py"), str(tmp_path), "-",
-              *(["320"] if "JOB_NAN_RANK" in env else [])]
+    command = [JOBS / "training_job.py", tmp_path, "-", *(["320"] if "JOB_NAN_RANK" in env else [])]
     env = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", ACCELERATE_USE_CPU="true",
                             CION_NB_RUNS=str(tmp_path / "runs"), JOB_BF16="1",
                             JOB_RECIPE='{"precision": "auto", "epochs": 3}') | env
-    p = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=240)
+    p = forked.run_ranks(2, command, env=env)
     assert p.returncode == 0, p.stderr[-3000:]
     report = json.loads(p.stdout.splitlines()[-1])
     assert (report["precision"], report["processes"]) == ("no", 2) and any(n.endswith(ends) for n in report["notes"]), (

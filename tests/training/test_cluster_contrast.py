@@ -2,12 +2,10 @@
 named."""
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -114,7 +112,7 @@ def test_every_update_and_a_vit(people, runs, update):
 
 def at_kill(command, env, folder, where):
     "Start, kill without warning once the run is `where` (a checkpoint count), and say how far it was."
-    p = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = forked.start(command, env=env)
     deadline = time.time() + 120
     while len(list((folder / "checkpoints").glob("seen-*"))) < 1 or int(
         max((folder / "checkpoints").glob("seen-*")).name[5:]) < where:
@@ -130,10 +128,9 @@ def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, 
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(r))
     env = os.environ | dict(OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "cion_nb", "usl", "--recipe", str(file)]
+    command = ["-m", "cion_nb", "usl", "--recipe", str(file)]
     whole = tmp_path / "whole" / Run(r).name
-    assert subprocess.run(command, env=env | dict(CION_NB_RUNS=str(tmp_path / "whole")), capture_output=True,
-                          timeout=240).returncode == 0
+    assert forked.run(command, env=env | dict(CION_NB_RUNS=str(tmp_path / "whole"))).returncode == 0
     # two steps an epoch: 64 ends one, 80 is half of the next
     for name, seen in (("between", 64), ("inside", 80)):
         folder = tmp_path / name / Run(r).name
@@ -144,7 +141,7 @@ def test_killed_between_and_inside_epochs_ends_with_the_same_bits(people, runs, 
                 import shutil
                 shutil.rmtree(later)
         (folder / "result.json").unlink(missing_ok=True)
-        done = subprocess.run(command, env=there, capture_output=True, text=True, timeout=240)
+        done = forked.run(command, env=there)
         assert done.returncode == 0, done.stderr[-2000:]
         a, b = (json.loads((f / "result.json").read_text()) for f in (folder, whole))
         assert (a["resumed"] == 1 and a["loss"] == b["loss"] and a["mAP"] == b["mAP"]
@@ -168,10 +165,8 @@ def test_two_processes_with_ghost_groups_are_one_process(people, runs, tmp_path)
     shutil.rmtree(one.folder)
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(r))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                        str(random.randint(20000, 40000)), "-m", "cion_nb", "usl", "--recipe", str(file)],
-                       env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True,
-                       text=True, timeout=240)
+    p = forked.run_ranks(2, ["-m", "cion_nb", "usl", "--recipe", str(file)],
+                         env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
     assert p.returncode == 0, p.stderr[-3000:]
     assert "BatchNorm over 8 images, batches of 16, 2 processes" in p.stderr
     again = [row for row in Run(r).read_log() if "clusters" in row]
@@ -224,10 +219,8 @@ print("agreed")
 @pytest.mark.slow("starts processes")
 def test_three_processes_find_the_neighbours_and_the_score_of_one(people, tmp_path):
     (tmp_path / "search.py").write_text(SEARCH)
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--master_port",
-                        str(random.randint(20000, 40000)), str(tmp_path / "search.py"), str(people), str(tmp_path)],
-                       env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True,
-                       text=True, timeout=240)
+    p = forked.run_ranks(3, [tmp_path / "search.py", people, tmp_path],
+                         env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"))
     assert p.returncode == 0 and p.stdout.count("agreed") == 3, p.stderr[-3000:]
 
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -231,9 +232,7 @@ def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
     file.write_text(GATHER)
     env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     found = []
-    for launch in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                                      "--master_port", str(random.randint(20000, 40000))]):
-        p = subprocess.run([*launch, str(file)], env=env, capture_output=True, text=True, timeout=240)
+    for p in (forked.run([file], env=env), forked.run_ranks(2, [file], env=env)):
         assert p.returncode == 0, p.stderr[-2000:]
         found.append(json.loads([l for l in p.stdout.splitlines() if l.startswith("[")][-1]))
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)

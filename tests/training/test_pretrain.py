@@ -2,12 +2,12 @@
 identities, kills."""
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -330,9 +330,8 @@ def test_killed_pretraining_resumes_to_the_same_bits(people, runs, tmp_path):
     done = subprocess.run([sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)], env=env,
                           capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    own = subprocess.run([sys.executable, "-m", "cion_nb", "pretrain", "--recipe", str(file)],
-                         env=env | dict(CION_NB_RUNS=str(tmp_path / "third")), capture_output=True, text=True,
-                         timeout=240)
+    own = forked.run(["-m", "cion_nb", "pretrain", "--recipe", file],
+                     env=env | dict(CION_NB_RUNS=str(tmp_path / "third")))
     assert own.returncode == 0, own.stderr[-2000:]
     assert (folder / "backbone.safetensors").read_bytes() == (
         tmp_path / "third" / through.name / "backbone.safetensors").read_bytes()
@@ -343,8 +342,6 @@ def test_two_processes(people, runs, tmp_path):
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(asked(people)))
     env = os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                        str(random.randint(20000, 40000)), "-m", "cion_nb", "pretrain", "--recipe", str(file)],
-                       env=env, capture_output=True, text=True, timeout=240)
+    p = forked.run_ranks(2, ["-m", "cion_nb", "pretrain", "--recipe", file], env=env)
     assert p.returncode == 0, p.stderr[-3000:]
     assert Run(asked(people)).result["processes"] == 2

@@ -1,0 +1,162 @@
+"""Python processes that tests start: forks of a server that has the imports behind it, or true ones where that would be
+another thing. `run` and `start` are `subprocess.run` and `Popen` of a Python; `run_ranks` is `torch.distributed.run`.
+"""
+import atexit
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import cache
+from pathlib import Path
+
+from places import ROOT, TESTS
+
+# what the C library, Python, torch and others read once, when they begin
+READ_EARLY = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "OMP_", "KMP_", "GOMP_", "OPENBLAS_", "MKL_", "ONEDNN_", "DNNL_",
+              "ATEN_", "TORCH_", "PYTORCH_", "CUDA_", "TIMM_", "HF_", "MPL")
+
+
+def read_early(env: dict) -> dict:
+    return {name: value for name, value in env.items() if name.startswith(READ_EARLY) and name != "PYTHONPATH"}
+
+
+class Server:
+    "Of this test process; ends with it."
+    def __init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="cion-forks-"))
+        self.env = os.environ | dict(OMP_NUM_THREADS="1")
+        self.door = str(self.folder / "door")
+        self.process = subprocess.Popen([sys.executable, str(TESTS / "fork_server.py"), self.door], env=self.env,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self.process.stdout.readline() != "ready\n": raise RuntimeError("the server of forks did not start")
+        atexit.register(self.stop)
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(10)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def can_be(self, env: dict) -> bool:
+        "Whether a new process of this environment would be as a fork is."
+        paths = {path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path}
+        own = {str(ROOT), str(TESTS), *self.env.get("PYTHONPATH", "").split(os.pathsep)}
+        return read_early(env) == read_early(self.env) and paths <= own
+
+
+@cache
+def server() -> Server: return Server()
+
+
+class Fork:
+    "One process, with what the tests use of `subprocess.Popen`."
+    def __init__(self, args: list, env: dict, cwd, start_new_session: bool, stdout, stderr):
+        self.returncode, self.stdout, self.stderr, self.rest = None, None, None, b""
+        out, self.stdout = self.end_of(stdout)
+        if stderr == subprocess.STDOUT: err = os.dup(out)
+        else: err, self.stderr = self.end_of(stderr)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        request = dict(args=[str(arg) for arg in args], env=env, cwd=str(cwd), start_new_session=start_new_session)
+        text = json.dumps(request).encode()
+        self.link = socket.socket(socket.AF_UNIX)
+        self.link.connect(server().door)
+        socket.send_fds(self.link, [b"%8d" % len(text)], [nothing, out, err])
+        self.link.sendall(text)
+        for file in (nothing, out, err): os.close(file)
+        self.pid = self.told(None)
+
+    def end_of(self, wanted):
+        "(file of the child, what is read here)."
+        if wanted is None: return os.dup(2), None
+        if wanted != subprocess.PIPE: return os.dup(wanted.fileno()), None
+        read, write = os.pipe()
+        return write, open(read, encoding="utf-8")
+
+    def told(self, timeout) -> int | None:
+        "The next number that the server tells of this process; None where it tells nothing in time."
+        until = None if timeout is None else time.monotonic() + timeout
+        while b"\n" not in self.rest:
+            left = None if until is None else max(0, until - time.monotonic())
+            if not select.select([self.link], [], [], left)[0]: return None
+            if not (more := self.link.recv(64)): raise RuntimeError("the server of forks has lost a process")
+            self.rest += more
+        line, self.rest = self.rest.split(b"\n", 1)
+        return int(line)
+
+    def poll(self):
+        if self.returncode is None: self.returncode = self.told(0)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None: self.returncode = self.told(timeout)
+        if self.returncode is None: raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
+
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+    def terminate(self): self.send_signal(signal.SIGTERM)
+
+    def communicate(self, timeout=None):
+        "Both texts, when it has ended."
+        streams, texts = (self.stdout, self.stderr), [None, None]
+        def read(i): texts[i] = streams[i].read()
+        readers = [threading.Thread(target=read, args=(i,), daemon=True) for i in (0, 1) if streams[i]]
+        for reader in readers: reader.start()
+        self.wait(timeout)
+        for reader in readers: reader.join(timeout)
+        return tuple(texts)
+
+
+def start(args, env=None, cwd=None, start_new_session=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+    "`python ARGS` (a file, `-m MODULE` or `-c CODE`, and what follows it), started."
+    env = dict(os.environ) if env is None else dict(env)
+    if sys.platform == "linux" and server().can_be(env):
+        return Fork(args, env, cwd or os.getcwd(), start_new_session, stdout, stderr)
+    return subprocess.Popen([sys.executable, *map(str, args)], env=env, cwd=cwd, stdin=subprocess.DEVNULL,
+                            stdout=stdout, stderr=stderr, text=True, start_new_session=start_new_session)
+
+
+def finish(processes: list, timeout: float) -> None:
+    "Waits for all; where one fails, the others have five seconds more, as after a launcher's signal."
+    until = time.monotonic() + timeout
+    while any(p.poll() is None for p in processes):
+        if any(p.poll() for p in processes): until = min(until, time.monotonic() + 5)
+        if time.monotonic() > until: break
+        time.sleep(.01)
+    for p in processes: p.kill()
+    for p in processes: p.wait()
+
+
+def run(args, env=None, cwd=None, timeout=240, start_new_session=False, ranks=()):
+    "`python ARGS`, ended: code and texts. `ranks`: one process for each of these environments, their texts joined."
+    env = dict(os.environ) if env is None else dict(env)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
+        began = time.monotonic()
+        processes = [start(args, env | rank, cwd, start_new_session, out, err) for rank in ranks or [{}]]
+        finish(processes, timeout)
+        if time.monotonic() - began > timeout: raise subprocess.TimeoutExpired(args, timeout)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    codes = [p.returncode for p in processes]
+    code = codes[0] if len(codes) == 1 else int(any(codes))
+    return subprocess.CompletedProcess(args, code, *texts)
+
+
+def run_ranks(n: int, args, env=None, timeout=240):
+    "`python -m torch.distributed.run --nproc_per_node N ARGS`: code 0 where every process ends with 0, else 1."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return run(args, env, timeout=timeout, ranks=[common | dict(RANK=str(r), LOCAL_RANK=str(r)) for r in range(n)])
