@@ -4,9 +4,10 @@ PROFILE ?= tiny
 PY      := .venv/bin/python
 STAMP   := .venv/.installed
 EXTRAS  := cpu,track,onnx,dev
+DOCS    := .venv/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-isa test-gpu lint readme notebooks lab clean
+.PHONY: help install reproduce test test-isa test-gpu lint readme notebooks docs lab clean
 
 help:
 	@echo "make reproduce   the whole companion at PROFILE=$(PROFILE) -> reports/$(PROFILE)/index.html"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-isa    precision tests and a smoke road under each instruction set of this CPU"
 	@echo "make test-gpu    every CUDA path against its CPU twin, with a report to paste"
 	@echo "make lab         JupyterLab on the notebooks"
+	@echo "make docs        notebooks, README and a page a module as a static site -> _site/index.html"
 	@echo "make readme      README.md from nbs/index.ipynb"
 	@echo "make notebooks   nbdev_export + nbdev_clean (before every commit)"
 
@@ -50,8 +52,15 @@ notebooks: $(STAMP)
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
 
+$(DOCS): $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $(DOCS)
+
+docs: $(DOCS)
+	@$(PY) .ci/docs.py
+
 lab: $(STAMP)
 	$(PY) -m jupyter lab nbs
 
 clean:
-	rm -rf .venv runs reports/tiny reports/small reports/paper_runs build *.egg-info
+	rm -rf .venv runs reports/tiny reports/small reports/paper_runs build _site *.egg-info

@@ -50,7 +50,7 @@ def simple(node, first) -> bool:
 
 
 def main():
-    files = sorted([*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("tests/**/*.py"), *ROOT.glob(".ci/*.py")])
+    files = sorted([*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("tests/**/*.py"), *ROOT.glob(".ci/**/*.py")])
     files = [f for f in files if ".ipynb_checkpoints" not in f.parts]
     if not files: sys.exit("nothing to lint: the layout has changed, and this script has not")
     found = [f"{where}, line {line}: {what}" for f in files for where, text in sources(f)
