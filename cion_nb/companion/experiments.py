@@ -333,7 +333,8 @@ def arms_table(
         return told | {"mAP": told["mAP"] + spread, "worlds": len(part)}
     parts = {arm: results[results["arm"] == arm] for arm in claim.arms}
     table = pd.DataFrame({ARMS[arm].label: line(part) for arm, part in parts.items() if len(part)}).T
-    return table.reindex(columns=[*shown, "worlds"]).fillna("").rename_axis("learned from")
+    table = table.reindex(columns=[*shown, "worlds"]).astype(object)
+    return table.where(table.notna(), "").rename_axis("learned from")
 
 # %% ../../nbs/9_companion/04_experiments.ipynb #cf177485
 def plot_arms(
