@@ -178,3 +178,15 @@ def test_tests_mirror_the_folders():
         if not file.stem.startswith("test_") or file.parent == ROOT / "tests": continue
         room = f"{file.parent.name}/{file.stem.removeprefix('test_')}"
         assert any(f"{room}_".startswith(f"{module}_") for module in MODULES), f"{name}: no room is called so"
+
+
+def test_every_measured_time_is_of_a_file_that_is_there():
+    "`.ci/test.py` plans by these; a file that is not named counts as unknown."
+    names = json.loads((ROOT / ".ci" / "seconds.json").read_text(encoding="utf-8"))
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_no_file_holds_a_merge_that_was_not_finished():
+    p = subprocess.run(["git", "grep", "-lE", "^(<{7}|>{7}) "], cwd=ROOT, capture_output=True, text=True)
+    if p.returncode > 1: pytest.skip("this is no checkout of git")
+    assert not p.stdout, p.stdout

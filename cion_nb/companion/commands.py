@@ -11,6 +11,7 @@ __all__ = ['COMMANDS', 'PATHS', 'Command', 'command', 'setting_value', 'read_set
 import argparse
 import json
 import os
+import shlex
 import sys
 import warnings
 from contextlib import contextmanager
@@ -249,8 +250,21 @@ def open_features(
         features, samples = features / "features.npy", features / "samples.parquet"
     if samples is None:
         remedy = "name the samples .parquet after it, or the folder that `extract` wrote"
+        if not features.exists(): raise FileNotFoundError(f"no features at {features}: {remedy}")
         raise ValueError(f"{features} needs its table: {remedy}")
-    return _open_array(features), _read_needed(samples)
+    x, table = _open_array(features), _read_needed(samples)
+    _refuse_other_rows(features.parent, table)
+    return x, table
+
+def _refuse_other_rows(folder: Path, table) -> None:
+    "ValueError where `extract` kept a table beside the features, and the rows of this one stand in another order."
+    own = folder / "samples.parquet"
+    if not (folder / "features.json").is_file() or not own.is_file() or "path" not in table: return
+    paths = _read_needed(own)["path"]
+    if len(paths) != len(table) or not (other := (paths.to_numpy() != table["path"].to_numpy())).any(): return
+    row = int(other.argmax())
+    raise ValueError(f"row {row} is {table['path'].iloc[row]} in this table, {paths.iloc[row]} in {own}, which was "
+                     "written with the features: name that one, or put the rows in its order")
 
 # %% ../../nbs/9_companion/05_commands.ipynb #97cd4089
 def _open_array(file: Path):
@@ -295,7 +309,7 @@ def calibrate(args):
     if args.json: check_can_be_file(_here(args.json))
     found = calibrate(*open_features(args.features, args.samples), **settings)
     print(found, found.errors.round(4).to_string(), sep="\n")
-    where = " ".join(x for x in (args.features, args.samples) if x)
+    where = shlex.join(x for x in (args.features, args.samples) if x)
     chosen = " ".join(f"{name}={json.dumps(value)}" for name, value in found.parameters.items())
     print(f"cion_nb denoise {where} --out identities --set {chosen}")
     if not args.json: return
@@ -318,12 +332,14 @@ def _denoise_arguments(parser):
          "on where it was killed",
          "denoise features --out identities --set sigma_cst=0.2 sigma_drm=0.18", _denoise_arguments)
 def denoise(args):
+    from cion_nb.core.files import check_can_be_folder
     from cion_nb.identities.denoise import check_machine, check_settings, check_table, denoise, denoise_shard, SETTINGS
     settings = read_settings(args.set, SETTINGS, "denoise setting")
     if (args.shard is None) != (args.step is None): raise ValueError("--step and --shard go together")
     shard, shards = shard_of(args.shard) or (0, 1)
     check_machine(args.device, args.workers)
     check_settings(**(SETTINGS | settings))
+    check_can_be_folder(_here(args.out))
     features, samples = open_features(args.features, args.samples)
     check_table(features, samples)
     if args.check: return
@@ -355,7 +371,7 @@ def recipe_of(stage: str, args) -> dict:
     if args.profile: raise ValueError("--recipe brings its own profile: leave --profile out")
     base = read_json(_here(args.recipe))
     its_stage = base.get("stage") if isinstance(base, dict) else None
-    found = f"a recipe of stage {its_stage!r}" if isinstance(base, dict) else "no recipe"
+    found = f"a recipe of stage {its_stage!r}" if its_stage else "no recipe"
     if its_stage != stage: raise ValueError(f"{args.recipe} is {found}, not of {stage!r}")
     try: return recipe(**base | changes)
     except TypeError as e: raise ValueError(f"{args.recipe}: {e}") from None
@@ -478,7 +494,8 @@ def _asked_of_score(args) -> dict:
     named = read_settings(args.set, asked, "score setting")
     for name, value in named.items():
         flag, usual = asked[name], plain.get(name)
-        check_kind(f"score setting {name}", value, usual, "")
+        kind = dict(tracklets="bool|None").get(name, "")
+        check_kind(f"score setting {name}", value, usual, kind)
         if flag not in (usual, value): raise ValueError(f"{name} stands twice: {flag!r} and {value!r}")
     return asked | named
 
@@ -560,13 +577,18 @@ def _reproduce_arguments(parser):
 def reproduce(args):
     from cion_nb.companion.reproduce import make_run, reproduce, serve
     from cion_nb.core.files import read_json
+    from cion_nb.core.settings import STAGES
     parameters = read_settings(args.set)
     for name in sorted({"profile", "only"} & set(parameters)): raise ValueError(f"--set {name}: that is --{name}")
     if args.serve: return serve(args.serve)
     if args.recipe and (args.only or parameters):
         raise ValueError("--recipe computes one run: leave --only and --set out")
     if args.recipe:
-        run = make_run(read_json(_here(args.recipe)))
+        file = _here(args.recipe)
+        if not file.exists(): raise FileNotFoundError(f"no recipe at {file}: name the recipe.json of a run's folder")
+        asked = read_json(file)
+        if not isinstance(asked, dict) or asked.get("stage") not in STAGES: raise ValueError(f"{file} is no recipe")
+        run = make_run(asked)
         return print(json.dumps(run.result, indent=1), run.folder, sep="\n")
     pages = reproduce(args.profile, args.only, **parameters)
     return int(any(page["error"] for page in pages))
@@ -642,6 +664,9 @@ def _run(command: Command, args) -> int:
     except (ValueError, TypeError, LookupError, OSError, ImportError, _busy()) as e:
         return _refused(command.name, e, 2)
     except FloatingPointError as e: return _refused(command.name, e, 1)
+    except KeyboardInterrupt:
+        print(f"cion_nb {command.name}: stopped; the same command goes on from what is on the disk", file=sys.stderr)
+        return 130
 
 def _refused(command: str, error: BaseException, code: int) -> int:
     text = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -35,6 +35,9 @@ class DatasetFacts:
     splits: dict|None = None      # of a set with a pattern: what {split} of a path means, as `read_folder` takes it
     word: str = ""                # of a set with a pattern: what its folder's name holds; "": its name in `DATASETS`
 
+    def __post_init__(self):
+        if isinstance(self.folders, str): raise TypeError(f"folders={self.folders!r}: a tuple of names is needed")
+
 # %% ../../nbs/1_data/00_facts.ipynb #5c135251
 DATASETS = {
     "market1501": DatasetFacts(

@@ -1,5 +1,7 @@
 """What a command line cannot mean is one line that names it: values, files of the wrong kind, other tables."""
+import dataclasses
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -163,3 +165,41 @@ def test_a_folder_that_another_process_writes_is_named(folder, tmp_path, capsys)
         said = refusal(capsys, f"export {folder}/found {out} --samples {folder}/samples.parquet --format tracklets "
                                f"--root {folder}")
     assert f"another process is exporting to {out}" in said and not out.exists()
+
+
+@pytest.mark.parametrize("value", ["False", "no", "1", "maybe"])
+def test_tracklets_are_true_or_false(value, capsys):
+    said = refusal(capsys, f"score model --data market1501 --set tracklets={value}")
+    assert "score setting tracklets" in said and "true or false is needed" in said
+
+
+def test_a_table_in_another_order_than_the_one_beside_its_features_is_refused(folder, tmp_path, capsys):
+    store = tmp_path / "store"
+    store.mkdir()
+    for name in ("x.npy", "samples.parquet"):
+        shutil.copy(folder / name, store / name.replace("x.npy", "features.npy"))
+    (store / "features.json").write_text("{}")
+    said = refusal(capsys, f"denoise {store}/features.npy {folder}/reversed.parquet --out {tmp_path}/o")
+    assert "row 0 is" in said and str(store / "samples.parquet") in said and not (tmp_path / "o").exists()
+    assert main(f"denoise {store}/features.npy {folder}/samples.parquet --out {tmp_path}/o --check".split()) == 0
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    from cion_nb.companion import commands
+
+    def stopped(args): raise KeyboardInterrupt
+    command = commands.COMMANDS["runs"]
+    monkeypatch.setitem(commands.COMMANDS, "runs", dataclasses.replace(command, run=stopped))
+    assert refusal(capsys, "runs", 130) == "cion_nb runs: stopped; the same command goes on from what is on the disk"
+
+
+@pytest.mark.parametrize("line, word", [
+    ("denoise {here}/nowhere --out o", "no features at"),
+    ("reproduce --recipe {here}/nowhere.json", "no recipe at"),
+    ("reproduce --recipe {here}/no_recipe.json", "is no recipe"),
+    ("pretrain --recipe {here}/no_recipe.json", "is no recipe"),
+    ("denoise {here}/x.npy {here}/samples.parquet --out {here}/x.npy --check", "x.npy"),
+])
+def test_what_is_not_there_or_something_else_is_named(folder, capsys, line, word):
+    (folder / "no_recipe.json").write_text("{}")
+    assert word in refusal(capsys, line.format(here=folder))

@@ -108,7 +108,8 @@ def test_a_row_of_other_settings_is_computed_again(results, monkeypatch):
     assert set(E.missing(E.CLAIMS["C2"], "smoke", 1, results)) == {"identity"}
 
 
-def row(world, arm, mAP): return dict(world=world, arm=arm, mAP=mAP, run=f"{arm}-{world}")
+def row(world, arm, mAP, profile="small"):
+    return dict(world=world, arm=arm, mAP=mAP, run=E.run_name(E.ARMS[arm].recipe(profile, world)))
 
 
 def test_differences_are_paired_within_worlds(tmp_path):
@@ -117,21 +118,57 @@ def test_differences_are_paired_within_worlds(tmp_path):
         for arm in ("identity", "tracklet", "instance"): scores[world, arm] = rng.random()
     del scores[4, "tracklet"]                                            # a world that is not finished
     E.write_results("small", [row(*key, value) for key, value in scores.items()], {}, tmp_path)
-    found = E.differences(E.CLAIMS["C2"], E.read_results("small", tmp_path))
+    found = E.differences(E.CLAIMS["C2"], E.of_today(E.read_results("small", tmp_path), "small"))
     over = found["denoised, all levels (CION) over raw tracklets"]
     wanted = [100 * (scores[w, "identity"] - scores[w, "tracklet"]) for w in (1, 2, 3, 5)]
     assert over == pytest.approx(wanted, abs=1e-3)                       # worlds 6 and 7 were not planned
     assert E.verdicts("small", ["C2"], tmp_path).verdict.iloc[0] == "4 of 5 worlds"
 
 
-def test_a_damaged_table_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("change, said", [
+    (lambda text: "", "no table of results"),
+    (lambda text: text.replace("rank1", "rank_1"), "other columns"),
+    (lambda text: text + text.splitlines()[1] + "\n", "two rows of one arm and world"),
+    (lambda text: text + "2,track", "an arm 'track'"),
+    (lambda text: text.replace(",identity,", ",,"), "an arm nan"),
+    (lambda text: text.replace("1,identity,0.5", "0,identity,0.5"), "a world 0"),
+    (lambda text: text.replace("1,identity,0.5", "1.5,identity,0.5"), "a world 1.5"),
+    (lambda text: text.replace("1,identity,0.5", "one,identity,0.5"), "text in column world"),
+    (lambda text: text.replace("identity,0.5", "identity,50"), "no fraction"),
+    (lambda text: text.replace("identity,0.5", "identity,"), "a mAP that is empty"),
+    (lambda text: text.replace("identity,0.5", "identity,inf"), "no fraction"),
+])
+def test_a_damaged_table_is_refused_by_name(tmp_path, change, said):
     file = E.write_results("small", [row(1, "identity", .5)], {}, tmp_path)
-    good = file.read_text()
-    for text, said in (("", "no table of results"), (good.replace("rank1", "rank_1"), "other columns"),
-                       (good + good.splitlines()[1] + "\n", "two rows of one arm and world")):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=said) as error: E.read_results("small", tmp_path)
-        assert str(file) in str(error.value) and "git checkout" in str(error.value)
+    file.write_text(change(file.read_text()))
+    with pytest.raises(ValueError, match=said) as error: E.read_results("small", tmp_path)
+    assert str(file) in str(error.value) and "git checkout" in str(error.value)
+
+
+def test_rows_that_could_not_be_read_again_are_not_written(tmp_path):
+    twice = [row(1, "identity", .5), row(1, "identity", .6)]
+    for rows in (twice, [row(1, "identity", 50.)], [row(1, "identity", .5) | dict(run=None)]):
+        with pytest.raises(ValueError, match="what should be written"): E.write_results("small", rows, {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    told = dict(commit="012345678901", torch="2.10", cpu="7", presentations=1234567, seconds=1234.5678, device="cpu")
+    rows = [row(1, "untrained", .1), row(1, "identity", 1 / 3) | told]
+    rows.append(row(2, "identity", .5) | dict(commit="1234567890e1"))
+    E.write_results("small", rows, {}, tmp_path)
+    back = E.read_results("small", tmp_path)
+    for name, value in told.items(): assert back[name][1] == value
+    assert back.commit[2] == "1234567890e1" and back.mAP[1] == pytest.approx(1 / 3, abs=1e-9)
+
+
+def test_rows_of_other_settings_are_in_no_verdict(tmp_path):
+    rows = [row(w, arm, .1 * w) for w in range(1, 6) for arm in ("identity", "tracklet", "instance")]
+    rows[0] |= dict(run="pretrain-cion-small-of-yesterday")
+    E.write_results("small", rows, {}, tmp_path)
+    verdict = E.verdicts("small", ["C2"], tmp_path).verdict
+    assert verdict.tolist() == ["4 of 5 worlds", "not resolved", "4 of 5 worlds"]
+    assert set(E.missing(E.CLAIMS["C2"], "small", 1, tmp_path)) == {"identity", "untrained", "truth"}
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
@@ -143,7 +180,8 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
 
 
 def test_an_unknown_claim_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="no claim 'C9': choose from C2, C1, few labels"): E.costs("smoke", ["C9"])
+    with pytest.raises(ValueError, match="'C9' is not known.* Known: C2, C1, few labels"): E.costs("smoke", ["C9"])
+    with pytest.raises(ValueError, match="'smal' is not known; did you mean 'small'"): E.read_results("smal")
 
 
 def test_stored_results_are_whole():

@@ -153,3 +153,8 @@ def test_a_score_takes_it_by_its_name(tmp_path):
     put(tmp_path / "data", *FILES)
     found = quiet(score, Mean(SPEC), "campus", tmp_path / "data", out=tmp_path / "features")
     assert len(found.per_query) == 1 and found.n_gallery == 2
+
+
+def test_folders_are_a_tuple_of_names():
+    with pytest.raises(TypeError, match="folders='query': a tuple"):
+        DatasetFacts("Campus", {}, "", "", "", pattern="{pid}.png", folders="query")
