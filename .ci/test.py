@@ -131,11 +131,12 @@ def pytest(files: list[Path], number: int) -> list[Told]:
     code, out = call(["-m", "pytest", "-rfEs", "-p", "no:cacheprovider", *chosen, *map(str, files)], PART_LIMIT,
                      CION_NB_TEST_TIMES=str(times))
     lines = out.strip().splitlines()
-    counts = {word.rstrip("s"): int(n) for n, word in re.findall(r"(\d+) ([a-z]+)\b", lines[-1] if lines else "")}
+    summary = next((line for line in reversed(lines) if re.search(r"\d+ [a-z]+.* in [\d.]+s", line)), "")
+    counts = {word.rstrip("s"): int(n) for n, word in re.findall(r"(\d+) ([a-z]+)\b", summary)}
     wrong = counts.get("failed", 0) + counts.get("error", 0)
     nothing = code == 5 and FAST                                      # all that these files hold is marked slow
     notes = [line for line in lines if line.startswith("SKIPPED")]
-    if code and not wrong and not nothing:
+    if not nothing and (not summary or code and not wrong):
         wrong, out = 1, out + f"\npytest ended with exit code {code}"
     tests = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     result = Result(counts.get("passed", 0), wrong, counts.get("skipped", 0), out if wrong else "", notes, tests)

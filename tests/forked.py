@@ -41,6 +41,7 @@ class Server:
     def stop(self):
         self.process.stdin.close()
         self.process.wait(10)
+        self.process.stdout.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def can_be(self, env: dict) -> bool:

@@ -24,7 +24,7 @@ def test_a_parameter_that_has_its_own_flag_is_refused(name, capsys):
 def test_a_run_that_ends_in_nan_is_one_line(tmp_path, monkeypatch, capsys):
     def broken(recipe): raise FloatingPointError("the loss is nan")
     monkeypatch.setattr("cion_nb.companion.reproduce.make_run", broken)
-    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "recipe.json").write_text('{"stage": "world"}')
     assert main(["reproduce", "--recipe", str(tmp_path / "recipe.json")]) == 1
     assert capsys.readouterr().err == "cion_nb reproduce: error: the loss is nan\n"
 
