@@ -62,6 +62,7 @@ class Arm:
         full = recipe("pretrain", profile, method=self.method, **changes)
         return full if self.share == 1 else at_share(full, self.share, "presentations")
 
+# %% ../../nbs/9_companion/04_experiments.ipynb #086a1f6c
 ARMS = dict(
     untrained=Arm("untrained"),
     instance=Arm("every image its own (DINO)", "dino"),
