@@ -1,7 +1,7 @@
 """Runs notebooks one after the other, each in a fork of this process, which holds what they all import.
 
 `python .ci/notebooks.py RESULTS NOTEBOOK...` writes a JSON line a notebook to the file RESULTS: its path, whether it
-failed, its seconds, and what it said where it failed. A Python of its own for each took four seconds more.
+failed, its seconds, and what it said where it failed.
 """
 import atexit
 import json

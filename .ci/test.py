@@ -10,8 +10,10 @@ in three minutes. What was left out is said.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import as_completed, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,11 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "runs" / "test"
-ENV = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
-                        CION_NB_RUNS=os.environ.get("CION_NB_RUNS", str(OUT)))
+os.environ |= dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
+                   CION_NB_RUNS=os.environ.get("CION_NB_RUNS", str(OUT)), JUPYTER_PATH=str(OUT / "jupyter"))
+sys.path.insert(0, str(ROOT / "tests"))
+import forked  # noqa: E402
+
 FAST = os.environ.get("FAST", "0") not in ("", "0")
 PAGE_LIMIT, PART_LIMIT = 300, 1800            # seconds after which a job is stopped
-PART = 300                                    # seconds of tests in one pytest process, of which each needs ten to begin
+PART = 300                                    # seconds of tests in one pytest process
 BATCH = 60                                    # seconds of notebooks in one process
 QUICK = 8                                     # seconds of a library notebook that FAST=1 still runs
 UNKNOWN = 10                                  # seconds of what was never measured
@@ -71,14 +76,15 @@ Told = tuple[str, Result, float]                  # name, what came out, seconds
 
 
 def call(args: list, limit: int, **env) -> tuple[int, str]:
-    "Exit code and output of a command; 124 when it ran out of time."
-    try:
-        p = subprocess.run([sys.executable, *args], cwd=ROOT, env=ENV | env, capture_output=True, text=True,
-                           timeout=limit, stdin=subprocess.DEVNULL)
-        return p.returncode, p.stdout + p.stderr
-    except subprocess.TimeoutExpired as e:
-        said = [t.decode() if isinstance(t, bytes) else t or "" for t in (e.stdout, e.stderr)]
-        return 124, "".join(said) + f"\nstopped after {limit} s"
+    "Exit code and output of a Python; 124 when it ran out of time."
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = forked.start(args, os.environ | env, ROOT, True, said, said)
+        try: code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = 124
+        said.seek(0)
+        return code, said.read() + (f"\nstopped after {limit} s" if code == 124 else "")
 
 
 def one(code: int, output: str) -> Result: return Result(passed=int(not code), failed=int(bool(code)), output=output)
@@ -112,12 +118,27 @@ def notebooks(paths: list[Path], number: int) -> list[Told]:
     return told + [(name_of(path), one(1, f"not run, exit code {code}\n{out}"), 0.) for path in lost]
 
 
-def page(path: Path) -> list[Told]:
+def start_forks() -> str:
+    """Every job is a fork of a server that holds the imports of all, and so are the kernels of papermill: each took
+    eight seconds for its own. The name of the kernel.
+    """
+    if sys.platform != "linux": return "python3"
+    os.environ["CION_NB_FORKS"] = forked.start_server("pytest", "nbdev.test", "papermill.cli", "ipykernel.kernelapp",
+                                                      "matplotlib.pyplot", "IPython.display").door
+    start = [sys.executable, "-S", str(ROOT / "tests/fork_python.py"), "-m", "ipykernel_launcher", "-f",
+             "{connection_file}"]
+    spec = OUT / "jupyter" / "kernels" / "forked" / "kernel.json"
+    spec.parent.mkdir(parents=True, exist_ok=True)
+    spec.write_text(json.dumps(dict(argv=start, display_name="forked", language="python")))
+    return "forked"
+
+
+def page(path: Path, kernel: str) -> list[Told]:
     "A page of nbs/reproduce as `reproduce` runs it, but at profile smoke."
     began = time.time()
     out = OUT / "pages" / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "papermill", str(path), str(out), "-k", "python3", "--no-progress-bar", "-p", "profile", "smoke"]
+    command = ["-m", "papermill", str(path), str(out), "-k", kernel, "--no-progress-bar", "-p", "profile", "smoke"]
     return [(name_of(path), one(*call(command, PAGE_LIMIT)), time.time() - began)]
 
 
@@ -145,14 +166,14 @@ def pytest(files: list[Path], number: int) -> list[Told]:
 
 # ---- the plan
 
-def plan(seconds: dict) -> tuple[list, list]:
+def plan(seconds: dict, kernel: str) -> tuple[list, list]:
     "Jobs (expected seconds, function, arguments), long pytest parts first; what FAST leaves out (name, seconds)."
     books, jobs, left = {}, [], []
     for path in found("nbs/**/*.ipynb", "notebook"):
         takes = seconds.get(name_of(path), UNKNOWN)
         is_library = re.match(r"\d_", path.parent.name)
         if FAST and (not is_library or takes >= QUICK): left.append((name_of(path), takes))
-        elif path.parent.name == "reproduce": jobs.append((takes, page, (path,)))
+        elif path.parent.name == "reproduce": jobs.append((takes, page, (path, kernel)))
         else: books[path] = takes
     files = found("tests/**/test_*.py", "test file")
     quick_and_slow = {f: seconds.get(name_of(f), [UNKNOWN, 0]) for f in files}
@@ -204,7 +225,7 @@ def write_seconds(tests: dict, notebooks: dict) -> None:
 
 def main() -> int:
     began, seconds = time.time(), measured()
-    jobs, left = plan(seconds)
+    jobs, left = plan(seconds, start_forks())
     told = [("nbdev_export + nbdev_clean change nothing", nbdev_changes_nothing(), time.time() - began)]
     tell(*told[0])
     linting = time.time()

@@ -42,15 +42,17 @@ def asked_child(listener) -> tuple[dict, list]:
     listener.close()
     length, files, _, _ = socket.recv_fds(link, 8, 3)
     request = json.loads(link.makefile("rb").read(int(length)))
-    if pid := os.fork(): watch(link, pid)
+    if pid := os.fork(): watch(link, pid, request.get("leaves_with_asker"))
     link.close()
     return request, files
 
 
-def watch(link, pid: int) -> None:
+def watch(link, pid: int, leaves_with_asker: bool) -> None:
     "The process between server and job: tells the job's number, and how it ended."
     link.sendall(f"{pid}\n".encode())
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    while (ended := os.waitpid(pid, os.WNOHANG if leaves_with_asker else 0)) == (0, 0):
+        if select.select([link], [], [], .1)[0]: os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(ended[1])
     try: link.sendall(f"{code}\n".encode())
     except OSError: pass                                  # nobody asks any more
     os._exit(0)
@@ -76,7 +78,8 @@ def become(request: dict, files: list) -> None:
 
 
 def execute(args: list) -> None:
-    "`python ARGS`, where ARGS begin with a file, `-m MODULE` or `-c CODE`."
+    "`python ARGS`, where ARGS begin with a file, `-m MODULE` or `-c CODE`; `-u` before them changes nothing here."
+    if args[0] == "-u": args = args[1:]
     if args[0] == "-m":
         sys.argv, sys.path[0] = args[1:], os.getcwd()
         runpy.run_module(args[1], run_name="__main__", alter_sys=True)
@@ -116,7 +119,7 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    for name in IMPORTED: importlib.import_module(name)
+    for name in [*IMPORTED, *sys.argv[2:]]: importlib.import_module(name)
     others = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")][1:]
     others = [name for name in others if not name.startswith("jemalloc")]     # Arrow's, which starts anew in a fork
     if others: sys.exit(f"imports have started the threads {others}: a fork would lack them")

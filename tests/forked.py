@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,27 +23,20 @@ from places import ROOT, TESTS
 READ_EARLY = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "OMP_", "KMP_", "GOMP_", "OPENBLAS_", "MKL_", "ONEDNN_", "DNNL_",
               "ATEN_", "TORCH_", "PYTORCH_", "CUDA_", "TIMM_", "HF_", "MPL")
 
+# among them, what libraries set when they are imported (OpenCV, scikit-learn), or what is read later
+SET_LATE = ("PYTHON", "PYTHON_EXEC", "PYTHONPATH", "LD_LIBRARY_PATH", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+
 
 def read_early(env: dict) -> dict:
-    return {name: value for name, value in env.items() if name.startswith(READ_EARLY) and name != "PYTHONPATH"}
+    return {name: value for name, value in env.items() if name.startswith(READ_EARLY) and name not in SET_LATE}
 
 
+@dataclass(frozen=True)
 class Server:
-    "Of this test process; ends with it."
-    def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="cion-forks-"))
-        self.env = os.environ | dict(OMP_NUM_THREADS="1")
-        self.door = str(self.folder / "door")
-        self.process = subprocess.Popen([sys.executable, str(TESTS / "fork_server.py"), self.door], env=self.env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        if self.process.stdout.readline() != "ready\n": raise RuntimeError("the server of forks did not start")
-        atexit.register(self.stop)
-
-    def stop(self):
-        self.process.stdin.close()
-        self.process.wait(10)
-        self.process.stdout.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+    "Forks a process of whoever asks at its door."
+    door: str
+    env: dict         # that it was started with
 
     def can_be(self, env: dict) -> bool:
         "Whether a new process of this environment would be as a fork is."
@@ -51,24 +45,51 @@ class Server:
         return read_early(env) == read_early(self.env) and paths <= own
 
 
+def start_server(*more: str) -> Server:
+    "One that ends with this process. `more`: modules that it imports beside its own list."
+    folder = Path(tempfile.mkdtemp(prefix="cion-forks-"))
+    found = Server(str(folder / "door"), os.environ | dict(OMP_NUM_THREADS="1", CION_NB_FORKS=str(folder / "door")))
+    (folder / "env.json").write_text(json.dumps(found.env))
+    process = subprocess.Popen([sys.executable, str(TESTS / "fork_server.py"), found.door, *more], env=found.env,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if process.stdout.readline() != "ready\n": raise RuntimeError("the server of forks did not start")
+    atexit.register(stop_server, process, folder)
+    return found
+
+
+def stop_server(process, folder: Path) -> None:
+    process.stdin.close()
+    process.wait(10)
+    process.stdout.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @cache
-def server() -> Server: return Server()
+def server() -> Server:
+    "The one that $CION_NB_FORKS names, where somebody has started one; else an own one."
+    door = Path(os.environ.get("CION_NB_FORKS", "none"))
+    return Server(str(door), json.loads((door.parent / "env.json").read_text())) if door.exists() else start_server()
+
+
+def ask(door: str, files: tuple, **request) -> socket.socket:
+    "Asks a server for a process with these open files; the link tells its number, then how it ended."
+    link, text = socket.socket(socket.AF_UNIX), json.dumps(request).encode()
+    link.connect(door)
+    socket.send_fds(link, [b"%8d" % len(text)], files)
+    link.sendall(text)
+    return link
 
 
 class Fork:
     "One process, with what the tests use of `subprocess.Popen`."
-    def __init__(self, args: list, env: dict, cwd, start_new_session: bool, stdout, stderr):
+    def __init__(self, server: Server, args: list, env: dict, cwd, start_new_session: bool, stdout, stderr):
         self.returncode, self.stdout, self.stderr, self.rest = None, None, None, b""
         out, self.stdout = self.end_of(stdout)
         if stderr == subprocess.STDOUT: err = os.dup(out)
         else: err, self.stderr = self.end_of(stderr)
         nothing = os.open(os.devnull, os.O_RDONLY)
-        request = dict(args=[str(arg) for arg in args], env=env, cwd=str(cwd), start_new_session=start_new_session)
-        text = json.dumps(request).encode()
-        self.link = socket.socket(socket.AF_UNIX)
-        self.link.connect(server().door)
-        socket.send_fds(self.link, [b"%8d" % len(text)], [nothing, out, err])
-        self.link.sendall(text)
+        self.link = ask(server.door, (nothing, out, err), args=[str(arg) for arg in args], env=env, cwd=str(cwd),
+                        start_new_session=start_new_session)
         for file in (nothing, out, err): os.close(file)
         self.pid = self.told(None)
 
@@ -121,9 +142,19 @@ def start(args, env=None, cwd=None, start_new_session=False, stdout=subprocess.P
     "`python ARGS` (a file, `-m MODULE` or `-c CODE`, and what follows it), started."
     env = dict(os.environ) if env is None else dict(env)
     if sys.platform == "linux" and server().can_be(env):
-        return Fork(args, env, cwd or os.getcwd(), start_new_session, stdout, stderr)
+        return Fork(server(), args, env, cwd or os.getcwd(), start_new_session, stdout, stderr)
     return subprocess.Popen([sys.executable, *map(str, args)], env=env, cwd=cwd, stdin=subprocess.DEVNULL,
                             stdout=stdout, stderr=stderr, text=True, start_new_session=start_new_session)
+
+
+@cache
+def executable() -> str:
+    "A program that does what `sys.executable` does, for scripts that are told which Python to use."
+    if sys.platform != "linux": return sys.executable
+    file = Path(server().door).parent / f"python-{os.getpid()}"
+    file.write_text(f"#!/bin/sh\nCION_NB_FORKS={server().door} exec {sys.executable} -S {TESTS}/fork_python.py \"$@\"\n")
+    file.chmod(0o755)
+    return str(file)
 
 
 def finish(processes: list, timeout: float) -> None:

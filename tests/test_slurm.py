@@ -16,6 +16,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from places import ROOT
@@ -252,7 +253,7 @@ def test_slurm_accepts_what_the_script_asks_for(cluster):
 def submit(*args, **env):
     "The script before a job: prints what it would submit."
     env = ({k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-           | dict(SBATCH="echo submitted", PYTHON=sys.executable, PYTHONPATH=str(ROOT), SETTINGS="/dev/null/none")
+           | dict(SBATCH="echo submitted", PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS="/dev/null/none")
            | env)
     return subprocess.run(["bash", "slurm/pretrain.sh", *args], cwd=ROOT, env=env, capture_output=True, text=True,
                           timeout=120)

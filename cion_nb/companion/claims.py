@@ -65,10 +65,11 @@ def verdict(
     better, worse = np.asarray(better, float), np.asarray(worse, float)
     if len(better) != len(worse):
         raise ValueError(f"{len(better)} and {len(worse)} seeds cannot be paired: run both methods with the same seeds")
-    if not len(better): return dict(verdict="not run", difference=None, half_width=None, seeds=0)
-    mean, _, half = mean_interval(better - worse, confidence)
+    difference = (better - worse)[~np.isnan(better - worse)]             # a seed that one of them lacks is no pair
+    if not len(difference): return dict(verdict="not run", difference=None, half_width=None, seeds=0)
+    mean, _, half = mean_interval(difference, confidence)
     word = "not resolved" if np.isnan(half) or abs(mean) <= half else "agrees" if mean > 0 else "contradicts"
-    return dict(verdict=word, difference=mean, half_width=None if np.isnan(half) else half, seeds=len(better))
+    return dict(verdict=word, difference=mean, half_width=None if np.isnan(half) else half, seeds=len(difference))
 
 def verdict_text(claim: str, v: dict) -> str:
     "One line a reader can quote."
@@ -109,6 +110,8 @@ def decide(
 
     A comparison that is not finished counts in the correction all the same."""
     from scipy import stats
+    comparisons = {name: np.asarray(d, float) for name, d in comparisons.items()}
+    comparisons = {name: d[~np.isnan(d)] for name, d in comparisons.items()}           # an unknown world is none
     tests = {name: paired(d) for name, d in comparisons.items()}
     lengths = {name: len(d) for name, d in comparisons.items()}
     p = [test[2] if lengths[name] >= worlds else 1. for name, test in tests.items()]
@@ -118,7 +121,8 @@ def decide(
         half = error * stats.t.ppf(1 - level / 2, n - 1) if n > 1 else np.nan
         row = dict(comparison=name, n=n, effect=effect, low=effect - half, high=effect + half, p=chance, level=level)
         rows.append(row | dict(verdict=_word(row, worlds)))
-    return pd.DataFrame(rows).set_index("comparison")
+    columns = ["comparison", "n", "effect", "low", "high", "p", "level", "verdict"]
+    return pd.DataFrame(rows, columns=columns).set_index("comparison")
 
 def _word(row: dict, worlds: int) -> str:
     if row["n"] < worlds: return f"{row['n']} of {worlds} worlds" if row["n"] else "not run"
@@ -136,7 +140,8 @@ def worlds_needed(
 ) -> int:
     "Worlds for a paired test to find `effect` with probability `power`, though it is one of many (Holm's first level)."
     from scipy import stats
-    if not effect > 0 or not sd > 0: raise ValueError(f"effect={effect}, sd={sd}: both must be positive")
+    if not (effect > 0 and sd > 0 and comparisons >= 1):
+        raise ValueError(f"effect={effect}, sd={sd}, comparisons={comparisons}: all must be positive")
     for n in range(max(least, 2), 1000):
         edge = stats.t.ppf(1 - alpha / comparisons / 2, n - 1)
         if stats.nct.sf(edge, n - 1, effect / sd * np.sqrt(n)) >= power: return n
@@ -150,6 +155,7 @@ def rooms_of(
     """The rooms that a stage's numbers depend on: its own and all that it imports, but for `settings` and `runs`,
     whose say is the recipe."""
     known, todo, found = _modules(commit), [STAGES[stage]], set()
+    if not known: raise FileNotFoundError(f"{project_root()} holds no sources of cion_nb: a checkout is needed")
     if todo[0] not in known: todo = [Path(todo[0]).name]
     while todo:
         room = todo.pop()

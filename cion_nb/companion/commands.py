@@ -431,8 +431,9 @@ def _check_files(recipe: dict) -> None:
 
 def _check_data(recipe: dict) -> None:
     "The tables of data sets that are lists of names, for training and for the test."
-    from cion_nb.data.datasets import read_data
+    from cion_nb.data.datasets import read_data, refuse_no_world
     data, is_tested = recipe["data"], recipe["stage"] != "pretrain"
+    if isinstance(data, dict): refuse_no_world(data)
     if data == "cion_al" and not (recipe["data_root"] and recipe.get("annotation")):
         what = "the folder of the images, and the JSON list of {id, file_path}"
         raise ValueError(f"data 'cion_al' needs data_root= and annotation=: {what}")

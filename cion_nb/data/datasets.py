@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READERS', 'SUBSETS', 'read_market1501', 'read_msmt17', 'read_cion_al', 'read_cuhk03np', 'read_viper', 'read_prcc',
-           'read_ltcc', 'read_mars', 'read_by_pattern', 'data_sets', 'reader_of', 'read_data']
+           'read_ltcc', 'read_mars', 'read_by_pattern', 'data_sets', 'reader_of', 'refuse_no_world', 'read_data']
 
 # %% ../../nbs/1_data/01_datasets.ipynb #c891cb00
 import re
@@ -456,6 +456,11 @@ def reader_of(
 SUBSETS = dict(tracklets="unlabelled tracklets or pre-training images", train="the train split",
                test="query and gallery")
 
+def refuse_no_world(data: dict) -> None:
+    "ValueError for a recipe that is not a world's."
+    if data.get("stage") != "world":
+        raise ValueError(f"data is a recipe of stage {data.get('stage')!r}: only a world's is a data set")
+
 def read_data(
     recipe: dict,   # with `data` (a world's recipe, one of `data_sets`, a samples .parquet), `data_root`, `annotation`
     subset: str,    # one of `SUBSETS`
@@ -464,6 +469,7 @@ def read_data(
     if subset not in SUBSETS: raise ValueError(f"subset {subset!r}: choose one of {', '.join(SUBSETS)}")
     data = recipe["data"]
     if isinstance(data, dict):
+        refuse_no_world(data)
         root = Run(data).require().folder
         samples = read_samples(root / ("tracklets.parquet" if subset == "tracklets" else "reid.parquet"))
     elif str(data).endswith(".parquet"):

@@ -27,7 +27,7 @@ from ..core.files import atomic, fingerprint, progress, read_json, write_json
 from ..core.images import Picture, tile
 from ..core.runs import processors
 from ..core.samples import make_samples, read_samples, write_samples
-from ..core.settings import setting, Settings, Whole
+from ..core.settings import Seed, setting, Settings
 from .cameras import Camera, Canvas, jittered, project, stream
 from .people import cast_shadow, draw_person, JOINTS, PARTS, Person, random_person, seen_from, stand, Walk
 from .scenery import cameras, expose, make_thing, MARGIN, put_sprite, scenery, SCENES, without_margin
@@ -56,11 +56,12 @@ class WorldSettings(Settings):
     "The embedded data set: `make_world(size, seed, bank=bank, **values)`, rendered."
     size: Literal["tiny", "small", "paper"] = setting(
         "paper", "how many people, cameras and images: a key of `PROFILES` of this room")
-    seed: Whole = setting(0, "whom and what is drawn; replicates of an experiment are worlds of other seeds")
+    seed: Seed = setting(0, "whom and what is drawn; replicates of an experiment are worlds of other seeds")
     bank: Literal["A", "B"] = setting("A", "which streets, light and cameras; B never lends anything to A")
     values: dict = setting({}, "values of the world's profile to change, such as company=0.5")
 
-_THUMBNAIL = dict(pretrain_people=8, appearances=2, walks_per_video=4, train_people=8, test_people=6, distractors=12)
+_THUMBNAIL = dict(pretrain_people=8, appearances=2, walks_per_video=4, train_people=8, test_people=6, distractors=12,
+                  crop=[64, 32])
 WorldSettings.profiles = dict(
     small=dict(size="small"), tiny=dict(size="tiny"), smoke=dict(size="tiny", values=_THUMBNAIL))
 

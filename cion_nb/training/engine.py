@@ -33,7 +33,7 @@ from torch import nn, Tensor
 
 from ..core.files import progress, read_json, write_json
 from ..core.runs import INPUTS, is_main_process, Run, UNHASHED
-from ..core.settings import Count, NotNegative, Positive, setting, Settings, Whole
+from ..core.settings import Count, NotNegative, Positive, Seed, setting, Settings, Whole
 from ..models.precision import described, known, machine, precision, probe, remember
 
 # %% ../../nbs/5_training/02_engine.ipynb #718ea69d
@@ -67,7 +67,7 @@ class MachineSettings(Settings):
     checkpoint_minutes: NotNegative = setting(30, "time between checkpoints")
     keep_checkpoints: Count = setting(2, "checkpoints that stay")
     trackers: list[str] = setting([], "where the log goes beside the run's folder: tensorboard, wandb, …")
-    seed: Whole = setting(0, "seed of weights, batches and views")
+    seed: Seed = setting(0, "seed of weights, batches and views")
 
 # %% ../../nbs/5_training/02_engine.ipynb #3a5996c2
 def warmup_cosine(

@@ -117,6 +117,13 @@ def test_stored_arms_of_other_programs_are_flagged(monkeypatch):
     assert said().endswith("caution, the arms were made by different programs: training/engine between aaa and bbb")
 
 
+def test_without_sources_there_are_no_rooms_to_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "project_root", lambda: tmp_path)
+    claims._modules.cache_clear()
+    with pytest.raises(FileNotFoundError, match="a checkout is needed"): claims.rooms_of("finetune")
+    claims._modules.cache_clear()
+
+
 def test_sources_that_git_cannot_compare_count_as_other():
     assert other_sources("abc", "abc", "finetune") == ()
     assert other_sources("abc+", "abc", "finetune") == ("what was not committed",)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from cion_nb.companion.claims import decide, holm_levels, paired, worlds_needed
+from cion_nb.companion.claims import decide, holm_levels, paired, verdict, worlds_needed
 
 PAIRS = {"a over b": (0, 1), "b over c": (1, 2), "a over c": (0, 2), "c over d": (2, 3)}
 
@@ -94,6 +94,16 @@ def test_there_is_no_verdict_before_all_worlds_are_there():
     assert np.isnan(table.effect["none"]) and table.n["none"] == 0
 
 
+def test_what_is_unknown_is_not_counted():
+    clear = [5., 5.1, 4.9, 5.2]
+    table = decide({"one unknown": [*clear, np.nan], "five": [*clear, 5.]}, worlds=5)
+    assert table.verdict.tolist() == ["4 of 5 worlds", "holds"] and table.n.tolist() == [4, 5]
+    assert decide({}, worlds=5).empty
+    told = verdict([.5, .6, np.nan, .7], [.4, .5, .1, .6])
+    assert (told["seeds"], told["verdict"]) == (3, "agrees")
+    assert verdict([np.nan], [.1])["verdict"] == "not run"
+
+
 def test_worlds_that_all_say_the_same_have_no_spread():
     table = decide({"same": [1.] * 5, "nothing": [0.] * 5, "less": [-2.] * 5}, worlds=5)
     assert table.verdict.tolist() == ["holds", "not resolved", "contradicts"]
@@ -101,6 +111,6 @@ def test_worlds_that_all_say_the_same_have_no_spread():
 
 
 def test_an_effect_must_be_an_effect():
-    for effect, sd in ((0, 1), (-1, 1), (1, 0)):
-        with pytest.raises(ValueError, match="must be positive"): worlds_needed(effect, sd)
+    for effect, sd, comparisons in ((0, 1, 1), (-1, 1, 1), (1, 0, 1), (1, 1, 0)):
+        with pytest.raises(ValueError, match="must be positive"): worlds_needed(effect, sd, comparisons)
     with pytest.raises(ValueError, match="more than 999 worlds"): worlds_needed(.01, 10)

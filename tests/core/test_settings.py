@@ -16,7 +16,7 @@ from cion_nb.core.settings import recipe
                           (dict(warmup_epochs=-1), "not be negative"),
                           (dict(freeze_last_layer_epochs=-1), "not be negative"),
                           (dict(checkpoint_minutes=float("nan")), "finite"), (dict(seed=1.5), "whole"),
-                          (dict(seed=-1), "not be negative"),
+                          (dict(seed=-1), "not be negative"), (dict(seed=2**64), "below 9.22"),
                           (dict(n_local=2.5), "whole"), (dict(n_id=[2.5], n_id_epochs=[0]), "whole"),
                           (dict(n_id=["2"], n_id_epochs=[0]), "not a number"),
                           (dict(workers=-1), "not be negative"), (dict(accumulate=1.5), "whole"),

@@ -2,7 +2,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import forked
@@ -125,7 +124,7 @@ echo 17
     setting = ["measure=false"] + (["half_width=null"] if half_width is None else [])
     p = subprocess.run(["bash", str(ROOT / "slurm" / "denoise.sh"), str(folder / "features.npy"),
                         str(folder / "samples.parquet"), str(tmp_path / "out"), *setting],
-                       env=ENV | dict(SBATCH=str(scheduler), SHARDS="3", PYTHON=sys.executable,
+                       env=ENV | dict(SBATCH=str(scheduler), SHARDS="3", PYTHON=forked.executable(),
                                       LOG=str(tmp_path / "log")), capture_output=True, text=True)
     assert p.returncode == 0 and "merge 17" in p.stdout, p.stderr
     log = (tmp_path / "log").read_text()

@@ -2,7 +2,6 @@
 poisoned heap."""
 import json
 import os
-import subprocess
 import sys
 
 import forked
@@ -302,8 +301,7 @@ def test_the_fast_product_of_noise_is_probed(monkeypatch):
 def bits(folder, stage, kind, poison):
     env = os.environ | dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0",
                             CION_NB_RUNS=str(folder / f"{stage}-{kind}-{bool(poison)}")) | poison
-    p = subprocess.run([sys.executable, str(JOBS / "heap_job.py"), str(folder / "samples.parquet"), stage, kind],
-                       env=env, capture_output=True, text=True, timeout=300)
+    p = forked.run([JOBS / "heap_job.py", folder / "samples.parquet", stage, kind], env=env, timeout=300)
     assert p.returncode == 0, p.stderr[-3000:]
     return json.loads(p.stdout.splitlines()[-1])
 

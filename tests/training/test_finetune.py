@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 
 import forked
@@ -243,9 +242,9 @@ def test_two_processes_fine_tune(people, runs, tmp_path):
     r = quick(people, gather_triplets=True)
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(r))
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                        str(random.randint(20000, 40000)), "-m", "cion_nb", "finetune", "--recipe", str(file)],
-                       env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True,
-                       text=True, timeout=240)
+    p = forked.run(["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                    str(random.randint(20000, 40000)), "-m", "cion_nb", "finetune", "--recipe", str(file)],
+                   env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+                                         PYTHON_EXEC=forked.executable()))
     assert p.returncode == 0, p.stderr[-3000:]
     assert Run(r).result["processes"] == 2 and 0 < Run(r).result["mAP"] <= 1
