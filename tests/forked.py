@@ -152,7 +152,8 @@ def executable() -> str:
     "A program that does what `sys.executable` does, for scripts that are told which Python to use."
     if sys.platform != "linux": return sys.executable
     file = Path(server().door).parent / f"python-{os.getpid()}"
-    file.write_text(f"#!/bin/sh\nCION_NB_FORKS={server().door} exec {sys.executable} -S {TESTS}/fork_python.py \"$@\"\n")
+    stands = f"{sys.executable} -S {TESTS}/fork_python.py"
+    file.write_text(f"#!/bin/sh\nCION_NB_FORKS={server().door} exec {stands} \"$@\"\n")
     file.chmod(0o755)
     return str(file)
 

@@ -2,7 +2,6 @@
 poisoned heap."""
 import json
 import os
-import sys
 
 import forked
 import numpy as np
