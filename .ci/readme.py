@@ -20,6 +20,7 @@ def shown(cell):
 def main():
     nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
     nb.cells = [c for c in nb.cells if shown(c)]
+    alts = iter(re.findall(r'#\| fig-alt: "(.+)"', "\n".join(c.source for c in nb.cells)))        # a picture's words
     for c in nb.cells:
         if "#| echo: false" in c.source: c.metadata["tags"] = ["output_only"]
     for c in nb.cells: c.source = "\n".join(line for line in c.source.split("\n") if not line.startswith("#|"))
@@ -30,7 +31,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
         text = text.replace(f"({name})", f"(reports/readme/{name})")
-    text = re.sub(r"\s*!\[(?:jpeg|png)\]", "\n\n![the embedded world: six cameras, and one person seen by them]", text)
+    text = re.sub(r"\s*!\[(?:jpeg|png)\]", lambda _: f"\n\n![{next(alts)}]", text)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     # links are relative to nbs/ in the notebook
     text = re.sub(r"\]\((?!https?:|#|reports/)(\S+?\.ipynb)\)", r"](nbs/\1)", text)
