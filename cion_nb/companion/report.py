@@ -414,7 +414,7 @@ def verdict_counts(words: list[str]) -> str:
     unfinished = sum(word == "not run" or word.endswith("worlds") for word in words)
     said = [(kinds.count("for"), "as stated"), (kinds.count("against"), "the other way round"),
             (kinds.count("open") - unfinished, "not resolved"), (unfinished, "not run, or not in all worlds yet")]
-    return f"{counted(len(words), 'comparison')}: " + ", ".join(f"{n} {what}" for n, what in said) + "."
+    return f"{counted(len(words), 'comparison')}: " + ", ".join(f"{n} {what}" for n, what in said if n) + "."
 
 def _claims(entries: list[dict], reports: dict[str, dict]) -> str:
     "The claims table over all pages."
@@ -446,7 +446,7 @@ def _figure(name: str, entry: dict, profile: str) -> str:
         with Image.open(BytesIO(raw)) as image:
             (width, height), (dpi, _) = image.size, image.info.get("dpi", (100, 100))
     except OSError:
-        return (f"<p class=failed>The figure {html.escape(name)} is not there, or damaged; this page makes it again: "
+        return (f"<p class=failed>The figure {html.escape(name)} is not there, or damaged; to make it again: "
                 f"<code>{html.escape(try_again(entry, profile))}</code></p>")
     size = f"width={100 * width / dpi:.0f} height={100 * height / dpi:.0f}"
     stem = html.escape(Path(name).stem.replace("_", " "))
