@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from IPython.display import Markdown
 
 from .claims import judge
-from .report import made_text, report_folder, write_index, write_report
+from .report import check_reports, made_text, report_folder, write_index, write_report
 from .score import load_model
 from ..core.files import atomic, progress, project_root, read_json, resolve, write_json
 from ..core.runs import check_parameters, dependencies, processors, Run
@@ -364,7 +364,9 @@ class Page:
                  name: str,      # as in `TITLES`
                  profile: str,
                 ):
+        import matplotlib
         self.name, self.profile, self.failed, self.alarms = name, profile, {}, {}
+        matplotlib.rcParams["savefig.dpi"] = 160     # the index page enlarges what is saved; what is shown stays small
 
     def runs(self,
              wanted: dict[tuple, dict],   # key, such as (method, seed) -> recipe
@@ -597,7 +599,7 @@ def run_notebook(
     name: str,
     profile: str,
     **parameters,          # for papermill, beside `profile`
-) -> dict:  # name, title, html, seconds, error, failed (what the page does without): an entry of the index page
+) -> dict:  # an entry of the index page: name, title, html, seconds, error, failed (what it does without), parameters
     """Run one notebook with papermill into `reports/<profile>/<name>.ipynb` and render it as HTML. Its failure is
     an entry, never an error here."""
     import papermill
@@ -625,7 +627,8 @@ def run_notebook(
     try: failed, html = _read_page(out) if out.exists() else ([], None)
     except Exception as e: error = error or f"the page cannot be rendered: {reason(e)}"
     return dict(
-        name=name, title=TITLES[name], html=html, seconds=round(time.time() - began, 1), error=error, failed=failed
+        name=name, title=TITLES[name], html=html, seconds=round(time.time() - began, 1), error=error, failed=failed,
+        parameters=parameters,
     )
 
 
@@ -652,6 +655,7 @@ def reproduce(
         if name not in notebooks():
             raise ValueError(f"there is no notebook {name!r}: choose from {', '.join(notebooks())}")
         check_names(notebooks()[name], parameters)            # before anything is run
+    check_reports(profile)
     entries, book = [], report_folder(profile) / "index.json"
     for i, name in enumerate(names):
         print(f"[{i + 1}/{len(names)}] {TITLES[name]}", flush=True)
