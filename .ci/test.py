@@ -21,7 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "runs" / "test"
-os.environ |= dict(OMP_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1", MPLBACKEND="Agg", TQDM_DISABLE="1",
+os.environ |= dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", CION_NB_PROGRESS="0", PYTHONUTF8="1",
+                   MPLBACKEND="Agg", TQDM_DISABLE="1",
                    CION_NB_RUNS=os.environ.get("CION_NB_RUNS", str(OUT)), JUPYTER_PATH=str(OUT / "jupyter"))
 sys.path.insert(0, str(ROOT / "tests"))
 import forked  # noqa: E402
@@ -87,6 +88,12 @@ def call(args: list, limit: int, **env) -> tuple[int, str]:
         return code, said.read() + (f"\nstopped after {limit} s" if code == 124 else "")
 
 
+def call_apart(args: list, limit: int) -> tuple[int, str]:
+    "The same of a new Python, while the server of forks begins."
+    p = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    return p.returncode, p.stdout + p.stderr
+
+
 def one(code: int, output: str) -> Result: return Result(passed=int(not code), failed=int(bool(code)), output=output)
 
 
@@ -98,12 +105,17 @@ def generated() -> dict:
 
 def nbdev_changes_nothing() -> Result:
     before = generated()
-    code, out = call(["-c", "from nbdev.doclinks import nbdev_export; nbdev_export()\n"
-                            "from nbdev.clean import nbdev_clean; nbdev_clean()"], 120)
+    code, out = call_apart(["-c", "from nbdev.doclinks import nbdev_export; nbdev_export()\n"
+                                  "from nbdev.clean import nbdev_clean; nbdev_clean()"], 120)
     changed = sorted(name for name, content in generated().items() if before.get(name) != content)
     remedy = "edit the notebook, run `make notebooks`, commit both"
     for name in changed: out += f"\n{name} changes under nbdev_export/nbdev_clean: {remedy}"
     return one(code or bool(changed), out)
+
+
+def starts_forks() -> dict:
+    "Environment of a job whose own processes are forks, too."
+    return dict(CION_NB_FORK_PYTHON=forked.executable())
 
 
 def notebooks(paths: list[Path], number: int) -> list[Told]:
@@ -111,7 +123,7 @@ def notebooks(paths: list[Path], number: int) -> list[Told]:
     file = OUT / f"notebooks-{number}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
-    code, out = call([".ci/notebooks.py", str(file), *map(str, paths)], PART_LIMIT)
+    code, out = call([".ci/notebooks.py", str(file), *map(str, paths)], PART_LIMIT, **starts_forks())
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     told = [(name_of(Path(row["path"])), one(row["failed"], row["output"]), row["seconds"]) for row in rows]
     lost = [path for path in paths if str(path) not in {row["path"] for row in rows}]
@@ -123,8 +135,9 @@ def start_forks() -> str:
     eight seconds for its own. The name of the kernel.
     """
     if sys.platform != "linux": return "python3"
+    if not FAST: os.environ["CION_NB_SCENES"] = "1"
     os.environ["CION_NB_FORKS"] = forked.start_server("pytest", "nbdev.test", "papermill.cli", "ipykernel.kernelapp",
-                                                      "matplotlib.pyplot", "IPython.display").door
+                                                      "matplotlib.pyplot", "IPython.display", waits=False).door
     start = [sys.executable, "-S", str(ROOT / "tests/fork_python.py"), "-m", "ipykernel_launcher", "-f",
              "{connection_file}"]
     spec = OUT / "jupyter" / "kernels" / "forked" / "kernel.json"
@@ -139,7 +152,7 @@ def page(path: Path, kernel: str) -> list[Told]:
     out = OUT / "pages" / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
     command = ["-m", "papermill", str(path), str(out), "-k", kernel, "--no-progress-bar", "-p", "profile", "smoke"]
-    return [(name_of(path), one(*call(command, PAGE_LIMIT)), time.time() - began)]
+    return [(name_of(path), one(*call(command, PAGE_LIMIT, **starts_forks())), time.time() - began)]
 
 
 def pytest(files: list[Path], number: int) -> list[Told]:
@@ -229,7 +242,7 @@ def main() -> int:
     told = [("nbdev_export + nbdev_clean change nothing", nbdev_changes_nothing(), time.time() - began)]
     tell(*told[0])
     linting = time.time()
-    told.append(("make lint", one(*call([".ci/lint.py"], 120)), time.time() - linting))
+    told.append(("make lint", one(*call_apart([".ci/lint.py"], 120)), time.time() - linting))
     tell(*told[1])
     with ThreadPoolExecutor(2) as pool:
         for job in as_completed([pool.submit(function, *arguments) for _, function, arguments in jobs]):

@@ -40,6 +40,16 @@ class Slots:
 def quiet(monkeypatch): monkeypatch.setenv("CION_NB_PROGRESS", "0")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def renderers():
+    "Where a server of forks holds the scenes of the embedded worlds, it draws them."
+    if not os.environ.get("CION_NB_FORKS"): return
+    import forked
+
+    from cion_nb.data import film
+    film.sys = types.SimpleNamespace(executable=forked.executable())
+
+
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
     "12 people of two colours each, 2 cameras, 4 images a camera; the parquet file of their table."

@@ -67,6 +67,7 @@ def become(request: dict, files: list) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    sys.executable = os.environ.get("CION_NB_FORK_PYTHON", sys.executable)     # what this process starts
     if request["start_new_session"]: os.setsid()
     for own, file in enumerate(files): os.dup2(file, own)
     for file in files: os.close(file)
@@ -118,8 +119,16 @@ def leave(code: int) -> None:
     os._exit(code & 0xff)
 
 
+def build_scenes() -> None:
+    "The places of the embedded worlds, of which each process would build its own."
+    from cion_nb.data.scenery import cameras, scenery
+    for bank in "AB":
+        for camera in cameras(bank): scenery(camera)
+
+
 if __name__ == "__main__":
     for name in [*IMPORTED, *sys.argv[2:]]: importlib.import_module(name)
+    if os.environ.get("CION_NB_SCENES"): build_scenes()
     others = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")][1:]
     others = [name for name in others if not name.startswith("jemalloc")]     # Arrow's, which starts anew in a fork
     if others: sys.exit(f"imports have started the threads {others}: a fork would lack them")

@@ -45,14 +45,14 @@ class Server:
         return read_early(env) == read_early(self.env) and paths <= own
 
 
-def start_server(*more: str) -> Server:
-    "One that ends with this process. `more`: modules that it imports beside its own list."
+def start_server(*more: str, waits=True) -> Server:
+    "One that ends with this process. `more`: modules that it imports beside its own list; without `waits`, meanwhile."
     folder = Path(tempfile.mkdtemp(prefix="cion-forks-"))
     found = Server(str(folder / "door"), os.environ | dict(OMP_NUM_THREADS="1", CION_NB_FORKS=str(folder / "door")))
     (folder / "env.json").write_text(json.dumps(found.env))
     process = subprocess.Popen([sys.executable, str(TESTS / "fork_server.py"), found.door, *more], env=found.env,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if process.stdout.readline() != "ready\n": raise RuntimeError("the server of forks did not start")
+    if waits and process.stdout.readline() != "ready\n": raise RuntimeError("the server of forks did not start")
     atexit.register(stop_server, process, folder)
     return found
 
@@ -67,14 +67,25 @@ def stop_server(process, folder: Path) -> None:
 @cache
 def server() -> Server:
     "The one that $CION_NB_FORKS names, where somebody has started one; else an own one."
-    door = Path(os.environ.get("CION_NB_FORKS", "none"))
-    return Server(str(door), json.loads((door.parent / "env.json").read_text())) if door.exists() else start_server()
+    door = Path(os.environ.get("CION_NB_FORKS", "none/none"))
+    file = door.with_name("env.json")
+    return Server(str(door), json.loads(file.read_text())) if file.exists() else start_server()
+
+
+def connect(door: str, patience=180) -> socket.socket:
+    "A server that begins opens its door when it has imported all."
+    link, until = socket.socket(socket.AF_UNIX), time.monotonic() + patience
+    while True:
+        try: link.connect(door)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > until: raise
+            time.sleep(.05)
+        else: return link
 
 
 def ask(door: str, files: tuple, **request) -> socket.socket:
     "Asks a server for a process with these open files; the link tells its number, then how it ended."
-    link, text = socket.socket(socket.AF_UNIX), json.dumps(request).encode()
-    link.connect(door)
+    link, text = connect(door), json.dumps(request).encode()
     socket.send_fds(link, [b"%8d" % len(text)], files)
     link.sendall(text)
     return link
