@@ -1,4 +1,4 @@
-"""All tests: nbdev's checks, every notebook's cells, pytest, the pages of nbs/reproduce through papermill.
+"""All tests: nbdev's checks, every notebook's cells, pytest, the pages that have a profile through papermill.
 
 Last line: `N passed, N failed, N skipped`. Two jobs run side by side with one torch thread each: two jobs of two
 threads would fight for the cores. Long jobs start first, so that no core waits at the end; how long each takes is
@@ -101,7 +101,7 @@ def nbdev_changes_nothing() -> Result:
 
 
 def notebooks(paths: list[Path], number: int) -> list[Told]:
-    "The cells of library, bench and tour notebooks, one after the other."
+    "The cells of notebooks without a profile, one after the other."
     file = OUT / f"notebooks-{number}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
@@ -112,8 +112,13 @@ def notebooks(paths: list[Path], number: int) -> list[Told]:
     return told + [(name_of(path), one(1, f"not run, exit code {code}\n{out}"), 0.) for path in lost]
 
 
+def has_profile(path: Path) -> bool:
+    "Whether papermill can set its profile: pages of nbs/reproduce, and of nbs/tour where a cell is tagged for it."
+    return path.parent.name == "reproduce" or path.parent.name == "tour" and '"parameters"' in path.read_text("utf-8")
+
+
 def page(path: Path) -> list[Told]:
-    "A page of nbs/reproduce as `reproduce` runs it, but at profile smoke."
+    "A page as `reproduce` runs those of nbs/reproduce, but at profile smoke."
     began = time.time()
     out = OUT / "pages" / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +157,7 @@ def plan(seconds: dict) -> tuple[list, list]:
         takes = seconds.get(name_of(path), UNKNOWN)
         is_library = re.match(r"\d_", path.parent.name)
         if FAST and (not is_library or takes >= QUICK): left.append((name_of(path), takes))
-        elif path.parent.name == "reproduce": jobs.append((takes, page, (path,)))
+        elif has_profile(path): jobs.append((takes, page, (path,)))
         else: books[path] = takes
     files = found("tests/**/test_*.py", "test file")
     quick_and_slow = {f: seconds.get(name_of(f), [UNKNOWN, 0]) for f in files}
