@@ -112,18 +112,24 @@ def notebooks(paths: list[Path], number: int) -> list[Told]:
     return told + [(name_of(path), one(1, f"not run, exit code {code}\n{out}"), 0.) for path in lost]
 
 
-def has_profile(path: Path) -> bool:
-    "Whether papermill can set its profile: pages of nbs/reproduce, and of nbs/tour where a cell is tagged for it."
-    return path.parent.name == "reproduce" or path.parent.name == "tour" and '"parameters"' in path.read_text("utf-8")
-
-
-def page(path: Path) -> list[Told]:
-    "A page as `reproduce` runs those of nbs/reproduce, but at profile smoke."
+def page(path: Path, **env) -> list[Told]:
+    "A page that has a profile, as `reproduce` runs it, but at profile smoke."
     began = time.time()
     out = OUT / "pages" / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
     command = ["-m", "papermill", str(path), str(out), "-k", "python3", "--no-progress-bar", "-p", "profile", "smoke"]
-    return [(name_of(path), one(*call(command, PAGE_LIMIT)), time.time() - began)]
+    return [(name_of(path), one(*call(command, PAGE_LIMIT, **env)), time.time() - began)]
+
+
+def tour(paths: list[Path]) -> list[Told]:
+    """Pages of nbs/tour in their order: each takes the runs of those before. The folder of runs is their own: a run
+    that another job is computing is an error to them."""
+    return [row for path in paths for row in page(path, CION_NB_RUNS=str(OUT / "tour"))]
+
+
+def is_tour(path: Path) -> bool:
+    "Whether it is a page of nbs/tour with a cell tagged `parameters`."
+    return path.parent.name == "tour" and '"parameters"' in path.read_text(encoding="utf-8")
 
 
 def pytest(files: list[Path], number: int) -> list[Told]:
@@ -152,13 +158,15 @@ def pytest(files: list[Path], number: int) -> list[Told]:
 
 def plan(seconds: dict) -> tuple[list, list]:
     "Jobs (expected seconds, function, arguments), long pytest parts first; what FAST leaves out (name, seconds)."
-    books, jobs, left = {}, [], []
+    books, toured, jobs, left = {}, {}, [], []
     for path in found("nbs/**/*.ipynb", "notebook"):
         takes = seconds.get(name_of(path), UNKNOWN)
         is_library = re.match(r"\d_", path.parent.name)
         if FAST and (not is_library or takes >= QUICK): left.append((name_of(path), takes))
-        elif has_profile(path): jobs.append((takes, page, (path,)))
+        elif path.parent.name == "reproduce": jobs.append((takes, page, (path,)))
+        elif is_tour(path): toured[path] = takes
         else: books[path] = takes
+    if toured: jobs.append((sum(toured.values()), tour, (list(toured),)))
     files = found("tests/**/test_*.py", "test file")
     quick_and_slow = {f: seconds.get(name_of(f), [UNKNOWN, 0]) for f in files}
     tests = {f: both[0] if FAST else sum(both) for f, both in quick_and_slow.items()}
