@@ -1,4 +1,4 @@
-"""All tests: nbdev's checks, every notebook's cells, pytest, the pages of nbs/reproduce through papermill.
+"""All tests: nbdev's checks, every notebook's cells, pytest, the pages that have a profile through papermill.
 
 Last line: `N passed, N failed, N skipped`. Two jobs run side by side with one torch thread each: two jobs of two
 threads would fight for the cores. Long jobs start first, so that no core waits at the end; how long each takes is
@@ -119,7 +119,7 @@ def starts_forks() -> dict:
 
 
 def notebooks(paths: list[Path], number: int) -> list[Told]:
-    "The cells of library, bench and tour notebooks, one after the other."
+    "The cells of notebooks without a profile, one after the other."
     file = OUT / f"notebooks-{number}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
@@ -146,13 +146,24 @@ def start_forks() -> str:
     return "forked"
 
 
-def page(path: Path, kernel: str) -> list[Told]:
-    "A page of nbs/reproduce as `reproduce` runs it, but at profile smoke."
+def page(path: Path, kernel: str, **env) -> list[Told]:
+    "A page that has a profile, as `reproduce` runs it, but at profile smoke."
     began = time.time()
     out = OUT / "pages" / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
     command = ["-m", "papermill", str(path), str(out), "-k", kernel, "--no-progress-bar", "-p", "profile", "smoke"]
-    return [(name_of(path), one(*call(command, PAGE_LIMIT, **starts_forks())), time.time() - began)]
+    return [(name_of(path), one(*call(command, PAGE_LIMIT, **starts_forks(), **env)), time.time() - began)]
+
+
+def tour(paths: list[Path], kernel: str) -> list[Told]:
+    """Pages of nbs/tour in their order: each takes the runs of those before. The folder of runs is their own: a run
+    that another job is computing is an error to them."""
+    return [row for path in paths for row in page(path, kernel, CION_NB_RUNS=str(OUT / "tour"))]
+
+
+def is_tour(path: Path) -> bool:
+    "Whether it is a page of nbs/tour with a cell tagged `parameters`."
+    return path.parent.name == "tour" and '"parameters"' in path.read_text(encoding="utf-8")
 
 
 def pytest(files: list[Path], number: int) -> list[Told]:
@@ -181,13 +192,15 @@ def pytest(files: list[Path], number: int) -> list[Told]:
 
 def plan(seconds: dict, kernel: str) -> tuple[list, list]:
     "Jobs (expected seconds, function, arguments), long pytest parts first; what FAST leaves out (name, seconds)."
-    books, jobs, left = {}, [], []
+    books, toured, jobs, left = {}, {}, [], []
     for path in found("nbs/**/*.ipynb", "notebook"):
         takes = seconds.get(name_of(path), UNKNOWN)
         is_library = re.match(r"\d_", path.parent.name)
         if FAST and (not is_library or takes >= QUICK): left.append((name_of(path), takes))
         elif path.parent.name == "reproduce": jobs.append((takes, page, (path, kernel)))
+        elif is_tour(path): toured[path] = takes
         else: books[path] = takes
+    if toured: jobs.append((sum(toured.values()), tour, (list(toured), kernel)))
     files = found("tests/**/test_*.py", "test file")
     quick_and_slow = {f: seconds.get(name_of(f), [UNKNOWN, 0]) for f in files}
     tests = {f: both[0] if FAST else sum(both) for f, both in quick_and_slow.items()}

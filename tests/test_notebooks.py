@@ -6,7 +6,8 @@ import pytest
 from places import ROOT
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("**/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-PAGES = [p for p in NOTEBOOKS if p.parent.name == "reproduce"]
+TOUR = [p for p in NOTEBOOKS if p.parent.name == "tour" and '"parameters"' in p.read_text(encoding="utf-8")]
+PAGES = [p for p in NOTEBOOKS if p.parent.name == "reproduce"] + TOUR      # papermill runs them
 LARGEST = 300_000        # characters of a cell's outputs
 HEAVIEST = 600_000       # bytes of a notebook's file
 # What no stored output may say.
