@@ -60,8 +60,7 @@ class WorldSettings(Settings):
     bank: Literal["A", "B"] = setting("A", "which streets, light and cameras; B never lends anything to A")
     values: dict = setting({}, "values of the world's profile to change, such as company=0.5")
 
-_THUMBNAIL = dict(pretrain_people=8, appearances=2, walks_per_video=4, train_people=8, test_people=6, distractors=12,
-                  crop=[64, 32])
+_THUMBNAIL = dict(pretrain_people=8, appearances=2, walks_per_video=4, train_people=8, test_people=6, distractors=12)
 WorldSettings.profiles = dict(
     small=dict(size="small"), tiny=dict(size="tiny"), smoke=dict(size="tiny", values=_THUMBNAIL))
 
