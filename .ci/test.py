@@ -31,7 +31,7 @@ FAST = os.environ.get("FAST", "0") not in ("", "0")
 PAGE_LIMIT, PART_LIMIT = 300, 1800            # seconds after which a job is stopped
 PART = 300                                    # seconds of tests in one pytest process
 BATCH = 60                                    # seconds of notebooks in one process
-QUICK = 8                                     # seconds of a library notebook that FAST=1 still runs
+QUICK = 5                                     # seconds of a library notebook that FAST=1 still runs
 UNKNOWN = 10                                  # seconds of what was never measured
 
 

@@ -23,6 +23,7 @@ def scores(q, g, query, gallery, distractors):
             np.sort(cameras.mAP), np.sort(cameras.queries)]
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["permuted", "from 0", "far"]))
 @settings(max_examples=8, deadline=None)
 def test_renumbering_changes_no_score(seed, how):

@@ -57,6 +57,7 @@ def root(world, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow("draws worlds")
 def test_same_seed_same_bytes_in_one_process_and_in_two(world, root, tmp_path):
     render(make_world("tiny", 3, **SMALL), tmp_path, workers=2)
     assert same(root, tmp_path)
@@ -71,6 +72,7 @@ def test_other_seed_and_other_bank_are_other_people(world):
     assert {c.name for c in bank.cameras}.isdisjoint(c.name for c in world.cameras)
 
 
+@pytest.mark.slow("draws worlds")
 @pytest.mark.parametrize("profile", ["tiny", "small"])
 def test_splits_are_disjoint_and_queries_answerable(profile):
     w = make_world(profile, 0, **({} if profile == "tiny" else dict(pretrain_people=16)))
@@ -97,6 +99,7 @@ def test_look_alikes_share_clothes_and_little_else():
         assert len({a.height, b.height, c.height}) == 3
 
 
+@pytest.mark.slow("draws worlds")
 @pytest.mark.parametrize("switch, fragments, background",
                          [(0, 1, 0), (.05, 2.5, .03), (.2, 1, .1), (.2, 2.5, .05), (.1, 6, .1), (.2, 6, 0)])
 def test_mistakes_come_at_the_rates_asked_for(switch, fragments, background):

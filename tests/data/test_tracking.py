@@ -90,6 +90,7 @@ def test_settings_without_meaning_are_refused_before_anything_is_written(street,
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow("tracks whole videos")
 def test_size_and_score_limits(street, tmp_path):
     tall = T.track(street[0], tmp_path / "a", ColourDetector(), min_height=50)
     assert len(tall) and tall["h"].min() >= 50
@@ -122,6 +123,7 @@ def test_a_lost_crop_comes_back(street, tmp_path):
     assert content(tmp_path) == wanted
 
 
+@pytest.mark.slow("tracks whole videos")
 def test_other_settings_replace_the_crops_and_reuse_the_detections(street, tmp_path):
     T.track(street[0], tmp_path, **OPTIONS)
     detector = ColourDetector()
@@ -132,6 +134,7 @@ def test_other_settings_replace_the_crops_and_reuse_the_detections(street, tmp_p
     pd.testing.assert_frame_equal(other, fresh)
 
 
+@pytest.mark.slow("tracks whole videos")
 def test_another_video_in_the_same_folder_is_refused(street, tmp_path):
     T.track(street[0], tmp_path / "out", **OPTIONS)
     write_street(tmp_path / "other.avi", n=20, seed=1)

@@ -43,6 +43,7 @@ def tables(draw):
     return labels, make_samples(path, video=[videos[t % len(videos)] for t in tracklet], tracklet=tracklet, frame=frame)
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(table=tables(), discarded=st.sampled_from(["leave out", "keep"]))
 def test_lists_come_back(table, discarded, tmp_path_factory):
@@ -59,6 +60,7 @@ def test_lists_come_back(table, discarded, tmp_path_factory):
     assert back.video.tolist() == samples.video[there].tolist()
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(table=tables(), discarded=st.sampled_from(["leave out", "keep"]),
        link=st.sampled_from(["copy", "hard", "symlink"]))

@@ -155,6 +155,7 @@ def dense_float32(x, near, k1, k2):
         yield i, np.maximum(1 - shared / (2 - shared), 0)
 
 
+@pytest.mark.slow("a size that fills many tiles")
 @pytest.mark.parametrize("threads, page", [(1, 2**17), (2, 2**17), (2, 500)])
 def test_jaccard_at_a_size_that_fills_pages(threads, page, monkeypatch):
     n = 2000

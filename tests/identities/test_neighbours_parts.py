@@ -35,6 +35,7 @@ def one_thread():
 needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is not installed")
 
 
+@pytest.mark.slow("a size that fills many tiles")
 @pytest.mark.parametrize("n, half_width", [(4700, None), (5000, 700), (5000, 9)])
 def test_lists_over_many_tiles_and_threads(n, half_width):
     x = people(n, 16, copies=50)

@@ -53,6 +53,7 @@ def test_a_pair_just_at_the_threshold_is_decided_by_its_own_product():
     assert linked == {(i, 400 + i) for i in range(400) if cosine[i] > .82}
 
 
+@pytest.mark.slow("hundreds of random worlds")
 def test_a_threshold_equal_to_a_distance_excludes_that_pair_in_any_tile():
     "The product of a whole tile may round otherwise than the product of the two rows, which decides."
     units = unit_rows(np.random.default_rng(0).normal(size=(60, 96)))

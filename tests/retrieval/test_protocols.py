@@ -68,6 +68,7 @@ def test_draws_are_fair():
         np.testing.assert_allclose(np.unique(rows[:, column], return_counts=True)[1] / 6000, 1 / n, atol=.03)
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_clothes_changing_is_its_definition(seed):
