@@ -31,7 +31,7 @@ FAST = os.environ.get("FAST", "0") not in ("", "0")
 PAGE_LIMIT, PART_LIMIT = 300, 1800            # seconds after which a job is stopped
 PART = 300                                    # seconds of tests in one pytest process
 BATCH = 60                                    # seconds of notebooks in one process
-QUICK = 5                                     # seconds of a library notebook that FAST=1 still runs
+QUICK = 4                                     # seconds of a library notebook that FAST=1 still runs
 UNKNOWN = 10                                  # seconds of what was never measured
 
 
@@ -205,7 +205,7 @@ def plan(seconds: dict, kernel: str) -> tuple[list, list]:
     quick_and_slow = {f: seconds.get(name_of(f), [UNKNOWN, 0]) for f in files}
     tests = {f: both[0] if FAST else sum(both) for f, both in quick_and_slow.items()}
     for function, takes, length in ((pytest, tests, PART), (notebooks, books, BATCH)):
-        n = 2 if FAST else max(2, round(sum(takes.values()) / length))
+        n = 4 if FAST else max(2, round(sum(takes.values()) / length))
         for number, part in enumerate(parts_of(takes, n), 1):
             jobs.append((sum(takes[f] for f in part), function, (part, number)))
     jobs.sort(key=lambda job: (job[1] is not pytest, -job[0]))

@@ -79,6 +79,7 @@ def test_oracles_agree(seed):
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["clusters", "lattice", "copies", "axes"]),
        levels=st.sampled_from(PREFIXES))
+@pytest.mark.slow("hundreds of random worlds")
 def test_row_order_inside_a_video_changes_nothing(seed, kind, levels):
     x, samples = random_world(seed, kind, 50)
     order = np.arange(50)
@@ -109,6 +110,7 @@ def test_new_tracklet_numbers_in_the_same_order_change_no_label(seed, kind):
     assert np.array_equal(a.labels, b.labels) and np.array_equal(a.tracklets.tracklet * 3 + 11, b.tracklets.tracklet)
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_tracklet_numbers_only_rename_labels(seed):
@@ -129,6 +131,7 @@ def test_open_thresholds_change_nothing(seed, kind):
     assert np.array_equal(got.labels, got.labels_after("before")) and samples.tracklet.nunique() == got.labels.max() + 1
 
 
+@pytest.mark.slow("hundreds of random worlds")
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["clusters", "lattice"]), sigma_cst=st.floats(.05, .8))
 def test_what_each_state_promises(seed, kind, sigma_cst):
