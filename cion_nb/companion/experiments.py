@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'FEW', 'CLAIMS', 'COLUMNS', 'TEXTS', 'REMEDY', 'PREFACE', 'Arm', 'Claim', 'results_folder', 'read_results',
-           'damage', 'write_results', 'run_name', 'measure', 'missing', 'costs', 'compute', 'of_today', 'differences',
-           'verdicts', 'claims_table', 'said', 'arms_table', 'plot_arms', 'pipes', 'latex', 'results_text', 'publish']
+           'damage', 'write_results', 'run_name', 'measure', 'missing', 'costs', 'compute', 'of_today', 'has_begun',
+           'differences', 'verdicts', 'claims_table', 'said', 'arms_table', 'plot_arms', 'pipes', 'latex',
+           'results_text', 'publish']
 
 # %% ../../nbs/9_companion/04_experiments.ipynb #3d9f5958
 import tempfile
@@ -296,6 +297,10 @@ def of_today(
     asked = [run_name(ARMS[row.arm].recipe(profile, row.world)) for row in results.itertuples()]
     return results[results["run"].to_numpy() == np.array(asked, dtype=object)]
 
+def has_begun(claim: Claim, results: pd.DataFrame) -> bool:
+    "Whether there is a row of each of its arms."
+    return set(claim.arms) <= set(results["arm"])
+
 def differences(
     claim: Claim,
     results: pd.DataFrame,   # as `of_today` gives them
@@ -422,9 +427,10 @@ def results_text(
 ) -> str:   # Markdown
     "What `reports/README.md` says."
     parts = [PREFACE, pipes(claims_table(profile, folder=folder)), ""]
+    results = of_today(read_results(profile, folder), profile)
     for claim in CLAIMS.values():
+        if not has_begun(claim, results): continue
         table = arms_table(claim, profile, folder)
-        if not len(table): continue
         parts += [f"## {claim.name}: {claim.says}", "", f"The paper: {claim.source}. *Own camera*: 1 is a feature of "
                   "people, more is a feature of places.", "", pipes(table), "",
                   f"![{claim.name}: mAP by arm, a line a world](results/{profile}_{claim.file}.png)", ""]
@@ -438,13 +444,13 @@ def publish(
 ) -> Path:                 # the Markdown file
     "Write the text, its tables as CSV and LaTeX, and its pictures."
     folder = folder or results_folder()
-    tables = {f"{profile}_{claim.file}": arms_table(claim, profile, folder) for claim in CLAIMS.values()}
+    results = of_today(read_results(profile, folder), profile)
+    begun = [claim for claim in CLAIMS.values() if has_begun(claim, results)]
+    tables = {f"{profile}_{claim.file}": arms_table(claim, profile, folder) for claim in begun}
     for name, table in (tables | {f"{profile}_claims": claims_table(profile, folder=folder)}).items():
-        if not len(table): continue
         with atomic(folder / "tables" / f"{name}.csv") as tmp: table.to_csv(tmp)
         with atomic(folder / "tables" / f"{name}.tex") as tmp: tmp.write_text(latex(table), encoding="utf-8")
-    for claim in CLAIMS.values():
-        if not len(tables[f"{profile}_{claim.file}"]): continue
+    for claim in begun:
         with atomic(folder / f"{profile}_{claim.file}.png") as tmp: plot_arms(claim, profile, folder).savefig(tmp)
     with atomic(folder.parent / "README.md") as tmp: tmp.write_text(results_text(profile, folder), encoding="utf-8")
     return folder.parent / "README.md"

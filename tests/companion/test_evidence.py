@@ -3,8 +3,8 @@ import numpy as np
 import pandas as pd
 from places import ROOT
 
-from cion_nb.companion import evidence as E
-from cion_nb.companion.claims import decide
+from cion_nb.companion import evidence as E, experiments as X
+from cion_nb.companion.claims import decide, mean_interval
 from cion_nb.core.files import write_json
 
 
@@ -21,12 +21,12 @@ def test_the_table_says_what_its_rows_say():
     "By hand from the stored file: the means, and a verdict that follows from its interval."
     rows, table = E.ladder_rows(), E.holds_so_far()
     means = 100 * rows.groupby("method").mAP.mean()
-    effects = table.xs(E.ladder().claim)["points of mAP [interval]"].str.extract(r"^([-+.\d]+) ")[0]
+    effects = table.xs(E.ladder().claim)["difference [interval]"].str.extract(r"^([-+.\d]+) ")[0]
     assert np.allclose(effects.astype(float), [means.cion_true - means.cion, means.cion - means.tracklet,
                                                   means.tracklet - means.dino], atol=.051)
     for kind in (E.ladder(), E.photographs()):
         part = table.xs(kind.claim)
-        low = part["points of mAP [interval]"].str.extract(r"\[([-+.\d]+),")[0].astype(float)
+        low = part["difference [interval]"].str.extract(r"\[([-+.\d]+),")[0].astype(float)
         assert (part["verdict"].str.startswith("holds") == (low > 0)).all()
         assert (part["n"] == f"{len(next(iter(kind.differences.values())))} {kind.unit}").all()
 
@@ -39,10 +39,31 @@ def test_what_was_not_computed_is_not_run(tmp_path, monkeypatch):
 
 
 def test_the_families_are_told_in_one_line():
-    kind = E.families()
-    line = E._one_line(kind, "x")
+    "With what each would say alone: the correction for ten hides nothing."
+    kind, said = E.families(), E._families_line()[6]
     words = decide(kind.differences, 3)["verdict"].value_counts()
-    assert line[5] == ", ".join(f"{n} of 10 {word}" for word, n in words.items())
+    assert said.startswith(", ".join(f"{n} of 10 {word}" for word, n in words.items()))
+    low = {name: mean_interval(d)[0] + mean_interval(d)[2] for name, d in kind.differences.items()}
+    assert {name for name in kind.differences if name in said} == {name for name, high in low.items() if high < 0}
+
+
+def test_levels_are_means_of_the_arms():
+    for kind in (E.ladder(), E.photographs(), E.adaptation(), E.families()):
+        for name, differences in kind.differences.items():
+            worse, better = kind.levels[name]
+            assert np.isclose(better - worse, np.mean(differences)), name
+
+
+def test_a_claim_begins_with_a_row_of_each_arm(tmp_path, monkeypatch):
+    "One that shares an arm with another is not shown for its sake."
+    monkeypatch.setattr("cion_nb.companion.experiments.results_folder", lambda: tmp_path)
+    def row(arm): return dict(world=1, arm=arm, mAP=.1, run=X.run_name(X.ARMS[arm].recipe("small", 1)))
+    rows = [row(arm) for arm in X.CLAIMS["C2"].arms]
+    X.write_results("small", rows, {}, tmp_path)
+    table = E.holds_so_far()
+    worlds = table[table["page"] == "reproduce/claims.ipynb"]
+    assert set(worlds.index.get_level_values(0)) == {X.CLAIMS["C2"].says}
+    assert (worlds["mAP, %"] == "10.0 → 10.0").all() and (worlds["verdict"] == "1 of 5 worlds").all()
 
 
 def test_costs_are_medians_of_finished_runs(tmp_path):
@@ -62,6 +83,6 @@ def test_readme_shows_the_table():
     for (_, comparison), row in E.holds_so_far().iterrows():
         line = next((line for line in readme.splitlines() if comparison in line and row["n"] in line), None)
         assert line, f"README lacks {comparison}: run nbs/index.ipynb, then `make readme`"
-        assert row["verdict"] in line and row["points of mAP [interval]"] in line, comparison
+        assert row["verdict"] in line and row["difference [interval]"] in line, comparison
     for what, row in E.cost_table().iterrows():
         assert any(what in line and row["takes"] in line for line in readme.splitlines()), what
