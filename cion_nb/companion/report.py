@@ -161,6 +161,9 @@ ABOUT = dict(
     "equal. Both are repeated in generated worlds, each with new people, new videos and new mistakes of the tracker, "
     "and judged by how well a person is found again among people nobody trained on. How many worlds decide was fixed "
     "beforehand. A claim holds where the differences over all of them leave no room for chance.",
+    budget="How much must a network be shown before pre-training pays? The same network is pre-trained on a few "
+    "thousand to a hundred and fifty thousand images, by three ideas of who is who, and judged twice: as it is, and "
+    "after learning from labels. The paper stands far to the right of this curve; a laptop stands on it.",
     drawings="The paper explains itself with pictures: which images count as one person, what is linked with what, "
     "and which views of a person learn from one another. Here they are drawn anew from generated people, by the code "
     "that does the work. They claim nothing that could be measured.",

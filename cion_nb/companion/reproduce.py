@@ -539,6 +539,7 @@ def at_share(
 # %% ../../nbs/9_companion/03_reproduce.ipynb #98cc5b9e
 TITLES = dict(
     claims="The paper's claims: what holds, in how many worlds",
+    budget="The budget curve: how many images must pre-training be shown?",
     drawings="Figures 1 to 3 and 8: what the paper draws to explain itself",
     road="The whole road once: from a video to identities",
     denoising="What denoising does: n_S beside the truth, and the cost of the sliding range",
@@ -556,7 +557,7 @@ TITLES = dict(
 )
 
 # need the embedded world's truth: there is nothing to do for them at the `paper` profile
-EMBEDDED = ("claims", "drawings", "road", "denoising", "order")
+EMBEDDED = ("claims", "budget", "drawings", "road", "denoising", "order")
 
 def notebooks() -> dict[str, Path]:
     "Name -> notebook of `nbs/reproduce/`, in running order."
