@@ -190,7 +190,8 @@ def run_costs(
         told = (read_json(file.with_name(f"{name}.json")) for name in ("recipe", "result", "environment"))
         asked, result, about = told
         what = " ".join(filter(None, (asked["stage"], asked.get("method"))))
-        rows.append(dict(what=what, profile=asked["profile"], seconds=result["seconds"], images=result.get("images"),
+        seconds = result.get("train_seconds", result["seconds"])       # of a resumed run the whole, without start-up
+        rows.append(dict(what=what, profile=asked["profile"], seconds=seconds, images=result.get("images"),
                          threads=result.get("threads"), cpu=about["cpu"], commit=about["commit"]))
     keys = ["what", "profile", "images", "threads", "cpu", "commit"]
     grouped = pd.DataFrame(rows, columns=[*keys, "seconds"]).groupby(keys, dropna=False, sort=False)["seconds"]

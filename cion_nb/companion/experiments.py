@@ -293,7 +293,7 @@ def _made(asked: dict) -> dict:
     else:
         run = Run(asked).require()
         about, result = read_json(run.folder / "environment.json"), run.result
-        told = dict(presentations=result["images"], seconds=result["seconds"], precision=result["precision"])
+        told = dict(presentations=result["images"], seconds=result["train_seconds"], precision=result["precision"])
     return told | {k: about[k] for k in ("commit", "cpu", "cores", "device")} | dict(torch=about["versions"]["torch"])
 
 def _frozen(asked: dict) -> dict:
@@ -315,8 +315,7 @@ def measure(
     is_frozen = asked["stage"] in ("untrained", "pretrain")
     if arm.startswith("time_"): scores = {}
     else: scores = _frozen(asked) if is_frozen else {k: Run(asked).result[k] for k in ("mAP", "rank1")}
-    row = dict(world=world, arm=arm) | scores | _made(asked) | dict(run=run_name(asked))
-    return row | dict(seconds=Run(asked).result["train_seconds"]) if arm.startswith("time_") else row
+    return dict(world=world, arm=arm) | scores | _made(asked) | dict(run=run_name(asked))
 
 # %% ../../nbs/9_companion/05_experiments.ipynb #03c1f23c
 def missing(
