@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'FEW', 'SHARES', 'NETWORK', 'BUDGETS', 'CURVE', 'FIRST', 'TRIALS', 'CLAIMS', 'COLUMNS', 'TEXTS', 'REMEDY',
-           'LINEAR', 'PREFACE', 'Arm', 'Claim', 'results_folder', 'read_results', 'damage', 'write_results', 'run_name',
-           'measure', 'missing', 'asked_of', 'costs', 'compute', 'prepare', 'is_prepared', 'of_today', 'has_begun',
-           'differences', 'exponents', 'verdicts', 'claims_table', 'said', 'arms_table', 'plot_arms', 'plot_budget',
-           'search_table', 'families_table', 'pipes', 'latex', 'results_text', 'publish']
+           'LINEAR', 'CLAIMS_PAGES', 'PAGES_PREFACE', 'PREFACE', 'Arm', 'Claim', 'results_folder', 'read_results',
+           'damage', 'write_results', 'run_name', 'measure', 'missing', 'asked_of', 'costs', 'compute', 'prepare',
+           'is_prepared', 'of_today', 'has_begun', 'differences', 'exponents', 'verdicts', 'claims_table', 'said',
+           'arms_table', 'plot_arms', 'plot_budget', 'search_table', 'families_table', 'pipes', 'latex', 'keep_pages',
+           'page_table', 'page_text', 'pages_text', 'results_text', 'publish']
 
 # %% ../../nbs/9_companion/05_experiments.ipynb #3d9f5958
 import json
@@ -35,7 +36,8 @@ from cion_nb.companion.choices import (
     trial_pretraining,
 )
 from .claims import decide, worlds_needed
-from .reproduce import at_share, frozen_features, make_runs, score_features
+from .report import read_report, report_folder
+from .reproduce import at_share, frozen_features, make_runs, SAYS, score_features, TITLES
 from ..core.files import atomic, fingerprint, read_json, resolve, write_json
 from ..core.runs import environment, Run
 from ..core.settings import PROFILES, recipe, refuse_unknown
@@ -627,8 +629,9 @@ def pipes(table: pd.DataFrame) -> str:
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
-def _tex(text) -> str:
-    return "".join({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$"}.get(c, c) for c in str(text))
+_TEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$", "→": r"$\to$"}
+
+def _tex(text) -> str: return "".join(_TEX.get(c, c) for c in str(text))
 
 def latex(table: pd.DataFrame) -> str:
     "A table for `booktabs`; its index comes first."
@@ -638,10 +641,78 @@ def latex(table: pd.DataFrame) -> str:
     body = [rows[0], r"\midrule", *rows[1:]]
     return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
+# %% ../../nbs/9_companion/05_experiments.ipynb #e439d07f
+def keep_pages(
+    profile: str = "tiny",
+    folder: Path = None,   # None: `results_folder()`
+) -> list[str]:            # names of the pages that were kept
+    "Keep what the pages of `reports/<profile>` show: `pages/<name>.json`, pictures, tables as CSV and LaTeX."
+    folder, kept = folder or results_folder(), []
+    for name in TITLES:
+        report = read_report(name, profile)
+        if name in CLAIMS_PAGES or not report: continue
+        rows, made = pd.DataFrame(report["rows"]), report["environment"]
+        about = {key: sorted(set(rows[key].dropna())) if key in rows else [made.get(key)] for key in ("commit", "cpu")}
+        told = dict(name=name, profile=profile, said=report.get("said") or report["verdicts"], **about)
+        told |= dict(figures=report.get("figures") or [], table=report.get("table"))
+        write_json(folder / "pages" / f"{name}.json", told)
+        for figure in told["figures"]: _keep_picture(report_folder(profile) / figure, folder / "pages" / figure)
+        if report.get("table"): _keep_table(report["table"], folder / "tables" / f"{profile}_{name}")
+        kept.append(name)
+    return kept
+
+CLAIMS_PAGES = ("claims", "drawings")      # drawn from stored results already; nothing measured
+
+def _keep_table(table: dict, stem: Path) -> None:
+    shown = page_table(table)
+    with atomic(stem.with_suffix(".csv")) as tmp: shown.to_csv(tmp)
+    with atomic(stem.with_suffix(".tex")) as tmp: tmp.write_text(latex(shown), encoding="utf-8")
+
+def _keep_picture(source: Path, target: Path) -> None:
+    "With few colours, as a drawing has them: a third of the bytes."
+    from PIL import Image
+    with Image.open(source) as image, atomic(target) as tmp:
+        image.convert("RGB").quantize(96).save(tmp, "PNG", optimize=True)
+
+# %% ../../nbs/9_companion/05_experiments.ipynb #2262c0e0
+def page_table(table: dict) -> pd.DataFrame:   # texts; the first column is the index
+    "A table of `report.flat_table`, its groups written out."
+    names = [f"{group}, {name}" if group and name else group or name
+             for group, name in zip(table["groups"], table["names"])]
+    return pd.DataFrame(table["rows"], columns=names).set_index(names[0])
+
+def page_text(kept: dict) -> list[str]:   # lines of Markdown
+    "What the published text says of a page."
+    name, profile = kept["name"], kept["profile"]
+    lines = [f"## {TITLES[name]}", "", f"*The paper:* {SAYS[name]}", "", *(f"* {line}" for line in kept["said"]), ""]
+    files = f"[page](../nbs/reproduce/{name}.ipynb)"
+    if kept["table"]:
+        lines += [pipes(page_table(kept["table"])), ""]
+        stem = f"results/tables/{profile}_{name}"
+        files += f", [CSV]({stem}.csv), [LaTeX]({stem}.tex)"
+    for figure in kept["figures"]: lines += [f"![{TITLES[name]}](results/pages/{figure})", ""]
+    made = f"Profile `{profile}`, runs made on {', '.join(kept['cpu'])}, commit {', '.join(kept['commit'])}"
+    return [*lines, f"{made}. {files}.", ""]
+
+def pages_text(folder: Path = None) -> str:   # Markdown; empty where no page was kept
+    "All kept pages, in their order."
+    folder = (folder or results_folder()) / "pages"
+    kept = [read_json(folder / f"{name}.json") for name in TITLES if (folder / f"{name}.json").exists()]
+    if not kept: return ""
+    return "\n".join([PAGES_PREFACE, *(line for page in kept for line in page_text(page))])
+
+PAGES_PREFACE = """# The paper's tables and figures
+
+What follows is by profile `tiny`: one generated world, 64x32 images, minutes of a laptop, some three training seeds, \
+so it shows that every table can be made and seldom decides anything. *mean ± half-width*: the 95 % interval over \
+seeds. A comparison's interval is corrected for all comparisons of its page (Holm).
+"""
+
 # %% ../../nbs/9_companion/05_experiments.ipynb #59dd14e0
 PREFACE = """# What came out
 
-*Written by `cion_nb reproduce --profile small --only claims` from the rows in [results](results/); do not edit.*
+*Written by `cion_nb reproduce --profile small --only claims` and `make results` from the data in [results](results/); \
+do not edit.*
 
 Ours: an embedded, generated world of people, a small network, 128x64 images, features frozen after pre-training and \
 scored on people nobody trained on. A replicate is a world, drawn anew with people, videos and denoising. Intervals \
@@ -664,7 +735,7 @@ def results_text(
                   f"![{claim.name}: mAP by arm, a line a world](results/{profile}_{claim.file}.png)", ""]
     rows = read_results(profile, folder)
     made = ", ".join(sorted({f"{r.cpu} ({r.cores:.0f} cores, {r.device})" for r in rows.itertuples()}))
-    return "\n".join([*parts, f"{len(rows)} rows, made on: {made or 'nothing yet'}.", ""])
+    return "\n".join([*parts, f"{len(rows)} rows, made on: {made or 'nothing yet'}.", "", pages_text(folder)])
 
 def publish(
     profile: str = "small",
