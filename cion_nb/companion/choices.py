@@ -9,6 +9,7 @@ __all__ = ['TRIES', 'LADDER', 'RUNGS', 'WORLD', 'SIZE', 'HELD_OUT', 'MOST_SECOND
 
 # %% ../../nbs/9_companion/04_choices.ipynb #d1371c17
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,8 @@ def add_trial(row: dict, folder: Path = None) -> None:
     with atomic(choices_file(folder)) as tmp: table[TRIAL_COLUMNS].to_csv(tmp, index=False, float_format="%.6g")
 
 # %% ../../nbs/9_companion/04_choices.ipynb #bc742547
-def frozen_trial(backbone: str, run: Run | None, folder: str) -> float:   # mAP; run None: untrained
-    "Frozen features of the training people of world 0: every image a query among all others, across cameras."
-    data = run.recipe["data"] if run else recipe("world", "small", seed=WORLD)
+def frozen_trial(backbone: str, data: dict, run: Run | None, folder: str) -> float:   # mAP; run None: untrained
+    "Frozen features of a world's training people: every image a query among all others, across cameras."
     samples, root = read_data(dict(data=data), "train")
     torch.manual_seed(WORLD)
     model = load_backbone(run.folder / "backbone.safetensors") if run else create_backbone(backbone, SIZE)
@@ -109,7 +109,7 @@ def _row(part, start, settings, asked, mAP) -> dict:
 def _frozen_row(backbone, method, presentations, settings, profile) -> dict:
     asked = trial_pretraining(backbone, method, presentations, profile=profile, **settings)
     run = Run(asked).require()
-    return _row("pretrain", method, settings, asked, frozen_trial(backbone, run, str(run.folder / "held_out")))
+    return _row("pretrain", method, settings, asked, frozen_trial(backbone, asked["data"], run, str(run.folder / "held_out")))
 
 # %% ../../nbs/9_companion/04_choices.ipynb #dba41ecc
 def tried(backbone: str, part: str, start: str, presentations: int = None, folder: Path = None) -> pd.DataFrame:
@@ -174,9 +174,9 @@ def climb(backbone: str, profile: str = "small", folder: Path = None, jobs: int 
 
 def _untrained(backbone, profile, folder) -> None:
     if len(tried(backbone, "pretrain", "untrained", folder=folder)): return
-    make_runs([recipe("world", profile, seed=WORLD)], "world 0")
-    import tempfile
-    with tempfile.TemporaryDirectory() as place: mAP = frozen_trial(backbone, None, place)
+    data = recipe("world", profile, seed=WORLD)
+    make_runs([data], "world 0")
+    with tempfile.TemporaryDirectory() as place: mAP = frozen_trial(backbone, data, None, place)
     about = environment()
     add_trial(dict(backbone=backbone, part="pretrain", start="untrained", settings="{}", presentations=0, mAP=mAP,
                    seconds=0., run=f"untrained-{backbone}", commit=about["commit"], cpu=about["cpu"]), folder)

@@ -76,14 +76,16 @@ def _cpu_name():
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), usual)
 
 def git_commit() -> str | None:
-    "The checkout's commit, with a `+` when files differ from it; None outside a checkout."
+    "The checkout's commit, with a `+` when files but results differ from it; None outside a checkout."
     def git(*args):
         command = ["git", "-C", str(project_root()), *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=20)
     try: head = git("rev-parse", "--short=12", "HEAD")
     except (OSError, subprocess.TimeoutExpired): return None
     if head.returncode: return None
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    program = [".", *(f":(exclude)reports/{made}" for made in ("results", "bench", "README.md"))]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *program).stdout.strip()
+    return head.stdout.strip() + ("+" if changed else "")
 
 # %% ../../nbs/0_core/02_runs.ipynb #b65756ad
 def is_main_process() -> bool:
