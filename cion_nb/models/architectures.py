@@ -67,6 +67,7 @@ class Architecture:
     gflops: float       # giga multiply-adds for one 256x128 image, by `count_gflops`
     has_batchnorm: bool # True where statistics depend on the batch
     in_paper: bool      # one of the 32
+    trial: bool = False # a small member of its family, for claims about families; not in `list_backbones()`
 
 # %% ../../nbs/2_models/00_architectures.ipynb #ce055022
 _ZOO = """
@@ -111,17 +112,19 @@ resnet10_tiny_ibn resnet_ibn resnet10t                     256  1227936  0.235 1
 
 def _read_zoo(text):
     for name, family, model, dim, parameters, gflops, bn, *ours in map(str.split, text.strip().splitlines()):
-        yield name, Architecture(name, family, model, int(dim), int(parameters), float(gflops), bn == "1", not ours)
+        yield name, Architecture(name, family, model, int(dim), int(parameters), float(gflops), bn == "1", not ours,
+                                 trial=ours == ["trial"])
 
 ARCHITECTURES: dict[str, Architecture] = dict(_read_zoo(_ZOO))
 
 # %% ../../nbs/2_models/00_architectures.ipynb #148c5376
 def list_backbones(
     family: str | None = None, # only this family
+    trial: bool = False,       # the trial members instead, one a family
 ) -> pd.DataFrame:             # a row each: the fields of `Architecture`, and three of Table 5
     """The backbones that `create_backbone` knows, one a row.
     Table 5's batch_per_gpu, local_crops and train_hours are empty where unknown."""
-    table = pd.DataFrame([asdict(a) for a in ARCHITECTURES.values()])
+    table = pd.DataFrame([asdict(a) for a in ARCHITECTURES.values() if a.trial == trial]).drop(columns="trial")
     names = dict(batch_size_per_gpu="batch_per_gpu", local_crops="local_crops", train_hours_approx="train_hours")
     rows = table5().set_index("arch")
     for theirs, ours in names.items(): table[ours] = table.name.map(rows[theirs]).astype(float)
@@ -166,13 +169,14 @@ def _resnet(arch, image_size, **kw):
     return model
 
 # %% ../../nbs/2_models/00_architectures.ipynb #b11306ee
-def _tiny(**kw):
-    "A ResNet of four basic blocks, 32 to 256 channels, with a narrow stem: timm's 64 would be a third of a step."
-    resnet, wide = timm.models.resnet, (32, 64, 128, 256)
-    model = resnet.ResNet(resnet.BasicBlock, layers=(1, 1, 1, 1), channels=wide, **kw)
-    narrow = lambda inside, kernel, stride: nn.Conv2d(inside, 32, kernel, stride, kernel // 2, bias=False)
+def _tiny(channels=(32, 64, 128, 256), **kw):
+    "A ResNet of four basic blocks with a stem as narrow as the first: timm's 64 would be a third of a step."
+    resnet, first = timm.models.resnet, channels[0]
+    model = resnet.ResNet(resnet.BasicBlock, layers=(1, 1, 1, 1), channels=channels, **kw)
+    narrow = lambda inside, kernel, stride: nn.Conv2d(inside, first, kernel, stride, kernel // 2, bias=False)
     block = model.layer1[0]
-    model.conv1, model.bn1, block.conv1, block.downsample = narrow(3, 5, 2), nn.BatchNorm2d(32), narrow(32, 3, 1), None
+    model.conv1, model.bn1 = narrow(3, 5, 2), nn.BatchNorm2d(first)
+    block.conv1, block.downsample = narrow(first, 3, 1), None
     model.init_weights(zero_init_last=kw["zero_init_last"])
     return model
 
@@ -225,9 +229,11 @@ class ConvStemViT(timm.models.vision_transformer.VisionTransformer):
         return self.pos_drop(torch.cat(tokens, dim=1))
 
 def _vit(arch, image_size, overlap=False, **kw):
-    if not arch.name.startswith("standard_"): kw["embed_layer"] = partial(ConvStem, stride=6 if overlap else 8)
-    return ConvStemViT(img_size=image_size, embed_dim=arch.embed_dim, num_heads=arch.embed_dim // 64, depth=12,
-                       num_classes=0, dynamic_img_size=True, **kw)
+    if _has_conv_stem(arch): kw["embed_layer"] = partial(ConvStem, stride=6 if overlap else 8)
+    kw = dict(num_heads=arch.embed_dim // 64, depth=12) | kw
+    return ConvStemViT(img_size=image_size, embed_dim=arch.embed_dim, num_classes=0, dynamic_img_size=True, **kw)
+
+def _has_conv_stem(arch): return arch.family == "vit" and not (arch.trial or arch.name.startswith("standard_"))
 
 # %% ../../nbs/2_models/00_architectures.ipynb #e8d031c4
 class PlainVOLO(timm.models.volo.VOLO):
@@ -243,12 +249,13 @@ _VOLO_SIZES = dict(
     volo_d2=dict(layers=(6, 4, 10, 4), embed_dims=(256, 512, 512, 512), num_heads=(8, 16, 16, 16)),
     volo_d3=dict(layers=(8, 8, 16, 4), embed_dims=(256, 512, 512, 512), num_heads=(8, 16, 16, 16)))
 
-def _volo(arch, image_size, **kw): return PlainVOLO(img_size=image_size, num_classes=0, **_VOLO_SIZES[arch.name], **kw)
+def _volo(arch, image_size, **kw):
+    return PlainVOLO(img_size=image_size, num_classes=0, **_VOLO_SIZES.get(arch.name, {}), **kw)
 
 # %% ../../nbs/2_models/00_architectures.ipynb #f14ec96a
-def _swin(arch, image_size, **kw):
-    return timm.create_model(arch.timm, num_classes=0, img_size=image_size, window_size=8, always_partition=True,
-                             strict_img_size=False, **kw)
+def _swin(arch, image_size, window_size=8, **kw):
+    return timm.create_model(arch.timm, num_classes=0, img_size=image_size, window_size=window_size,
+                             always_partition=True, strict_img_size=False, **kw)
 
 def _repvit(arch, image_size, **kw):
     model = timm.create_model(arch.timm, num_classes=0, distillation=False, **kw)
@@ -258,8 +265,11 @@ def _repvit(arch, image_size, **kw):
             block.se = timm.layers.SqueezeExcite(channels, 0.25, rd_divisor=4, gate_layer="hard_sigmoid")
     return model
 
-def _as_is(arch, image_size, **kw): # timm drops .2 of GhostNet's feature
-    return timm.create_model(arch.timm, num_classes=0, drop_rate=0., **kw)
+def _ghostnet(arch, image_size, cfgs=None): # timm drops .2 of its feature
+    if cfgs is None: return timm.create_model(arch.timm, num_classes=0, drop_rate=0.)
+    return timm.models.ghostnet.GhostNet(cfgs, num_classes=0, drop_rate=0.)
+
+def _as_is(arch, image_size, **kw): return timm.create_model(arch.timm, num_classes=0, **kw)
 
 # %% ../../nbs/2_models/00_architectures.ipynb #b0ef2925
 @dataclass(frozen=True)
@@ -271,7 +281,7 @@ class Family:
     drop_path: float | None = 0. # of the released definition; None where there is no drop path
 
 FAMILIES: dict[str, Family] = dict(
-    ghostnet=Family(_as_is, drop_path=None),
+    ghostnet=Family(_ghostnet, drop_path=None),
     edgenext=Family(_as_is, smallest=32),
     repvit=Family(_repvit, drop_path=None),
     fastvit=Family(_as_is),
@@ -296,7 +306,7 @@ def build_backbone(
     kw = {}
     if family.drop_path is not None: kw["drop_path_rate"] = family.drop_path if drop_path is None else drop_path
     if overlap: kw["overlap"] = True
-    model = family.build(arch, size, **kw)
+    model = _build_trial(arch, size, **kw) if arch.trial else family.build(arch, size, **kw)
     model.name, model.embed_dim, model.input = name, arch.embed_dim, InputSpec(*size)
     model.weights, model.overlap = None, overlap
     return model
@@ -319,18 +329,23 @@ def check_architecture(
     _check_extras(arch, drop_path, overlap)
 
 def _check_size(arch: Architecture, image_size) -> tuple:
-    family = FAMILIES[arch.family]
+    multiple, smallest = _limits(arch)
     if len(tuple(image_size)) != 2: raise ValueError(f"image_size {image_size}: give (height, width)")
     height, width = map(int, image_size)
-    if min(height, width) < family.smallest or height % family.multiple or width % family.multiple:
+    if min(height, width) < smallest or height % multiple or width % multiple:
         raise ValueError(f"{arch.name} cannot take {height}x{width} images: "
-                         f"height and width must be at least {family.smallest} and multiples of {family.multiple}")
+                         f"height and width must be at least {smallest} and multiples of {multiple}")
     return height, width
+
+def _limits(arch: Architecture) -> tuple: # multiple, smallest; a trial member takes half of its family's
+    family = FAMILIES[arch.family]
+    limits = family.multiple, family.smallest
+    return tuple(max(1, limit // 2) for limit in limits) if arch.trial else limits
 
 def _check_extras(arch: Architecture, drop_path, overlap) -> None:
     if drop_path and FAMILIES[arch.family].drop_path is None:
         raise ValueError(f"{arch.family} has no drop path; leave drop_path at None")
-    if overlap and (arch.family != "vit" or arch.name.startswith("standard_")):
+    if overlap and not _has_conv_stem(arch):
         raise ValueError(f"{arch.name} has no convolutional patch stem that could overlap: "
                          "leave overlap at false, or choose vit_tiny, vit_small or vit_base")
 
@@ -360,3 +375,47 @@ def count_gflops(
         model, image = build_backbone(name, image_size).eval(), torch.empty(1, 3, *image_size)
     with torch.no_grad(), _Counter() as counter: model(image)
     return counter.total / 1e9
+
+# %% ../../nbs/2_models/00_architectures.ipynb #a4d0b6c3
+_TRIALS = """
+ghostnet_trial   ghostnet   ghostnet_100                 1280 354652 0.044 1 trial
+edgenext_trial   edgenext   edgenext_x_small              128 652112 0.326 0 trial
+repvit_trial     repvit     repvit_m0_9                   160 712012 0.190 1 trial
+fastvit_trial    fastvit    fastvit_s12                   256 707600 0.172 1 trial
+resnet_trial     resnet     resnet10t                     192 691704 0.136 1 trial
+resnet_ibn_trial resnet_ibn resnet10t                     192 691704 0.136 1 trial
+convnext_trial   convnext   convnext_tiny                 192 691416 0.335 0 trial
+volo_trial       volo       volo_d1_224                    96 689892 0.575 1 trial
+vit_trial        vit        vit_tiny_patch16_224           96 515424 0.441 0 trial
+swin_trial       swin       swin_tiny_patch4_window7_224  128 574350 0.238 0 trial
+"""
+ARCHITECTURES.update(_read_zoo(_TRIALS))
+
+# %% ../../nbs/2_models/00_architectures.ipynb #5b82c9f1
+_GHOSTS = [[[3, 16, 16, 0, 1]],                                     # kernel, inside, outside, squeeze-excite, stride
+           [[3, 48, 24, 0, 2]], [[3, 72, 24, 0, 1]],
+           [[5, 72, 40, 0.25, 2]], [[5, 120, 40, 0.25, 1]],
+           [[3, 240, 80, 0, 2]], [[3, 200, 80, 0, 1], [3, 184, 80, 0, 1], [3, 184, 80, 0, 1]]]
+_BASIC = dict(channels=(24, 48, 96, 192))
+_TRIAL_SIZES = dict( # family -> keyword arguments of its builder
+    ghostnet=dict(cfgs=_GHOSTS),
+    edgenext=dict(depths=(1, 2, 3, 2), dims=(24, 48, 80, 128), heads=(4, 4, 4, 4)),
+    repvit=dict(depth=(2, 2, 4), embed_dim=(40, 80, 160)),
+    fastvit=dict(layers=(2, 2, 4), embed_dims=(32, 64, 128), mlp_ratios=(4,) * 3, token_mixers=("repmixer",) * 3),
+    resnet=_BASIC, resnet_ibn=_BASIC,
+    convnext=dict(depths=(1, 2, 3, 1), dims=(24, 48, 96, 192)),
+    volo=dict(layers=(2, 1, 2, 1), embed_dims=(48, 96, 96, 96), num_heads=(2, 4, 4, 4), patch_size=4,
+              stem_hidden_dim=16),
+    vit=dict(depth=4, num_heads=3, patch_size=8),
+    swin=dict(depths=(2, 2, 2, 2), embed_dim=16, num_heads=(1, 2, 4, 8), patch_size=2, window_size=4))
+
+# %% ../../nbs/2_models/00_architectures.ipynb #c8f5210e
+def _build_trial(arch, image_size, **kw):
+    model = FAMILIES[arch.family].build(arch, image_size, **_TRIAL_SIZES[arch.family], **kw)
+    if arch.family in ("convnext", "edgenext"): _halve_stem(model)
+    return model
+
+def _halve_stem(model: nn.Module) -> None:
+    "Let a stem of 4x4 patches move by 2."
+    model.stem[0].stride, model.stem[0].padding = (2, 2), (1, 1)
+    for stage in model.feature_info: stage["reduction"] //= 2

@@ -18,7 +18,7 @@ from .checkpoints import load_backbone_weights
 
 # %% ../../nbs/2_models/02_backbones.ipynb #2456ac19
 def create_backbone(
-    name: str,                             # one of `list_backbones().name`
+    name: str,                             # one of `list_backbones().name`, or of `list_backbones(trial=True).name`
     image_size: tuple[int, int] = (256, 128), # (height, width) in pixels; half of it works too
     weights: str | Path | None = None,     # None: random; a checkpoint's path; "imagenet": timm's, fetched once
     drop_path: float | None = None,        # stochastic depth; None = the released definition's (0.1 for Swin, else 0)

@@ -111,7 +111,7 @@ def _renamings(
 ) -> dict[str, Callable[[str], str]]: # whose names -> (an entry's name there -> ours; "" for a constant of ours)
     "The ways in which files name this architecture's entries."
     known = _RULES.get(arch.family, {})
-    if arch.family == "repvit":
+    if arch.family == "repvit" and not arch.trial:
         depths = (4, 4, 24, 4) if arch.name == "repvit_m1_5" else (2, 2, 14, 2)
         known = dict(released=_repvit_rules(depths))
     return dict(timm=str) | {whose: _renaming(rules) for whose, rules in known.items()}
@@ -535,7 +535,7 @@ def load_imagenet_weights(
 
 def _imagenet_config(arch: Architecture):
     "timm's entry of the weights. ValueError where its network is not ours, or it has none."
-    is_ours = arch.name.startswith("resnet10_tiny")
+    is_ours = arch.trial or arch.name.startswith("resnet10_tiny")
     config = None if is_ours else timm.get_pretrained_cfg(arch.timm, allow_unregistered=True)
     plain = f"standard_{arch.name}" if f"standard_{arch.name}" in ARCHITECTURES else None
     if plain or arch.family in ("repvit", "resnet_ibn") or not (config and config.has_weights):
