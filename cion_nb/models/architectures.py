@@ -393,9 +393,9 @@ ARCHITECTURES.update(_read_zoo(_TRIALS))
 
 # %% ../../nbs/2_models/00_architectures.ipynb #5b82c9f1
 _GHOSTS = [[[3, 16, 16, 0, 1]],                                     # kernel, inside, outside, squeeze-excite, stride
-           [[3, 48, 24, 0, 2], [3, 72, 24, 0, 1]],
-           [[5, 72, 40, 0.25, 2], [5, 120, 40, 0.25, 1]],
-           [[3, 240, 80, 0, 2], [3, 200, 80, 0, 1], [3, 184, 80, 0, 1], [3, 184, 80, 0, 1]]]
+           [[3, 48, 24, 0, 2]], [[3, 72, 24, 0, 1]],
+           [[5, 72, 40, 0.25, 2]], [[5, 120, 40, 0.25, 1]],
+           [[3, 240, 80, 0, 2]], [[3, 200, 80, 0, 1], [3, 184, 80, 0, 1], [3, 184, 80, 0, 1]]]
 _BASIC = dict(channels=(24, 48, 96, 192))
 _TRIAL_SIZES = dict( # family -> keyword arguments of its builder
     ghostnet=dict(cfgs=_GHOSTS),
