@@ -53,6 +53,13 @@ def test_a_cell_without_echo_shows_its_output_only(docs, site):
     assert cell["metadata"]["tags"] == ["remove-input"] and cell["outputs"] == [output]
 
 
+@pytest.mark.parametrize("text, is_folded", [("import json\nfrom pathlib import Path", True), ("x = 1", False),
+                                             ("import json\nx = 1", False), ("!ls", False), ("# words", False)])
+def test_cells_of_imports_are_folded(docs, site, text, is_folded):
+    cell, = page(docs, site, code(text))
+    assert (cell["metadata"].get("tags") == ["hide-input"]) == is_folded and cell["source"] == text
+
+
 def test_a_page_leads_to_its_module(docs, site):
     found = page(docs, site, markdown("# files"), code("#| default_exp core.files"), markdown("text"))
     assert "(../../api/core/files.md)" in found[1]["source"] and found[2]["source"] == "text"

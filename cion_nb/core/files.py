@@ -125,7 +125,8 @@ def check_can_be_file(path: str | Path) -> None:
 def check_can_be_folder(path: str | Path) -> None:
     "OSError where a folder of this name cannot be made: it is a file, or lies below one."
     first = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    if not first.is_dir(): raise NotADirectoryError(f"{first} is a file, a folder is needed here: choose another name")
+    if not first.is_dir():
+        raise NotADirectoryError(f"{first} is a file, a folder is needed here: rename it, or choose another name")
 
 @contextmanager
 def atomic(
