@@ -11,6 +11,7 @@ __all__ = ['RENAME_FILES', 'read_text', 'read_json', 'counted', 'first_few', 'is
 import hashlib
 import json
 import os
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,7 +183,12 @@ def progress(
     from tqdm import tqdm
     wish = os.environ.get("CION_NB_PROGRESS")
     return tqdm(iterable, total=total, desc=desc, unit=unit, mininterval=float(wish or 0.5), dynamic_ncols=True,
-                disable=not show or wish == "0", **kwargs)
+                disable=not show or wish == "0", file=_bar_file(), **kwargs)
+
+def _bar_file():
+    "Where a bar is drawn: stderr, but in a notebook stdout, for there all that goes to stderr stands on red."
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stdout if type(shell).__name__ == "ZMQInteractiveShell" else sys.stderr
 
 # %% ../../nbs/0_core/00_files.ipynb #7426651a
 def fingerprint(
