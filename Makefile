@@ -7,10 +7,11 @@ EXTRAS  := cpu,track,onnx,dev
 DOCS    := .venv/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-isa test-gpu lint readme notebooks docs lab clean
+.PHONY: help install reproduce results test test-isa test-gpu lint readme notebooks docs lab clean
 
 help:
 	@echo "make reproduce   the whole companion at PROFILE=$(PROFILE) -> reports/$(PROFILE)/index.html"
+	@echo "make results     what the pages of reports/$(PROFILE) show, into reports/README.md and reports/results"
 	@echo "make test        notebooks, pytest, nbdev checks, papermill runs; FAST=1: what answers within three minutes"
 	@echo "make lint        ruff on notebooks and tests, and what ruff cannot tell"
 	@echo "make test-isa    precision tests and a smoke road under each instruction set of this CPU"
@@ -32,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 reproduce: $(STAMP)
 	$(PY) -m cion_nb reproduce --profile $(PROFILE)
+
+results: $(STAMP)
+	$(PY) -c "from cion_nb.companion.experiments import keep_pages, publish; keep_pages('$(PROFILE)'); publish()"
 
 test: $(STAMP)
 	@FAST=$(FAST) $(PY) .ci/test.py

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'ABOUT', 'PER_CENT', 'TOLD', 'CHOSEN', 'STYLE', 'SCRIPT', 'PAGE', 'report_folder', 'check_reports',
-           'write_report', 'read_report', 'compare', 'tsne', 'silhouette', 'plot_tsne', 'read_verdict', 'verdict_kind',
-           'html_table', 'run_of', 'runs_named', 'verdict_table', 'verdict_counts', 'try_again', 'made_text',
-           'write_index']
+           'write_report', 'read_report', 'compare', 'flat_table', 'tsne', 'silhouette', 'plot_tsne', 'read_verdict',
+           'verdict_kind', 'html_table', 'run_of', 'runs_named', 'verdict_table', 'verdict_counts', 'try_again',
+           'made_text', 'write_index']
 
 # %% ../../nbs/9_companion/02_report.ipynb #6f2ed5e2
 import html
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .claims import paper
+from .claims import paper, show_interval
 from cion_nb.core.files import (
     atomic,
     check_can_be_folder,
@@ -34,7 +34,7 @@ from cion_nb.core.files import (
     runs_dir,
     write_json,
 )
-from ..core.runs import environment, show_mean
+from ..core.runs import environment
 from ..core.settings import PROFILES
 
 # %% ../../nbs/9_companion/02_report.ipynb #2c54993d
@@ -90,7 +90,7 @@ def compare(
     table: str,       # a report that `KEYS` knows
     profile: str,     # "tiny", "small" or "paper"
     report: dict | None = None,   # as `read_report` gives; None reads it
-) -> pd.DataFrame:    # one row a method: the paper's columns, then ours as mean ± sd over seeds (per cent)
+) -> pd.DataFrame:    # one row a method: the paper's columns, then ours as mean ± half-width over seeds (per cent)
     "The paper's rows with ours beside; empty where either is unknown."
     if table not in KEYS: raise ValueError(f"no comparison is defined for {table!r}: choose one of {', '.join(KEYS)}")
     theirs = paper(table).set_index("method")
@@ -107,14 +107,29 @@ def compare(
             }
         for data, part in ours[ours.method == method].groupby("data"):
             line |= {
-                (f"ours: {data}", "mAP"): show_mean(part.mAP),
-                (f"ours: {data}", "rank-1"): show_mean(part.rank1),
+                (f"ours: {data}", "mAP"): show_interval(part.mAP),
+                (f"ours: {data}", "rank-1"): show_interval(part.rank1),
                 (f"ours: {data}", "seeds"): len(part),
             }
         out.append(line)
     table = pd.DataFrame(out)
     table.columns = pd.MultiIndex.from_tuples(table.columns)
     return table.set_index(("", "method")).rename_axis("method")
+
+# %% ../../nbs/9_companion/02_report.ipynb #ff40a639
+def flat_table(
+    table: pd.DataFrame,   # columns of one level, or of two: a group and a name
+) -> dict:                 # groups and names of the columns, the index first; rows of texts
+    "A table as a report keeps it."
+    pairs = [c if isinstance(c, tuple) else ("", c) for c in table.columns]
+    index = [("", name or "") for name in table.index.names]
+    def text(value):
+        if value is None or value != value: return ""
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    at = [key if isinstance(key, tuple) else (key,) for key in table.index]
+    rows = [[*map(text, key), *map(text, line)] for key, line in zip(at, table.to_numpy(dtype=object))]
+    groups, names = zip(*[*index, *pairs])
+    return dict(groups=list(map(str, groups)), names=list(map(str, names)), rows=rows)
 
 # %% ../../nbs/9_companion/02_report.ipynb #4b0dc111
 def tsne(
@@ -161,6 +176,9 @@ ABOUT = dict(
     "equal. Both are repeated in generated worlds, each with new people, new videos and new mistakes of the tracker, "
     "and judged by how well a person is found again among people nobody trained on. How many worlds decide was fixed "
     "beforehand. A claim holds where the differences over all of them leave no room for chance.",
+    budget="How much must a network be shown before pre-training pays? The same network is pre-trained on a few "
+    "thousand to a hundred and fifty thousand images, by three ideas of who is who, and judged twice: as it is, and "
+    "after learning from labels. The paper stands far to the right of this curve; a laptop stands on it.",
     drawings="The paper explains itself with pictures: which images count as one person, what is linked with what, "
     "and which views of a person learn from one another. Here they are drawn anew from generated people, by the code "
     "that does the work. They claim nothing that could be measured.",
@@ -215,7 +233,8 @@ ABOUT |= dict(
 )
 
 # %% ../../nbs/9_companion/02_report.ipynb #8287171e
-_VERDICT = re.compile(r"(.+?): (agrees|holds|contradicts|not resolved|not run|[\d,]+ of [\d,]+ worlds)\b(.*)", re.S)
+_WORDS = r"agrees|holds|contradicts|not resolved|not run|no verdict|[\d,]+ of [\d,]+ (?:worlds|seeds)"
+_VERDICT = re.compile(rf"(.+?): ({_WORDS})\b(.*)", re.S)
 
 def read_verdict(line: str) -> tuple[str, str, str] | None:   # claim, verdict, evidence; None: it judges nothing
     "The parts of a line of `verdict_text`, `judge` or `said`."
@@ -411,9 +430,9 @@ def verdict_table(
 def verdict_counts(words: list[str]) -> str:
     "How many verdicts of each kind, in a sentence."
     kinds = [verdict_kind(word) for word in words]
-    unfinished = sum(word == "not run" or word.endswith("worlds") for word in words)
+    unfinished = sum(word in ("not run", "no verdict") or word.endswith(("worlds", "seeds")) for word in words)
     said = [(kinds.count("for"), "as stated"), (kinds.count("against"), "the other way round"),
-            (kinds.count("open") - unfinished, "not resolved"), (unfinished, "not run, or not in all worlds yet")]
+            (kinds.count("open") - unfinished, "not resolved"), (unfinished, "not run, or in too few worlds or seeds")]
     return f"{counted(len(words), 'comparison')}: " + ", ".join(f"{n} {what}" for n, what in said if n) + "."
 
 def _claims(entries: list[dict], reports: dict[str, dict]) -> str:
@@ -468,6 +487,13 @@ def _beside(name: str, report: dict, profile: str) -> str:
     groups, names = zip(*table.columns)
     return html_table(["method", *names], rows, ["", *groups], label=f"{name}: the paper and ours")
 
+def _shown(name: str, table: dict) -> str:
+    "A stored table; what is ours leads to the rows of its page."
+    ours = [group.startswith("ours") for group in table["groups"]]
+    def cell(text, is_ours): return _link(f"rows-{name}", html.escape(text)) if text and is_ours else html.escape(text)
+    rows = [[cell(*both) for both in zip(row, ours, strict=True)] for row in table["rows"]]
+    return html_table(table["names"], rows, table["groups"], label=f"{name}: its table")
+
 def _made(entry: dict, report: dict, profile: str) -> str:
     "How a page was made: what a number without a run leads to."
     runs = [*(report.get("runs") or []), report.get("extractor")]
@@ -486,7 +512,8 @@ def _report(entry: dict, report: dict, profile: str) -> str:
     said = [line for line in report["verdicts"] if line not in judged]
     parts = ["<p>What follows is from an earlier run of this page.</p>"] if entry.get("error") else []
     if judged: parts.append(verdict_table([(name, line, False) for line in judged], with_page=False))
-    if name in KEYS: parts.append(_beside(name, report, profile))
+    if report.get("table"): parts.append(_shown(name, report["table"]))
+    elif name in KEYS: parts.append(_beside(name, report, profile))
     parts += [_figure(figure, entry, profile) for figure in report.get("figures") or []]
     if said: parts.append(f"<h3>Measured</h3>{_list(said)}")
     made = f"{counted(len(rows), 'row')}: the numbers, and what made each"

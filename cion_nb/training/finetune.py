@@ -7,8 +7,8 @@ __all__ = ['RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'TUNINGS', 'ScoreSettings'
            'CropSettings', 'TuningSettings', 'PartSettings', 'BatchSettings', 'RateSettings', 'TripletSettings',
            'BranchSettings', 'FeatureSettings', 'released_finetuning', 'FinetuneSettings', 'BNNeck',
            'batch_hard_triplet', 'epoch_lr', 'part_of', 'held_out_score', 'BestSoFar', 'make_backbone', 'make_model',
-           'FineTuning', 'check_tested', 'check_finetune', 'save_finetuned', 'load_finetuned', 'test_set', 'test_model',
-           'finetune']
+           'FineTuning', 'rate_groups', 'check_tested', 'check_finetune', 'save_finetuned', 'load_finetuned',
+           'test_set', 'test_model', 'finetune']
 
 # %% ../../nbs/5_training/07_finetune.ipynb #3bcf6ca4
 import math
@@ -130,6 +130,7 @@ class RateSettings(Settings):
     constant_until: NotNegative = setting(0, "epoch at which the cosine starts", "released cosine_lr.py")
     weight_decay: NotNegative = setting(1e-4, "weight decay", "released configs")
     bias_lr: NotNegative = setting(2.0, "factor on the learning rate of biases", "released configs")
+    trunk_lr: NotNegative = setting(1.0, "factor on the learning rate of the backbone, beside the heads'", since=1.0)
     freeze_epochs: NotNegative = setting(0, "epochs in which only the heads learn", "released configs")
 
 # %% ../../nbs/5_training/07_finetune.ipynb #938441bf
@@ -461,6 +462,20 @@ def _number_people(self: FineTuning, r):
     self.labels, self.held_out = labels, np.flatnonzero(outside)
     self.n_images, self.n_ids = int((~outside).sum()), len(names)
 
+# %% ../../nbs/5_training/07_finetune.ipynb #7be1a2c4
+def rate_groups(
+    model: nn.Module,
+    bias: float,         # factor for biases
+    trunk: float = 1.,   # factor for all of `model.backbone`
+) -> list[dict]:         # groups for an optimizer, with `scale`
+    "Trained parameters by what their learning rate is multiplied with: others, biases; the backbone's own, if any."
+    groups = {(False, False): [], (True, False): []}
+    for name, p in model.named_parameters():
+        kind = name.endswith("bias"), trunk != 1 and name.startswith("backbone.")
+        if p.requires_grad: groups.setdefault(kind, []).append(p)
+    def scale(is_bias, is_trunk): return (bias if is_bias else 1.) * (trunk if is_trunk else 1.)
+    return [dict(params=params, scale=scale(*kind)) for kind, params in groups.items()]
+
 # %% ../../nbs/5_training/07_finetune.ipynb #f1465326
 @patch
 def build(self: FineTuning, device):
@@ -470,10 +485,7 @@ def build(self: FineTuning, device):
     if recipe["channels_last"]: model = to_channels_last(model)
     self.modules = dict(model=model)
     if len(self.held_out): self.modules["best"] = BestSoFar(model)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    biases = [p for name, p in trained if name.endswith("bias")]
-    others = [p for name, p in trained if not name.endswith("bias")]
-    groups = [dict(params=others, scale=1.), dict(params=biases, scale=recipe["bias_lr"])]
+    groups = rate_groups(model, recipe["bias_lr"], recipe["trunk_lr"])
     common = dict(lr=recipe["lr"], weight_decay=recipe["weight_decay"])
     if recipe["optimizer"] == "sgd": self.optimizer = torch.optim.SGD(groups, momentum=recipe["momentum"], **common)
     else: self.optimizer = torch.optim.Adam(groups, **common)
@@ -554,6 +566,8 @@ def _check_finetuning(r: dict) -> None:
         raise ValueError(f"optimizer {r['optimizer']!r}: fine-tuning has sgd and adam")
     if r["erasing_fill"] not in ("pixel", "const", "black"):
         raise ValueError(f"erasing_fill {r['erasing_fill']!r}: choose pixel (noise), const (the mean colour) or black")
+    if r["trunk_lr"] != 1 and r["method"] != "bnneck":
+        raise ValueError(f"trunk_lr={r['trunk_lr']}: only bnneck has a trunk apart; leave it at 1 for {r['method']}")
     if r["lr_by"] not in ("epoch", "step"): raise ValueError(f"lr_by {r['lr_by']!r}: choose epoch or step")
 
 def check_tested(

@@ -8,7 +8,7 @@ import pytest
 from places import ROOT
 
 from cion_nb.companion import claims
-from cion_nb.companion.claims import exceptions, judge, mean_interval, other_sources, paper
+from cion_nb.companion.claims import Comparison, exceptions, judge, mean_interval, other_sources, paper
 
 
 def read(path): return json.loads((ROOT / path).read_text(encoding="utf-8"))
@@ -109,8 +109,8 @@ def test_stored_arms_of_other_programs_are_flagged(monkeypatch):
     monkeypatch.setattr(
         claims, "other_sources",
         lambda a, b, stage: () if a == b else tuple(r for r in changed if r in claims.rooms_of(stage)))
-    said = lambda: judge("a claim", rows, "start", "cion", "without")
-    assert said() == "a claim: agrees (+20.0 ± 0.0 points, 3 seeds)"
+    said = lambda: judge([Comparison("a claim", rows, "start", "cion", "without")])[0]
+    assert said() == "a claim: holds (+20.0 ± 0.0 points, 3 seeds, corrected for 1 comparison)"
     changed.append("identities/denoise")
     assert "caution" not in said()
     changed.append("training/engine")

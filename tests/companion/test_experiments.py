@@ -13,8 +13,15 @@ from cion_nb.core.files import read_json
 from cion_nb.core.runs import Run
 
 
+@pytest.fixture
+def chosen(monkeypatch):
+    "As if every network's settings were chosen."
+    monkeypatch.setattr(E, "settled", lambda *a: {})
+    monkeypatch.setattr(E, "learned_at", lambda *a: 38_400)
+
+
 @pytest.mark.parametrize("arm", E.ARMS)
-def test_a_world_is_another_world_in_all_that_an_arm_is_made_of(arm):
+def test_a_world_is_another_world_in_all_that_an_arm_is_made_of(arm, chosen):
     one, two = (E.ARMS[arm].recipe("small", world) for world in (1, 2))
     text = [repr(made).replace("'seed': 1", "'seed': W").replace("'seed': 2", "'seed': W") for made in (one, two)]
     assert text[0] == text[1] and one != two                             # nothing but seeds differs
@@ -23,19 +30,87 @@ def test_a_world_is_another_world_in_all_that_an_arm_is_made_of(arm):
 
 
 def test_arms_of_a_world_share_data_and_budget():
-    made = [arm.recipe("small", 3) for arm in E.ARMS.values() if arm.method and not arm.then]
+    usual = [arm for arm in E.ARMS.values() if arm.method and not arm.then and not arm.backbone and not arm.epochs]
+    made = [arm.recipe("small", 3) for arm in usual]
     for name in ("data", "epochs", "images_per_epoch", "batch_size", "backbone", "lr", "seed"):
         assert all(recipe[name] == made[0][name] for recipe in made)
 
 
 def test_pairs_of_a_claim_differ_in_what_it_is_about():
     "Fine-tunings and adaptations of a pair share all but their start; a tenth of the data all but the share."
-    for better, worse in (*E.CLAIMS["few labels"].comparisons, *E.CLAIMS["C6"].comparisons):
+    for better, worse in (*E.CLAIMS["few labels"].comparisons, E.CLAIMS["C6"].comparisons[0]):
         one, other = (E.ARMS[name].recipe("small", 1) for name in (better, worse))
         assert {k for k in one if one[k] != other[k]} == {"weights"} and other["weights"] is None
+    one, other = (E.ARMS[name].recipe("small", 1) for name in E.CLAIMS["C6"].comparisons[1])
+    assert {k for k in one if one[k] != other[k]} == {"weights"} and one["stage"] == "uda"
+    starts = one["weights"], other["weights"]                            # both learned from labels of world B
+    assert {k for k in starts[0] if starts[0][k] != starts[1][k]} == {"weights"} and starts[1]["weights"] is None
+    assert starts[0]["data"]["bank"] == "B" != one["data"]["bank"]
     one, other = (E.ARMS[name].recipe("small", 1) for name in E.CLAIMS["C4"].comparisons[0])
     assert {k for k in one if one[k] != other[k]} == {"data_share"}
     assert [E.ARMS[f"tuned_{few:g}"].recipe("small", 1)["few_ids"] for few in E.FEW] == list(E.FEW)
+
+
+def test_pairs_of_a_network_of_its_own_differ_in_start_and_chosen_settings(chosen):
+    for name in ("budget tuned", "C3"):
+        for better, worse in E.CLAIMS[name].comparisons:
+            one, other = (E.ARMS[arm].recipe("small", 1) for arm in (better, worse))
+            assert {k for k in one if one[k] != other[k]} == {"weights"} and other["weights"] is None
+            assert one["image_size"] == one["weights"]["image_size"] == [64, 32]
+    for n in E.BUDGETS:
+        dino, cion = (E.ARMS[f"{m}_{n}"].recipe("small", 1) for m in ("dino", "cion"))
+        assert dino["epochs"] * dino["images_per_epoch"] == cion["epochs"] * cion["images_per_epoch"] == n
+
+
+def test_arms_wait_for_their_settings(monkeypatch):
+    def nothing(*a): raise LookupError("not chosen")
+    monkeypatch.setattr(E, "settled", nothing)
+    monkeypatch.setattr(E, "learned_at", nothing)
+    assert set(E.missing(E.CLAIMS["budget"], "small", 1)) <= {"curve_untrained"}
+    assert not E.missing(E.CLAIMS["C3"], "small", 1)
+    plan = E.costs("small", ["budget", "C3"])
+    assert plan["trainings"].isna().all()
+    assert set(E.claims_table("small", ["C3"])["verdict"]) == {"not run"}
+
+
+def test_a_family_that_does_not_learn_is_shown_as_such(monkeypatch, chosen):
+    monkeypatch.setattr(E, "learned_at", lambda backbone: None if backbone == "vit_trial" else 38_400)
+    assert {arm for arm in E.missing(E.CLAIMS["C3"], "small", 1) if "vit" in arm} <= {"vit_trial_scratch"}
+    words = E.claims_table("small", ["C3"])["verdict"]
+    assert words[words.index.get_level_values(1).str.contains("vit_trial")].tolist() == ["does not learn in 30 core-minutes"]
+    assert (words != "not run").sum() == 1
+
+
+def times(world, b, noise=0.):
+    return [dict(world=world, arm=f"time_{share:g}", mAP=np.nan, run=E.run_name(E.ARMS[f"time_{share:g}"].recipe("small", world)),
+                 presentations=9_600 * share, seconds=.01 * (9_600 * share)**b * np.exp(noise * (-1)**i))
+            for i, share in enumerate(E.SHARES)]
+
+
+@pytest.mark.parametrize("b, words", [(1., ["holds", "holds"]), (1.3, ["holds", "contradicts"]), (.7, ["contradicts", "holds"])])
+def test_time_is_linear_where_the_exponent_is_inside(tmp_path, b, words):
+    rows = [row for world in range(1, 8) for row in times(world, b + .01 * (-1)**world)]
+    E.write_results("small", rows, {}, tmp_path)
+    found = E.exponents(E.read_results("small", tmp_path))
+    assert found[1] == pytest.approx(b - .01, abs=1e-3) and len(found) == 7
+    assert E.claims_table("small", ["C5"], tmp_path)["verdict"].tolist() == words
+    assert E.arms_table(E.CLAIMS["C5"], "small", tmp_path).index[0] == "timed on 10% of the images"
+    assert E.plot_arms(E.CLAIMS["C5"], "small", tmp_path).axes[0].lines
+
+
+def test_a_world_that_lacks_a_share_has_no_exponent(tmp_path):
+    E.write_results("small", [*times(1, 1.), *times(2, 1.)[:-1]], {}, tmp_path)
+    assert list(E.exponents(E.read_results("small", tmp_path))) == [1]
+
+
+def test_the_budget_curve_is_drawn_from_rows(tmp_path, chosen):
+    rows = [dict(world=w, arm=arm, mAP=.1 * w, feature_rank=3., run=E.run_name(E.ARMS[arm].recipe("small", w)))
+            for w in (1, 2) for arm in {*E.CLAIMS["budget"].arms, *E.CLAIMS["budget tuned"].arms}]
+    E.write_results("small", rows, {}, tmp_path)
+    frozen, tuned, rank = E.plot_budget("small", tmp_path).axes
+    means = [line for line in frozen.lines if line.get_marker() == "o"]
+    assert len(means) == len(E.CURVE) and np.allclose(means[0].get_ydata(), 15)
+    assert [line.get_linestyle() for line in tuned.lines].count("--") == 1 and rank.lines
 
 
 def test_the_worlds_of_the_settings_are_none_of_an_experiments():

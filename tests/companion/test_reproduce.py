@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from places import ROOT
 
-from cion_nb.companion import reproduce as room
+from cion_nb.companion import comparisons, families, mechanism, reproduce as room
 from cion_nb.companion.commands import main
 from cion_nb.companion.reproduce import Page, settings_of, STAGES
 from cion_nb.core.runs import dependencies, Run
@@ -31,7 +31,7 @@ def code_cells(path):
 
 
 def execute(name, until=None, profile="smoke", **parameters):
-    """The namespace of a page after its code cells; `box` is what its last one shows. `until`: words of the first cell
+    """The namespace of a page after its code cells; `box` is that of its verdicts. `until`: words of the first cell
     that is not run.
     """
     names = {"__name__": "page", "display": lambda x: None}
@@ -41,7 +41,8 @@ def execute(name, until=None, profile="smoke", **parameters):
         tree = ast.parse(source)
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), names)
-        names["box"] = eval(compile(ast.Expression(last.value), name, "eval"), names) if last else None
+        shown = eval(compile(ast.Expression(last.value), name, "eval"), names) if last else None
+        if "failed" in (getattr(shown, "metadata", None) or {}): names["box"] = shown
         if "parameters" in cell["metadata"].get("tags", []): names |= dict(profile=profile) | parameters
     plt.close("all")
     return names
@@ -73,7 +74,7 @@ def made_up(tmp_path, monkeypatch):
                                   split=np.where(np.arange(48) % 6 == 0, "query", "gallery")))
         x = np.eye(8)[pid - 1] + .8 * rng.standard_normal((48, 8))
         return SimpleNamespace(samples=table, x=(x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32))
-    monkeypatch.setattr(room, "frozen_features", frozen)
+    monkeypatch.setattr(comparisons, "frozen_features", frozen)
     return broken
 
 
@@ -86,10 +87,11 @@ def test_a_method_that_fails_is_named_and_the_page_is_made(made_up, name, arm):
     failed = page["box"].metadata["failed"]
     assert any("the loss is nan" in line for line in failed) and "since it failed" in page["box"].data
     if arm == "lup":
-        others = [v for v in page["verdicts"] if "lup" not in v.lower()]
-        assert set(page["rows"].method) >= {"cion"} and arm not in set(page["rows"].method)
+        found = page["found"]
+        others = [v for v in found["verdicts"] if "lup" not in v.lower()]
+        assert set(found["rows"].method) >= {"cion"} and arm not in set(found["rows"].method)
         assert others and all("1 seed" in v for v in others), "what is there is compared"
-        assert all("not resolved: lup failed (" in v for v in page["verdicts"] if v not in others)
+        assert all("not resolved: lup failed (" in v for v in found["verdicts"] if v not in others)
 
 
 def test_a_page_with_nothing_left_to_show_says_why(made_up):
@@ -164,7 +166,7 @@ def test_denoising_page_honours_every_setting(made_up, monkeypatch):
     monkeypatch.setattr(denoise_room, "denoise", lambda x, samples, **settings: asked.append(settings)
                         or real(x, samples, **settings))
     monkeypatch.setattr(
-        "cion_nb.core.settings.recipe",
+        mechanism, "recipe",
         lambda stage, *a, **k: plain(stage, *a, **k) | (CHANGES if stage == "denoise" else {}))
     def open_features(folder):
         r = json.loads((Path(folder) / "recipe.json").read_text())["data"]
@@ -179,7 +181,7 @@ def test_denoising_page_honours_every_setting(made_up, monkeypatch):
         for key, value in CHANGES.items():
             assert settings[key] == value or key == "half_width" and settings.get("measure") is False, (
                 f"{key} is {settings[key]!r} where the recipe says {value!r}")
-    note = next(n for n in page["notes"] if n.startswith("Denoising with"))
+    note = next(n for n in page["found"]["notes"] if n.startswith("Denoising with"))
     assert all(f"{key} {'+'.join(v) if isinstance(v, list) else v}" in note for key, v in CHANGES.items())
 
 
@@ -201,12 +203,9 @@ def test_every_page_goes_through_page():
 
 @pytest.mark.parametrize("profile", ["tiny", "small"])
 def test_table3_takes_no_learning_rate_that_its_text_calls_broken(profile):
-    page = execute("table3", until="wanted = {", profile=profile, models="none")
-
-    for cell in code_cells(ROOT / "nbs/reproduce/table3.ipynb"):
-        if "def by_family" in "".join(cell["source"]): exec("".join(cell["source"]).split("wanted = {")[0], page)
+    def asked(arch, start): return families.pair_recipe(profile, arch, start, seed=0)
     for arch in ("resnet18", "convnext_tiny"):
-        tuned = page["asked"](arch, "cion", 0)
+        tuned = asked(arch, "cion")
         step = tuned["lr"] * tuned["batch_size"] / tuned["lr_per"]
         if arch == "resnet18":
             assert (tuned["optimizer"], tuned["lr"], tuned["weights"]["lr"], tuned["weights"]["teacher_temp"]) == (
@@ -214,6 +213,6 @@ def test_table3_takes_no_learning_rate_that_its_text_calls_broken(profile):
         else:
             assert tuned["optimizer"] == "adam" and np.isclose(step, 1e-3)
             assert (tuned["weights"]["lr"], tuned["weights"]["teacher_temp"]) == (.0005, .04)
-        without = page["asked"](arch, "without", 0)
+        without = asked(arch, "without")
         assert {k: v for k, v in tuned.items() if k != "weights"} == {
             k: v for k, v in without.items() if k != "weights"}, "both arms are fine-tuned alike"

@@ -28,6 +28,7 @@ from cion_nb.training.finetune import (
     FineTuning,
     load_finetuned,
     make_backbone,
+    rate_groups,
     released_finetuning,
     save_finetuned,
 )
@@ -225,6 +226,25 @@ if a.is_main_process: print(json.dumps([loss.item(), *a.unwrap_model(net).weight
 
 
 @pytest.mark.slow("starts processes")
+@pytest.mark.parametrize("trunk", [1., .1, 0.])
+def test_a_parameters_rate_is_the_product_of_its_factors(trunk):
+    model = BNNeck(create_backbone("resnet10_tiny_ibn", (64, 32)), 5)
+    model.classifier.weight.requires_grad_(False)
+    groups = rate_groups(model, 2., trunk)
+    found = {id(p): group["scale"] for group in groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(trained)
+    for name, p in trained.items():
+        wanted = (2. if name.endswith("bias") else 1.) * (trunk if name.startswith("backbone.") else 1.)
+        assert found[id(p)] == wanted, name
+    assert (len(groups) == 2) == (trunk == 1)                            # as checkpoints before it had them
+
+
+def test_a_trunk_that_no_method_names_is_refused(people):
+    for method in ("mgn", "transreid"):
+        with pytest.raises(ValueError, match="trunk_lr"): FineTuning(quick(people, method=method, trunk_lr=.1))
+
+
 def test_triplets_over_all_ranks_have_the_whole_batchs_gradient(tmp_path):
     file = tmp_path / "gather.py"
     file.write_text(GATHER)
