@@ -84,7 +84,9 @@ def test_sources_stay_as_they_are(docs, site):
     ("../../settings.ini", "https://github.com/cion-nb/cion_nb/blob/main/settings.ini"),
     ("../../slurm", "https://github.com/cion-nb/cion_nb/tree/main/slurm"),
     ("https://example.org/a.ipynb", "https://example.org/a.ipynb"),
-    ("#here", "#here")])
+    ("#here", "#here"),
+    ("#The-paper's-table", "#the-papers-table"),
+    ("../tour/settings.ipynb#Two-sizes,-%C3%BC", "../tour/settings.ipynb#two-sizes-ü")])
 def test_links_lead_to_pages_or_to_the_code(docs, site, to, leads):
     assert docs.pages.linked(f"see [`a` b]({to}).", "nbs/0_core/00_files.ipynb", site) == f"see [`a` b]({leads})."
     assert not site.broken

@@ -13,6 +13,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 FRONT = {"README.md": "index.md", "nbs/index.ipynb": "index.md"}
 TEXTS = {"CONTRIBUTING.md": "Contributing", "CHANGELOG.md": "Changelog"}
@@ -103,8 +104,10 @@ def linked(text: str, source: str, site: Site) -> str:
 
 def target(to: str, source: str, site: Site, is_picture: bool = False) -> str:
     "Where a link of the file `source` leads on the site."
-    if re.match(r"[a-z]+:|#", to): return to
+    if re.match(r"[a-z]+:", to): return to
     file, _, anchor = to.partition("#")
+    anchor = slug(anchor)
+    if not file: return f"#{anchor}"
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), file))
     pages = site.pages()
     if path in pages: return relative(pages[path], FRONT.get(source, source)) + (anchor and f"#{anchor}")
@@ -117,6 +120,11 @@ def target(to: str, source: str, site: Site, is_picture: bool = False) -> str:
     chapter = next((c for c in site.chapters if path == f"nbs/{c.folder}"), None)
     if chapter: return relative(f"nbs/{chapter.folder}/index.md", FRONT.get(source, source))
     return site.at_host(path) + (anchor and f"#{anchor}")
+
+
+def slug(anchor: str) -> str:
+    "Jupyter's anchor of a heading (The-paper's-table) as the site has it (the-papers-table)."
+    return re.sub(r"[^\w-]", "", unquote(anchor).lower())
 
 
 def relative(path: str, page: str) -> str: return posixpath.relpath(path, posixpath.dirname(page) or ".")
