@@ -36,4 +36,11 @@ _DOORS = {
     "companion.score": ["load_model", "score"],
 }
 
-__getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs=_DOORS)
+_open, __dir__, __all__ = _lazy.attach(__name__, submod_attrs=_DOORS)
+
+
+def __getattr__(name):
+    "A door, when it is first taken; what the comments beside its parameters say becomes part of its help."
+    door = _open(name)
+    from cion_nb.core.doors import explain_parameters
+    return explain_parameters(door)

@@ -53,6 +53,13 @@ def test_a_cell_without_echo_shows_its_output_only(docs, site):
     assert cell["metadata"]["tags"] == ["remove-input"] and cell["outputs"] == [output]
 
 
+@pytest.mark.parametrize("text, is_folded", [("import json\nfrom pathlib import Path", True), ("x = 1", False),
+                                             ("import json\nx = 1", False), ("!ls", False), ("# words", False)])
+def test_cells_of_imports_are_folded(docs, site, text, is_folded):
+    cell, = page(docs, site, code(text))
+    assert (cell["metadata"].get("tags") == ["hide-input"]) == is_folded and cell["source"] == text
+
+
 def test_a_page_leads_to_its_module(docs, site):
     found = page(docs, site, markdown("# files"), code("#| default_exp core.files"), markdown("text"))
     assert "(../../api/core/files.md)" in found[1]["source"] and found[2]["source"] == "text"
@@ -77,7 +84,9 @@ def test_sources_stay_as_they_are(docs, site):
     ("../../settings.ini", "https://github.com/cion-nb/cion_nb/blob/main/settings.ini"),
     ("../../slurm", "https://github.com/cion-nb/cion_nb/tree/main/slurm"),
     ("https://example.org/a.ipynb", "https://example.org/a.ipynb"),
-    ("#here", "#here")])
+    ("#here", "#here"),
+    ("#The-paper's-table", "#the-papers-table"),
+    ("../tour/settings.ipynb#Two-sizes,-%C3%BC", "../tour/settings.ipynb#two-sizes-ü")])
 def test_links_lead_to_pages_or_to_the_code(docs, site, to, leads):
     assert docs.pages.linked(f"see [`a` b]({to}).", "nbs/0_core/00_files.ipynb", site) == f"see [`a` b]({leads})."
     assert not site.broken

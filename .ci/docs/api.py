@@ -1,5 +1,5 @@
 """Pages of modules: every public function and class with its signature as written, its parameters with their comments
-(`fastcore.docments`), what it returns, and its docstring.
+(room `core.doors`), what it returns, and its docstring.
 """
 import ast
 import importlib
@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastcore.docments import docments
 from pages import relative, Site, tree, write
+
+from cion_nb.core.doors import meanings
 
 LONGEST = 12             # lines of a constant that are shown
 CODE = re.compile(r"(`[^`\n]+`)")
@@ -97,20 +98,12 @@ def kind_of(node) -> str:
 
 def function(node, thing, text: str, kind: str = "function") -> Entry:
     parameters = parameters_of(node, text, skip_first=kind in ("method", "classmethod", "property"))
-    told = comments(thing)
+    told = meanings(thing)
     for parameter in parameters: parameter.meaning = told.get(parameter.name.lstrip("*"), "")
     returns = written(node.returns, text)
     arguments = joined(parameters, node.args)
     return Entry(node.name, kind, f"({arguments})" + (f" -> {returns}" if returns else ""), doc_of(node), parameters,
                  returns, told.get("return", ""), line=node.lineno)
-
-
-def comments(thing) -> dict:
-    "Parameter -> its comment, by fastcore; `return` is the result."
-    thing = inspect.unwrap(getattr(thing, "py_func", thing))        # numba's functions keep theirs
-    try: told = docments(thing, full=True)
-    except (OSError, TypeError): return {}
-    return {name: " ".join((about["docment"] or "").split()) for name, about in told.items()}
 
 
 def written(node, text: str) -> str:
@@ -172,7 +165,7 @@ def is_dataclass(node) -> bool: return any("dataclass" in ast.unparse(d) for d i
 
 def fill_fields(entry: Entry, node, thing, text: str):
     "Fields of a dataclass, or settings of a class of pydantic, which say their meaning themselves."
-    settings, told = getattr(thing, "model_fields", {}), comments(thing) if is_dataclass(node) else {}
+    settings, told = getattr(thing, "model_fields", {}), meanings(thing) if is_dataclass(node) else {}
     for n in node.body:
         if not isinstance(n, ast.AnnAssign) or "ClassVar" in ast.unparse(n.annotation): continue
         if is_private(n.target.id): continue

@@ -5,6 +5,7 @@ from pathlib import Path
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.domains.python import PythonDomain
 
 HERE = Path(__file__).resolve().parent
 KNOWN = json.loads((HERE / "pages.json").read_text(encoding="utf-8"))
@@ -22,6 +23,8 @@ exclude_patterns = ["_*"]
 nb_execution_mode = "off"                       # results as they are stored
 nb_merge_streams = True
 nb_output_stderr = "show"
+nb_code_prompt_show = "imports"
+nb_code_prompt_hide = "imports"
 nb_ipywidgets_js = {}                           # no file of another host
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_dmath_double_inline = True                  # a formula of its own line amid a paragraph
@@ -54,6 +57,13 @@ def block(self, node):
     raise SkipNode
 
 
+class Domain(PythonDomain):
+    "A type's name that two modules have leads nowhere, rather than to either."
+    def find_obj(self, *args, **kwargs):
+        found = super().find_obj(*args, **kwargs)
+        return found if len(found) == 1 else []
+
+
 def sources(app, pagename, templatename, context, doctree):
     "Where a page is edited, and which file it offers."
     known = KNOWN["pages"].get(pagename, {})
@@ -62,6 +72,7 @@ def sources(app, pagename, templatename, context, doctree):
 
 
 def setup(app: Sphinx):
+    app.add_domain(Domain, override=True)
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     app.connect("html-page-context", sources)
     return dict(parallel_read_safe=True, parallel_write_safe=True)

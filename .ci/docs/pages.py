@@ -3,6 +3,7 @@
 A page's name is its path in the repository, so links from page to page hold as they are written; README.md is the
 front page, and nbs/index.ipynb, which it is made from, is that page too.
 """
+import ast
 import configparser
 import copy
 import json
@@ -12,6 +13,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 FRONT = {"README.md": "index.md", "nbs/index.ipynb": "index.md"}
 TEXTS = {"CONTRIBUTING.md": "Contributing", "CHANGELOG.md": "Changelog"}
@@ -102,8 +104,10 @@ def linked(text: str, source: str, site: Site) -> str:
 
 def target(to: str, source: str, site: Site, is_picture: bool = False) -> str:
     "Where a link of the file `source` leads on the site."
-    if re.match(r"[a-z]+:|#", to): return to
+    if re.match(r"[a-z]+:", to): return to
     file, _, anchor = to.partition("#")
+    anchor = slug(anchor)
+    if not file: return f"#{anchor}"
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), file))
     pages = site.pages()
     if path in pages: return relative(pages[path], FRONT.get(source, source)) + (anchor and f"#{anchor}")
@@ -116,6 +120,11 @@ def target(to: str, source: str, site: Site, is_picture: bool = False) -> str:
     chapter = next((c for c in site.chapters if path == f"nbs/{c.folder}"), None)
     if chapter: return relative(f"nbs/{chapter.folder}/index.md", FRONT.get(source, source))
     return site.at_host(path) + (anchor and f"#{anchor}")
+
+
+def slug(anchor: str) -> str:
+    "Jupyter's anchor of a heading (The-paper's-table) as the site has it (the-papers-table)."
+    return re.sub(r"[^\w-]", "", unquote(anchor).lower())
 
 
 def relative(path: str, page: str) -> str: return posixpath.relpath(path, posixpath.dirname(page) or ".")
@@ -135,7 +144,7 @@ def without_directives(source: str) -> str:
 def page_of(notebook: dict, source: str, site: Site) -> dict:
     """The notebook as the site shows it: without hidden cells and directives, links led to pages.
 
-    `source` is its path in the repository."""
+    `source` is its path in the repository; a cell of nothing but imports is folded."""
     page = copy.deepcopy(notebook)
     page["metadata"]["language_info"] = dict(name="python", pygments_lexer="ipython3")
     cells = [shown(cell, source, site) for cell in page["cells"]]
@@ -155,10 +164,18 @@ def shown(cell: dict, source: str, site: Site) -> dict | None:
     if any(one.split()[0] == "hide" for one in told if one): return None
     cell["source"] = without_directives(text)
     if any(re.fullmatch(r"echo:\s*false", one) for one in told): tag(cell, "remove-input")
+    elif not cell["outputs"] and only_imports(cell["source"]): tag(cell, "hide-input")
     for output in cell["outputs"]:
         if markdown := output.get("data", {}).get("text/markdown"):
             output["data"]["text/markdown"] = linked("".join(markdown), source, site)
     return cell if cell["source"].strip() or cell["outputs"] else None
+
+
+def only_imports(source: str) -> bool:
+    "Whether code has nothing for readers: a cell of imports is folded."
+    try: body = ast.parse(source).body
+    except SyntaxError: return False                    # a magic, or a shell command
+    return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
 
 
 def tag(cell: dict, name: str): cell["metadata"].setdefault("tags", []).append(name)

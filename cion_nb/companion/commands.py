@@ -567,7 +567,7 @@ def _export_identities(args):
 def _reproduce_arguments(parser):
     add = parser.add_argument
     add("--profile", default="tiny", choices=PROFILES, help="(default: %(default)s)")
-    add("--only", nargs="+", metavar="PAGE", help="these pages only, e.g. table4 figure4")
+    add("--only", nargs="+", action="extend", metavar="PAGE", help="these pages only, e.g. table4 figure4")
     add("--recipe", metavar="FILE", help="compute the run of this recipe.json and what it depends on, then stop")
     add("--serve", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)          # a worker of make_runs
     _set(parser, "papermill parameters of the pages, e.g. seeds=5")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LADDER', 'VIPER', 'COLUMNS', 'Kind', 'compared', 'pairs_of', 'ladder_rows', 'ladder', 'plot_ladder', 'viper_rows',
-           'photographs', 'adaptation', 'families', 'street', 'holds_so_far', 'front_text', 'run_costs', 'cost_table']
+           'photographs', 'adaptation', 'families', 'street', 'holds_so_far', 'front_text', 'run_costs', 'cost_table',
+           'denoising_model', 'plot_denoising_model']
 
 # %% ../../nbs/9_companion/08_evidence.ipynb #9850e3b5
 from dataclasses import dataclass
@@ -198,16 +199,53 @@ def run_costs(
     return grouped.agg(seconds="median", runs="size").reset_index()
 
 # %% ../../nbs/9_companion/08_evidence.ipynb #23e9c860
-def cost_table() -> pd.DataFrame:   # a row a thing to do: at what profile, on what, how long
-    "Stored costs in words."
-    stored = pd.read_csv(project_root() / "reports/bench/costs.csv", keep_default_na=False)
-    def line(row):
-        takes = (f"{row.seconds / 60:.0f} min" if row.seconds > 90 else f"{row.seconds:.0f} s" if row.seconds >= 1
-                 else "under 1 s")
-        return {"what": row.what, "profile": row.profile, "on": row.on, "takes": takes}
-    lines = [line(row) for row in stored.itertuples()]
+def cost_table() -> pd.DataFrame:   # a row a thing to do: at what profile, on what, how long, how much
+    "Stored costs in words; what was not measured is said so, or left empty."
+    stored = pd.read_csv(project_root() / "reports/bench/costs.csv")
+    texts = ["profile", "on"]
+    stored[texts] = stored[texts].fillna("")
+    lines = [{"what": row.what, "profile": row.profile, "on": row.on, "takes": _time(row),
+              "memory": _gigabytes(row.memory), "disk": _gigabytes(row.disk)} for row in stored.itertuples()]
     hours = paper("table5").dropna(subset=["train_hours_approx"])
     theirs = [{"what": f"pre-training of {row.model}, 3.9 M images", "profile": "paper",
                "on": f"{row.gpus} (the paper's)", "takes": f"about {row.train_hours_approx:.0f} h"}
               for row in hours.itertuples()]
-    return pd.DataFrame([*lines, *theirs]).set_index("what")
+    return pd.DataFrame([*lines, *theirs]).set_index("what").fillna("")
+
+def _time(row) -> str:
+    "A median, and the range of runs that differ much since other work ran beside them."
+    if pd.isna(row.seconds): return "" if row.disk > 0 else "not measured"
+    if row.seconds < 1: return "under 1 s"
+    if row.seconds <= 90: return f"{row.seconds:.0f} s"
+    among = "" if pd.isna(row.fastest) else f" ({row.fastest / 60:.0f} to {row.slowest / 60:.0f})"
+    return f"{row.seconds / 60:.0f} min{among}"
+
+def _gigabytes(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.1f} GB" if value >= .1 else f"{1000 * value:.0f} MB"
+
+# %% ../../nbs/9_companion/08_evidence.ipynb #65011e27
+def denoising_model() -> dict:   # work, reading: seconds an image; in_memory: images -> seconds; scale: the largest run
+    "A model of two parts of what denoising takes on two CPU cores, from `reports/bench/denoise.json`."
+    measured = read_json(project_root() / "reports/bench/denoise.json")
+    in_memory = pd.DataFrame(measured["results"]).query("stored == 'float16'").set_index("images").our_total
+    scale = measured["scale"]
+    work = np.polyfit(in_memory.index, in_memory, 1)[0]
+    return dict(work=work, reading=scale["at_least"]["read_cold"] / scale["images"], in_memory=in_memory, scale=scale)
+
+def plot_denoising_model(model: dict):
+    "Seconds against images: the model as a line, broken where it is extrapolated, and what was measured."
+    import matplotlib.pyplot as plt
+    scale, sizes = model["scale"], np.logspace(4.5, 9, 50)
+    seconds, is_measured = sizes * (model["work"] + model["reading"]), sizes <= scale["images"]
+    fig, ax = plt.subplots(figsize=(7.5, 3), dpi=80)
+    ax.loglog(sizes[is_measured], seconds[is_measured], color="#0072B2", label="model, reading included")
+    ax.loglog(sizes[~is_measured], seconds[~is_measured], "--", color="#0072B2", label="extrapolated")
+    ax.loglog(model["in_memory"], "o", color="0.6", label="measured, features in memory")
+    ax.loglog(scale["images"], scale["seconds"], "o", color="k", label="measured, from a cold disk")
+    ax.set_yticks([.1, 1, 60, 3600], ["0.1 s", "1 s", "1 min", "1 h"])
+    ax.set(xlabel="images", ylabel="denoising, two CPU cores", ylim=(.03, 9000))
+    ax.grid(alpha=.3)
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    plt.close(fig)
+    return fig

@@ -32,7 +32,7 @@ from .score import load_model
 from ..core.files import atomic, counted, progress, project_root, read_json, resolve, write_json
 from ..core.runs import check_parameters, dependencies, processors, Run
 from ..core.samples import write_samples
-from ..core.settings import PROFILES, recipe, TRAININGS
+from ..core.settings import PROFILES, recipe, refuse_unknown, TRAININGS
 from ..core.store import Features
 from ..data.datasets import read_data
 from ..data.film import make_world, render
@@ -733,11 +733,10 @@ def reproduce(
     **parameters,                    # passed to every notebook that is run, which must define them
 ) -> list[dict]:                     # an entry a notebook, with `error` where it failed
     "Run the companion and write `reports/<profile>/index.html` after each notebook."
-    if profile not in PROFILES: raise ValueError(f"profile {profile!r}: choose one of {', '.join(PROFILES)}")
-    names = list(only or [n for n in notebooks() if profile != "paper" or n not in EMBEDDED])
+    refuse_unknown("profile", profile, PROFILES)
+    names = list(dict.fromkeys(only or [n for n in notebooks() if profile != "paper" or n not in EMBEDDED]))
     for name in names:
-        if name not in notebooks():
-            raise ValueError(f"there is no notebook {name!r}: choose from {', '.join(notebooks())}")
+        refuse_unknown("page", name, notebooks())
         check_names(notebooks()[name], parameters)            # before anything is run
     check_reports(profile)
     made, index = {}, None

@@ -11,6 +11,7 @@ __all__ = ['RENAME_FILES', 'read_text', 'read_json', 'counted', 'first_few', 'is
 import hashlib
 import json
 import os
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,8 @@ def check_can_be_file(path: str | Path) -> None:
 def check_can_be_folder(path: str | Path) -> None:
     "OSError where a folder of this name cannot be made: it is a file, or lies below one."
     first = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    if not first.is_dir(): raise NotADirectoryError(f"{first} is a file, a folder is needed here: choose another name")
+    if not first.is_dir():
+        raise NotADirectoryError(f"{first} is a file, a folder is needed here: rename it, or choose another name")
 
 @contextmanager
 def atomic(
@@ -181,7 +183,12 @@ def progress(
     from tqdm import tqdm
     wish = os.environ.get("CION_NB_PROGRESS")
     return tqdm(iterable, total=total, desc=desc, unit=unit, mininterval=float(wish or 0.5), dynamic_ncols=True,
-                disable=not show or wish == "0", **kwargs)
+                disable=not show or wish == "0", file=_bar_file(), **kwargs)
+
+def _bar_file():
+    "Where a bar is drawn: stderr, but in a notebook stdout, for there all that goes to stderr stands on red."
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stdout if type(shell).__name__ == "ZMQInteractiveShell" else sys.stderr
 
 # %% ../../nbs/0_core/00_files.ipynb #7426651a
 def fingerprint(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import counted, first_few
+from ..core.files import counted, first_few, progress
 from cion_nb.core.images import (
     count_endings,
     decode_image,
@@ -167,15 +167,13 @@ def _look(root: Path, path: str, decode: bool) -> tuple:
         return blake2b(data, digest_size=16).hexdigest(), "", *odd
     except UnreadableImage as e: return "", e.reason, *nothing_odd
 
-def _look_all(root: Path, paths, decode: bool, workers, progress: bool) -> pd.DataFrame:
+def _look_all(root: Path, paths, decode: bool, workers, show: bool) -> pd.DataFrame:
     "`_look` at every path, a row each."
     from concurrent.futures import ThreadPoolExecutor
 
-    from tqdm.auto import tqdm
-    quiet = not progress or os.environ.get("CION_NB_PROGRESS") == "0"
     threads = workers or min(16, 2 * (os.cpu_count() or 1))
     seen = []
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(paths), desc="check", unit="image", disable=quiet) as bar:
+    with ThreadPoolExecutor(threads) as pool, progress(None, len(paths), "check", "image", show) as bar:
         for start in range(0, len(paths), 4096):  # in chunks: a pool would queue millions of calls at once
             part = list(pool.map(lambda p: _look(root, p, decode), paths[start:start + 4096]))
             seen += part

@@ -60,11 +60,24 @@ def test_what_is_wrong_is_told_in_one_line(people, runs, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("args,word", [(["--only", "table4", "--set", "sedes=3"], "did you mean 'seeds'"),
-                                       (["--only", "table9"], "table4"),
+                                       (["--only", "tabel4"], "page 'tabel4' is not known; did you mean 'table4'"),
+                                       (["--only", "table4", "--only", "nothing"], "page 'nothing' is not known"),
                                        (["--only", "table4", "--profile", "huge"], "invalid choice")])
 def test_reproduce_refuses_before_running(args, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert word in told(capsys, "reproduce", *args)
+
+
+def test_only_may_be_said_twice_and_a_page_is_made_once(tmp_path, monkeypatch):
+    made = []
+    def run(name, profile, **_):
+        made.append(name)
+        return dict(name=name, title=name, html=None, seconds=0., error=None, failed=[], parameters={})
+    monkeypatch.setattr("cion_nb.companion.reproduce.run_notebook", run)
+    for room in ("reproduce", "report"):
+        monkeypatch.setattr(f"cion_nb.companion.{room}.report_folder", lambda profile: tmp_path)
+    assert main(["reproduce", "--only", "table4", "figure4", "--only", "table4", "road"]) == 0
+    assert made == ["table4", "figure4", "road"]
 
 
 @pytest.mark.slow("trains networks")
