@@ -341,7 +341,9 @@ def figure5(
     assert rows.empty or rows["presentations"].nunique() == 1, "the groups had unequal budgets"
     names = list(GROUPS)
     steps = [*zip(names, names[1:]), (names[0], names[-1])]
-    comparisons = [Comparison(f"{better} above {worse}, {SCORES[key]}", rows, "group", better, worse, key)
+    def claim(better, worse, key):       # a line that began with a plus would be a list to Markdown
+        return f"{better.removeprefix('+ ')} above {worse.removeprefix('+ ')}, {SCORES[key]}"
+    comparisons = [Comparison(claim(better, worse, key), rows, "group", better, worse, key)
                    for key in has_tuned(wanted) for worse, better in steps]
     quality = page.each(lambda group, _, asked: dict(of=group) | identity_quality(asked),
                         {(group, "labels"): wanted[group, 0] for group in GROUPS if (group, 0) in done})
@@ -350,6 +352,7 @@ def figure5(
     return dict(rows=rows, verdicts=verdicts, table=_figure5_table(rows, wanted), notes=notes,
                 quality=[q for q in quality if len(q) > 1], figures=["figure5.png"] if len(rows) else [])
 
+# %% ../../nbs/9_companion/09_comparisons.ipynb #7c1448ea
 def _largest_step(rows) -> list[str]:
     "Which level adds most to the means."
     if not len(rows): return []

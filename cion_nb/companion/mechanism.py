@@ -324,7 +324,8 @@ def changes(rows: pd.DataFrame, levels: list[str]) -> pd.DataFrame:   # of `deci
     for kind in KINDS:
         part = rows[rows["mistake"] == kind]
         found[kind, levels[-1], "f1"] = step(part[part["rate"] == part["rate"].max()], "before", levels[-1], "f1")
-    return decide(found, worlds=max(len(each) for each in found.values()))
+    table = decide(found, worlds=max(len(each) for each in found.values()))
+    return table.set_axis(pd.MultiIndex.from_tuples(table.index))
 
 def change_text(row) -> str:
     "A change in words."

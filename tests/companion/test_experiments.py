@@ -295,3 +295,42 @@ def test_a_claim_without_rows_is_not_run_and_has_no_picture(tmp_path):
 
 def test_the_published_text_is_that_of_the_stored_rows():
     assert (ROOT / "reports/README.md").read_text(encoding="utf-8") == E.results_text("small")
+
+
+KEPT = sorted((ROOT / "reports/results/pages").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_kept_pages_say_what_their_pages_show(file):
+    "The box of the stored page, its table and pictures are those of the published text."
+    kept = read_json(file)
+    cells = read_json(ROOT / f"nbs/reproduce/{file.stem}.ipynb")["cells"]
+    box = next("".join(out["data"]["text/markdown"]) for cell in cells for out in cell.get("outputs", [])
+               if "text/markdown" in out.get("data", {}))
+    text = (ROOT / "reports/README.md").read_text(encoding="utf-8")
+    for line in kept["said"]: assert f"* {line}\n" in box and f"* {line}\n" in text
+    for figure in kept["figures"]: assert (file.parent / figure).stat().st_size < 100_000, figure
+    assert kept["profile"] != "smoke" and not any(commit.endswith("+") for commit in kept["commit"])
+    if not kept["table"]: return
+    shown = E.page_table(kept["table"])
+    stored = pd.read_csv(ROOT / f"reports/results/tables/{kept['profile']}_{file.stem}.csv", dtype=str,
+                         keep_default_na=False)
+    assert stored.to_numpy().tolist() == shown.reset_index().to_numpy().tolist()
+    assert E.pipes(shown) in text
+
+
+def test_pages_are_kept_from_their_reports(tmp_path, monkeypatch):
+    from cion_nb.companion import report
+    from cion_nb.companion.reproduce import Page
+    for room in (report, reproduce, E): monkeypatch.setattr(room, "report_folder", lambda profile: tmp_path / profile)
+    table = pd.DataFrame({("paper", "mAP"): {"CION": 93.3}, ("ours", "mAP"): {"CION": "71.8 ± 2.4 %"}})
+    page, rows = Page("table4", "tiny"), [dict(mAP=.718, commit="012345678901", cpu="a CPU")]
+    import matplotlib.pyplot as plt
+    page.save(plt.figure(figsize=(1, 1)))
+    page.finish(rows, ["CION above LUP: holds (+1.0 points)"], table=table, figures=["table4.png"])
+    assert E.keep_pages("tiny", tmp_path / "results") == ["table4"]
+    text = E.pages_text(tmp_path / "results")
+    for part in ("CION above LUP: holds", "| CION | 93.3 | 71.8 ± 2.4 % |", "results/pages/table4.png", "a CPU"):
+        assert part in text
+    assert r"$\pm$ 2.4 \%" in (tmp_path / "results/tables/tiny_table4.tex").read_text(encoding="utf-8")
+    assert (tmp_path / "results/pages/table4.png").stat().st_size
