@@ -19,7 +19,7 @@ import torch
 from .reproduce import make_runs
 from ..core.files import atomic, resolve
 from ..core.runs import environment, Run
-from ..core.settings import recipe, refuse_unknown
+from ..core.settings import recipe
 from ..data.datasets import read_data
 from ..models.architectures import architecture, check_architecture, FAMILIES
 from ..models.backbones import create_backbone, load_backbone
@@ -109,7 +109,8 @@ def _row(part, start, settings, asked, mAP) -> dict:
 def _frozen_row(backbone, method, presentations, settings, profile) -> dict:
     asked = trial_pretraining(backbone, method, presentations, profile=profile, **settings)
     run = Run(asked).require()
-    return _row("pretrain", method, settings, asked, frozen_trial(backbone, asked["data"], run, str(run.folder / "held_out")))
+    mAP = frozen_trial(backbone, asked["data"], run, str(run.folder / "held_out"))
+    return _row("pretrain", method, settings, asked, mAP)
 
 # %% ../../nbs/9_companion/04_choices.ipynb #dba41ecc
 def tried(backbone: str, part: str, start: str, presentations: int = None, folder: Path = None) -> pd.DataFrame:
@@ -122,7 +123,7 @@ def tried(backbone: str, part: str, start: str, presentations: int = None, folde
 def settled(
     backbone: str,
     part: str,          # a key of `TRIES`
-    start: str,         # pretrain: the method (the truth's is CION's, whose loss it has); finetune: "scratch" or a method
+    start: str,         # pretrain: the method (the truth takes CION's, whose loss it has); finetune: or "scratch"
     folder: Path = None,
 ) -> dict:              # settings
     "The settings with the best score of a whole search. LookupError while a trial is missing."

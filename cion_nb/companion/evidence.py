@@ -48,8 +48,8 @@ def pairs_of(
     return {said: (points[better] - points[worse]).dropna().tolist() for said, (better, worse) in pairs.items()}
 
 # %% ../../nbs/9_companion/08_evidence.ipynb #eebf0bdc
-LADDER = dict(random="nobody: an untrained network", dino="every image its own (DINO)", tracklet="raw tracklets",
-              cion="denoised tracklets (CION)", cion_true="the truth")
+LADDER = dict(untrained="nobody: an untrained network", instance="every image its own (DINO)",
+              tracklet="raw tracklets", identity="denoised tracklets (CION)", truth="the truth")
 
 def ladder_rows() -> pd.DataFrame:   # a row a run: method, seed, mAP, rank1
     "The stored ladder of the `small` profile, world A."
@@ -66,9 +66,10 @@ def ladder() -> Kind:
 
 # %% ../../nbs/9_companion/08_evidence.ipynb #1a573cff
 def plot_ladder():
-    "Frozen mAP by source of identity: a bar for the mean, a dot a training seed."
+    "Frozen mAP by source of identity, of the claim C2: a bar for the mean, a dot a world."
     import matplotlib.pyplot as plt
-    table = ladder_rows().pivot(index="seed", columns="method", values="mAP")[list(LADDER)]
+    results = of_today(read_results("small"), "small")
+    table = results.pivot(index="world", columns="arm", values="mAP").reindex(columns=list(LADDER)).dropna()
     fig, ax = plt.subplots(figsize=(7.2, 2.5), dpi=90)
     at, colours = np.arange(len(LADDER)), ["#bdbdbd"] * 3 + ["#3182bd", "#bdbdbd"]
     ax.barh(at, 100 * table.mean(), .62, color=colours)
@@ -76,7 +77,7 @@ def plot_ladder():
     for y, mean, most in zip(at, 100 * table.mean(), 100 * table.max()):
         ax.text(most + .7, y, f"{mean:.1f}", va="center")
     ax.set_yticks(at, LADDER.values())
-    ax.set_title("Whom pre-training takes for one person (one world, `small`; dots: training seeds)", loc="left",
+    ax.set_title(f"Whom pre-training takes for one person ({len(table)} worlds, `small`; a dot a world)", loc="left",
                  fontsize=10)
     ax.set_xlabel("mAP of frozen features on people nobody trained on, per cent", fontsize=10)
     ax.invert_yaxis()
@@ -169,7 +170,7 @@ def _street_lines() -> list[list]:
 
 def holds_so_far() -> pd.DataFrame:   # a row a comparison, by claim
     "Every comparison that stored results can decide, and those that they should and cannot yet."
-    lines = [*_lines(ladder()), *_worlds(), *_lines(photographs()), *_lines(adaptation()), _families_line(),
+    lines = [*_worlds(), *_lines(ladder()), *_lines(photographs()), *_lines(adaptation()), _families_line(),
              *_street_lines()]
     return pd.DataFrame(lines, columns=COLUMNS).set_index(["claim", "comparison"])
 

@@ -661,7 +661,7 @@ def keep_pages(
         kept.append(name)
     return kept
 
-CLAIMS_PAGES = ("claims", "drawings")      # drawn from stored results already; nothing measured
+CLAIMS_PAGES = ("claims", "budget", "drawings")      # drawn from stored results already; nothing measured
 
 def _keep_table(table: dict, stem: Path) -> None:
     shown = page_table(table)

@@ -15,8 +15,9 @@ PRETRAIN, TUNE = C.TRIES["pretrain"], C.TRIES["finetune"]
 
 def add(folder, part, start, settings, presentations, mAP, backbone="a", seconds=10.):
     said = json.dumps(settings, sort_keys=True)
+    run = f"{backbone}-{part}-{start}-{said}-{presentations}"
     C.add_trial(dict(backbone=backbone, part=part, start=start, settings=said, presentations=presentations, mAP=mAP,
-                     seconds=seconds, run=f"{backbone}-{part}-{start}-{said}-{presentations}", commit="0", cpu=""), folder)
+                     seconds=seconds, run=run, commit="0", cpu=""), folder)
 
 
 def search(folder, scores, start="cion", part="pretrain", tries=PRETRAIN, **about):
@@ -107,8 +108,8 @@ def test_a_search_judges_people_that_nobody_trained_on_and_is_not_repeated(tmp_p
     assert counts == {("pretrain", "dino"): 2, ("pretrain", "cion"): 2, ("pretrain", "cion_true"): 1,
                       ("pretrain", "untrained"): 1, ("finetune", "scratch"): 2, ("finetune", "cion"): 2}
     for row in table[table["start"] == "dino"].itertuples():
-        run = next(Run(r) for s in PRETRAIN[:2] if Run(r := C.trial_pretraining(network, "dino", 96, profile="smoke", **s))
-                   .name == row.run)
+        tries = [Run(C.trial_pretraining(network, "dino", 96, profile="smoke", **s)) for s in PRETRAIN[:2]]
+        run = next(run for run in tries if run.name == row.run)
         seen = set(read_data(run.recipe, "tracklets")[0]["true_pid"]) - {-1}
         judged = set(read_data(run.recipe, "train")[0]["pid"])
         assert judged and not seen & judged                              # other people than it learned from

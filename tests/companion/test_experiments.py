@@ -77,19 +77,22 @@ def test_a_family_that_does_not_learn_is_shown_as_such(monkeypatch, chosen):
     monkeypatch.setattr(E, "learned_at", lambda backbone: None if backbone == "vit_trial" else 38_400)
     assert {arm for arm in E.missing(E.CLAIMS["C3"], "small", 1) if arm.startswith("vit_")} <= {"vit_trial_scratch"}
     words = E.claims_table("small", ["C3"])["verdict"]
-    assert words[words.index.get_level_values(1).str.startswith("vit_trial")].tolist() == ["does not learn in 30 core-minutes"]
+    of_vit = words.index.get_level_values(1).str.startswith("vit_trial")
+    assert words[of_vit].tolist() == ["does not learn in 30 core-minutes"]
     assert (words != "not run").sum() == 1
 
 
-def times(world, b, noise=0.):
-    return [dict(world=world, arm=f"time_{share:g}", mAP=np.nan, run=E.run_name(E.ARMS[f"time_{share:g}"].recipe("small", world)),
-                 presentations=9_600 * share, seconds=.01 * (9_600 * share)**b * np.exp(noise * (-1)**i))
-            for i, share in enumerate(E.SHARES)]
+def times(world, b):
+    def told(share):
+        arm, n = f"time_{share:g}", 9_600 * share
+        return row(world, arm, np.nan) | dict(presentations=n, seconds=.01 * n**b)
+    return [told(share) for share in E.SHARES]
 
 
-@pytest.mark.parametrize("b, words", [(1., ["holds", "holds"]), (1.3, ["holds", "contradicts"]), (.7, ["contradicts", "holds"])])
+@pytest.mark.parametrize("b, words", [
+    (1., ["holds", "holds"]), (1.3, ["holds", "contradicts"]), (.7, ["contradicts", "holds"])])
 def test_time_is_linear_where_the_exponent_is_inside(tmp_path, b, words):
-    rows = [row for world in range(1, 8) for row in times(world, b + .01 * (-1)**world)]
+    rows = [made for world in range(1, 8) for made in times(world, b + .01 * (-1)**world)]
     E.write_results("small", rows, {}, tmp_path)
     found = E.exponents(E.read_results("small", tmp_path))
     assert found[1] == pytest.approx(b - .01, abs=1e-3) and len(found) == 7
