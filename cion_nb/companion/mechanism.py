@@ -28,7 +28,7 @@ from ..data.detectors import read_mot
 from ..data.film import make_world, write_detections, write_truth, write_video
 from ..data.tracking import track
 from ..data.tracking_scores import match_truth, tracking_scores
-from ..identities import denoise as denoise_room
+from ..identities.denoise import denoise
 from ..identities.levels import closure
 from ..identities.truth import identity_scores
 from ..models.features import extract
@@ -128,7 +128,7 @@ class Sweep:
         return np.asarray(features.x[rows]), samples, got
 
     def denoise(self, x, samples, measure: bool, **changes):
-        return denoise_room.denoise(x, samples, **settings_of(self.settings) | changes, measure=measure)
+        return denoise(x, samples, **settings_of(self.settings) | changes, measure=measure)
 
     def _measure(self, seed: int, switch: float, fragments: float, personless: float) -> list[dict]:
         "Noise and scores after every level."
@@ -181,7 +181,7 @@ def said_level(level: str) -> str: return "raw tracklets" if level == "before" e
 def draw_levels(rows: pd.DataFrame, levels: list[str]):
     "One column a mistake, one row a measure, one line a level; bands run from the lowest to the highest world."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(MEASURES), 3, figsize=(9, 12), dpi=70, sharex="col", sharey="row")
+    fig, axes = plt.subplots(len(MEASURES), 3, figsize=(9, 12), dpi=60, sharex="col", sharey="row")
     for (measure, title), line in zip(MEASURES.items(), axes):
         for kind, ax in zip(KINDS, line):
             for k, level in enumerate(levels):
@@ -464,7 +464,7 @@ def denoise_road(page: Page, road: Road, model: Run | None) -> None:   # model: 
     if road.features is None: return
     with page.trying("denoising"):
         samples = road.features.samples
-        found = denoise_room.denoise(road.features.x, samples, **settings_of(road.settings), measure=True)
+        found = denoise(road.features.x, samples, **settings_of(road.settings), measure=True)
         truth = samples["true_pid"].to_numpy()
         scores = {level: identity_scores(found.labels_after(level), truth) for level in found.noise.index}
         table = pd.DataFrame({level: vars(score) for level, score in scores.items()})

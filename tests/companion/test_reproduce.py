@@ -19,7 +19,6 @@ from cion_nb.core.runs import dependencies, Run
 from cion_nb.core.settings import recipe
 from cion_nb.core.store import Features
 from cion_nb.data.film import make_world
-from cion_nb.identities import denoise as denoise_room
 
 matplotlib.use("Agg")
 
@@ -162,8 +161,8 @@ def test_changes_cover_every_setting_of_denoising():
 
 def test_denoising_page_honours_every_setting(made_up, monkeypatch):
     "At `small` it once took four of eleven settings, and two in its last part."
-    real, plain, asked = denoise_room.denoise, recipe, []
-    monkeypatch.setattr(denoise_room, "denoise", lambda x, samples, **settings: asked.append(settings)
+    real, plain, asked = mechanism.denoise, recipe, []
+    monkeypatch.setattr(mechanism, "denoise", lambda x, samples, **settings: asked.append(settings)
                         or real(x, samples, **settings))
     monkeypatch.setattr(
         mechanism, "recipe",
