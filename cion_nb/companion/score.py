@@ -137,7 +137,7 @@ def score_splits(
     splits=range(10),              # which of them
     out=None,                      # folder of the features; None: one in the runs' folder, named by what it holds
     **how,                         # as of `score`: protocol, flip, reranked, draws, tracklets, distractors, trapezoid
-) -> pd.DataFrame:                 # a row a split: split, mAP, mINP, rank1, ...; `show_mean` tells mean and sd of a column
+) -> pd.DataFrame:                 # a row a split: split, mAP, mINP, rank1, ...; `show_mean` gives a column's mean ± sd
     "The score of every split. ValueError for a data set without splits and for a list of another length."
     names = {split: f"{data}_{split}" for split in splits}
     for name in names.values(): refuse_unknown("data set with splits", name, data_sets())

@@ -494,7 +494,7 @@ def _prid_split(file: Path, split: int) -> tuple[set, set]:
 
 # %% ../../nbs/1_data/01_datasets.ipynb #8a01653a
 def _sequences(folder: Path, cameras: dict, pattern: re.Pattern, example: str) -> pd.DataFrame:
-    """The frames below CAMERA/PERSON/, by camera, folder, frame: path (below `folder`), video, person (its folder), pid,
+    """The frames below CAMERA/PERSON/, by camera, person, frame: path (below `folder`), video, person (a folder), pid,
     frame, camid, tracklet. ValueError naming an empty camera, or the first file that is called otherwise."""
     paths = [f"{video}/{name}" for video in cameras for name in _images_in(folder/video)]
     found = [pattern.fullmatch(path) for path in paths]
