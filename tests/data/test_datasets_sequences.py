@@ -1,5 +1,6 @@
 """iLIDS-VID and PRID2011: sequences under two cameras, published splits, what is refused."""
 import json
+import os
 import shutil
 
 import numpy as np
@@ -24,7 +25,8 @@ def ilids(above, people=PEOPLE, frames=3, places=PLACES):
     paths = [f"cam{c}/person{p:03d}/cam{c}_person{p:03d}_{f:05d}.png" for c in (1, 2) for p in people
              for f in range(8, 8 + frames)]
     put(above / "i-LIDS-VID/sequences", *paths)
-    put(above / "i-LIDS-VID/images", *(f"cam{c}/person{p:03d}/cam{c}_person{p:03d}.png" for c in (1, 2) for p in people))
+    put(above / "i-LIDS-VID/images", *(f"cam{c}/person{p:03d}/cam{c}_person{p:03d}.png" for c in (1, 2)
+                                       for p in people))
     (above / "train-test people splits").mkdir(parents=True)
     savemat(above / "train-test people splits" / NAME, dict(ls_set=places.astype(float)))
     return above
@@ -61,14 +63,15 @@ def test_frames_and_folders_are_in_order_whatever_the_disk_says(tmp_path, monkey
     "Names that sort as text in another order than by number; a disk that lists them backwards."
     home = ilids(tmp_path, frames=1) / "i-LIDS-VID/sequences"
     put(home, *(f"cam1/person005/cam1_person005_{f}.png" for f in (99, 100001, 101)))
-    import os
     listed = os.scandir
     class Backwards:
-        def __init__(self, path): self.entries = sorted(listed(path), key=lambda e: e.name)[::-1]
-        def __enter__(self): return iter(self.entries)
+        def __init__(self, path="."): self.entries = iter(sorted(listed(path), key=lambda e: e.name)[::-1])
+        def __enter__(self): return self
         def __exit__(self, *args): pass
-        def __iter__(self): return iter(self.entries)
-    monkeypatch.setattr(os, "scandir", lambda path=".": Backwards(path))
+        def __iter__(self): return self
+        def __next__(self): return next(self.entries)
+        def close(self): pass
+    monkeypatch.setattr(os, "scandir", Backwards)
     table = quiet(read_ilids_vid, tmp_path)
     frames = table[(table.pid == 5) & (table.camid == 1)].frame.tolist()
     assert frames == [8, 99, 101, 100001]
@@ -105,7 +108,8 @@ def mat(**variables): return lambda at: savemat(at / "train-test people splits" 
 @pytest.mark.parametrize("fault, kind, words", [
     (drop("cam2/person005"), FileNotFoundError,
      "sequences/cam2: 1 person has no frames there: person005; unpack the whole data set"),
-    (drop("cam1/person001", "cam1/person319"), FileNotFoundError, "cam1: 2 people have no frames.*person001, person319"),
+    (drop("cam1/person001", "cam1/person319"), FileNotFoundError,
+     "cam1: 2 people have no frames.*person001, person319"),
     (drop("cam1/person005", "cam2/person005"), ValueError,
      "sequences holds 5 people, .*ilidsvid.mat counts 6: its numbers are places in the sorted list.*unpack the whole"),
     (lambda at: put(at / "i-LIDS-VID/sequences", *(f"cam{c}/person400/cam{c}_person400_00001.png" for c in (1, 2))),
@@ -116,10 +120,11 @@ def mat(**variables): return lambda at: savemat(at / "train-test people splits" 
     (drop("cam2"), FileNotFoundError, "iLIDS-VID .*sequences/cam2"),
     (lambda at: drop("cam2")(at) and (at / "i-LIDS-VID/sequences/cam2").mkdir(), ValueError, "cam2 holds no image"),
     (lambda at: (at / "train-test people splits" / NAME).unlink(), FileNotFoundError,
-     f"{NAME} is neither in .*i-LIDS-VID nor in .*: the splits are defined there, and it comes in the data set's arch"),
+     f"{NAME} is neither in .*i-LIDS-VID nor in .*: the splits are defined there, and it comes in the data set"),
     (lambda at: (at / "train-test people splits" / NAME).write_bytes(b"MATLAB 5.0"), ValueError, "no readable MATLAB"),
     (mat(splits=[1]), ValueError, "has no ls_set, but splits"),
-    (mat(ls_set=np.r_[PLACES[:3], [[1, 1, 2, 3, 4, 5]]]), ValueError, "row 4 of ls_set does not hold each of 1 to 6 once")])
+    (mat(ls_set=np.r_[PLACES[:3], [[1, 1, 2, 3, 4, 5]]]), ValueError,
+     "row 4 of ls_set does not hold each of 1 to 6 once")])
 def test_faults_of_ilids_are_named(tmp_path, fault, kind, words):
     fault(ilids(tmp_path / "data"))
     with pytest.raises(kind, match=words): quiet(read_ilids_vid, tmp_path / "data")
@@ -140,7 +145,8 @@ def test_prid_is_its_splits_people(tmp_path, root):
     above = prid(tmp_path / "prid2011")
     one, two = (quiet(read_prid2011, above / root, k) for k in (0, 1))
     assert [people(one, s) for s in ("train", "query", "gallery")] == [{2, 6}, {1, 5}, {1, 5}]
-    assert people(two, "query") == {5, 6} and set(one.pid) == {1, 2, 5, 6}      # 3 and 4 are in no split, 201 in one view
+    # 3 and 4 are in no split, 201 in one view
+    assert people(two, "query") == {5, 6} and set(one.pid) == {1, 2, 5, 6}
     assert set(one.camid[one.split == "query"]) == {0} and set(one.camid[one.split == "gallery"]) == {1}
     assert one.groupby("split").tracklet.nunique().to_dict() == dict(train=4, query=2, gallery=2)
     assert one.groupby("tracklet").frame.apply(list).tolist() == [[1, 2, 3]] * 8
@@ -149,11 +155,14 @@ def test_prid_is_its_splits_people(tmp_path, root):
 
 
 @pytest.mark.parametrize("splits, kind, words", [
-    ([dict(train=["person_0001"], test=["person_0007"])], FileNotFoundError, "cam_a: 1 person has no frames.*person_0007"),
-    ([dict(train=["person_0201"], test=["person_0001"])], FileNotFoundError, "cam_a: 1 person has no frames.*person_0201"),
+    ([dict(train=["person_0001"], test=["person_0007"])], FileNotFoundError,
+     "cam_a: 1 person has no frames.*person_0007"),
+    ([dict(train=["person_0201"], test=["person_0001"])], FileNotFoundError,
+     "cam_a: 1 person has no frames.*person_0201"),
     ([dict(train=["person_0001"], test=["person_0001"])], ValueError, "person_0001 in train and in test"),
     ([dict(train=["person_0001"])], ValueError, "split 0: expected train and test, each a list"),
-    ([dict(train=[1], test=[2])], ValueError, "each a list of folders"), (["train"], ValueError, "split 0: expected train"),
+    ([dict(train=[1], test=[2])], ValueError, "each a list of folders"),
+    (["train"], ValueError, "split 0: expected train"),
     (dict(train=[], test=[]), ValueError, "expected a list of splits")])
 def test_faults_of_prids_splits_are_named(tmp_path, splits, kind, words):
     with pytest.raises(kind, match=words): quiet(read_prid2011, prid(tmp_path, splits))
@@ -161,15 +170,16 @@ def test_faults_of_prids_splits_are_named(tmp_path, splits, kind, words):
 
 def test_prid_without_its_splits(tmp_path):
     (prid(tmp_path) / "splits_prid2011.json").unlink()
-    with pytest.raises(FileNotFoundError, match="splits_prid2011.json is neither in .*prid_2011 nor in .*torchreid's page"):
-        read_prid2011(tmp_path)
+    words = "splits_prid2011.json is neither in .*prid_2011 nor in .*torchreid's page"
+    with pytest.raises(FileNotFoundError, match=words): read_prid2011(tmp_path)
 
 
 def test_a_recipe_and_the_report_know_them_by_name(tmp_path):
     ilids(tmp_path / "a")
     prid(tmp_path / "b")
     assert {f"{name}_{k}" for name in ("ilids_vid", "prid2011") for k in range(10)} <= set(data_sets())
-    with pytest.raises(ValueError, match="did you mean 'ilids_vid_0'"): reader_of("ilids_vid")     # a split must be said
+    # a split must be said
+    with pytest.raises(ValueError, match="did you mean 'ilids_vid_.'"): reader_of("ilids_vid")
     asked = recipe("finetune", "tiny", data="ilids_vid_4", data_root=str(tmp_path / "a"))
     table, root = quiet(read_data, asked, "test")
     assert root == tmp_path / "a" and set(table.pid) == {PEOPLE[place - 1] for place in PLACES[4, :3]}
@@ -178,7 +188,8 @@ def test_a_recipe_and_the_report_know_them_by_name(tmp_path):
     query, gallery = sides(tracks, "ilids_vid_4")
     assert (tracks.camid[query] == 1).all() and (tracks.camid[gallery] == 2).all() and len(query) == len(gallery) == 3
     whole, said = warned(reader_of("ilids_vid_0"), tmp_path / "a")
-    assert len(said) == 1 and "iLIDS-VID: not the published set" in said[0] and "in all: 36 images, published are 42,460" in said[0]
+    assert len(said) == 1 and "iLIDS-VID: not the published set" in said[0]
+    assert "in all: 36 images, published are 42,460" in said[0]
     report = check(whole, tmp_path / "a", progress=False)
     assert report.title == "iLIDS-VID, 36 images" and "query: 3 tracklets, published are 150" in report.problems
     assert not any("no match" in p for p in report.problems) and any("ten splits" in note for note in report.notes)

@@ -15,7 +15,7 @@ from cion_nb.retrieval.protocols import ranked, sides, tracklet_rows
 
 
 def official_mars():
-    """A row a tracklet, by MARS's counts: 1,980 queries of 626 people, 9,330 others, of them 3,248 distractors, 6 cameras.
+    """A row a tracklet, by MARS's counts: 1,980 queries of 626 people, 9,330 others, 3,248 of them distractors.
     70 people have two queries and nothing else: the 140 that have no match where queries are left out.
     """
     rows = [(p, c, "query") for p in range(1, 71) for c in (1, 2)]
@@ -65,7 +65,8 @@ def test_images_and_tracklets_have_the_same_sides(mars):
     assert (len(query), len(gallery)) == (3 * 1_980, 3 * 11_310)
     table, _ = tracklet_rows(images)
     q, g = sides(table, "mars")
-    assert set(table.tracklet[q]) == set(images.tracklet[query]) and set(table.tracklet[g]) == set(images.tracklet[gallery])
+    assert set(table.tracklet[q]) == set(images.tracklet[query])
+    assert set(table.tracklet[g]) == set(images.tracklet[gallery])
     features, rows = ranked(np.ones((len(images), 2), np.float32), images)
     assert len(features) == len(rows) == 11_310 and [len(s) for s in sides(rows)] == [1_980, 11_310]
 
@@ -110,7 +111,8 @@ def test_one_side_alone_is_refused(split, words):
     for data in (None, "mars", "ilids_vid_0"):
         with pytest.raises(ValueError, match=words if data is None else words.removeprefix("the table has ")):
             sides(table, data)
-    with pytest.raises(ValueError, match="the table has no column split, but path"): sides(pd.DataFrame(dict(path=["a"])))
+    without = pd.DataFrame(dict(path=["a"]))
+    with pytest.raises(ValueError, match="the table has no column split, but path"): sides(without)
 
 
 @pytest.mark.slow("two products of 1,980 by 11,310 by 512")
