@@ -9,7 +9,7 @@ _DOORS = {
     "core.runs": ["Run", "list_runs", "over_seeds"],
     "core.samples": ["make_samples", "read_folder", "read_csv", "read_tracklets", "read_samples", "write_samples"],
     "core.store": ["Features", "read_features"],
-    "data.datasets": ["read_market1501", "read_msmt17", "read_cion_al", "read_cuhk03np", "read_viper", "read_prcc", "read_ltcc", "read_mars"],
+    "data.datasets": ["read_market1501", "read_msmt17", "read_cion_al", "read_cuhk03np", "read_viper", "read_prcc", "read_ltcc", "read_mars", "read_ilids_vid", "read_prid2011"],
     "data.check": ["check"],
     "data.film": ["make_world", "render", "read_truth", "montage"],
     "data.feature_worlds": ["feature_world"],
@@ -33,7 +33,7 @@ _DOORS = {
     "training.pretrain": ["pretrain"],
     "training.finetune": ["finetune"],
     "training.cluster_contrast": ["uda", "usl"],
-    "companion.score": ["load_model", "score"],
+    "companion.score": ["load_model", "score", "score_splits"],
 }
 
 _open, __dir__, __all__ = _lazy.attach(__name__, submod_attrs=_DOORS)

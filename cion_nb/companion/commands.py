@@ -480,18 +480,21 @@ def _score_arguments(parser):
     add("--flip", action="store_true", help="average with mirrored images")
     add("--rerank", action="store_true", help="k-reciprocal re-ranking")
     add("--draws", type=int, default=0, help="one gallery image a person, this many times")
-    add("--tracklets", action="store_true", default=None, help="mean features of whole tracklets (mars: always)")
+    whole = "mean features of whole tracklets (mars, ilids_vid, prid2011: always)"
+    add("--tracklets", action="store_true", default=None, help=whole)
+    add("--splits", action="store_true", help="each of a data set's ten splits (ilids_vid, prid2011, viper), mean ± sd")
+    add("--trapezoid", action="store_true", help="AP averages neighbouring precisions, as some papers' does")
     nobody = "pids that are nobody in particular, for --draws (default: those of the data set)"
     add("--distractors", type=int, nargs="*", help=nobody)
     add("--out", help="folder of the features")
     add("--json", metavar="FILE", help="write the score there too, with the machine it was made on")
-    _set(parser, "the same by name: protocol, flip, reranked, draws, tracklets, distractors")
+    _set(parser, "the same by name: protocol, flip, reranked, draws, tracklets, distractors, trapezoid")
 
 def _asked_of_score(args) -> dict:
     "What the flags and `--set` say together. ValueError where they say two things."
     asked = dict(protocol=args.protocol, flip=args.flip, reranked=args.rerank, draws=args.draws,
-                 tracklets=args.tracklets, distractors=args.distractors)
-    plain = dict(flip=False, reranked=False, draws=0, protocol="market")
+                 tracklets=args.tracklets, distractors=args.distractors, trapezoid=args.trapezoid)
+    plain = dict(flip=False, reranked=False, draws=0, protocol="market", trapezoid=False)
     named = read_settings(args.set, asked, "score setting")
     for name, value in named.items():
         flag, usual = asked[name], plain.get(name)
@@ -505,7 +508,7 @@ def _asked_of_score(args) -> dict:
          "mAP, CMC and mINP under a protocol; features are kept and resumed",
          "score runs/finetune-… --data market1501 --data-root /data/Market-1501 --rerank", _score_arguments)
 def score(args):
-    from cion_nb.companion.score import score
+    from cion_nb.companion.score import score, score_splits
     from cion_nb.core.files import check_can_be_file, write_json
     from cion_nb.core.runs import environment
     from cion_nb.data.datasets import READERS
@@ -517,11 +520,21 @@ def score(args):
     if not is_table: _refuse_folder(args.data, READERS)
     data = str(_here(args.data)) if is_table else args.data
     root = None if args.data_root is None else str(_here(args.data_root))
-    found = score(_model(args.model), data, root, out=_here(args.out), **asked)
+    found = (score_splits if args.splits else score)(_model(args.model), data, root, out=_here(args.out), **asked)
     flip, reranked = asked["flip"], asked["reranked"]
     told = dict(model=str(args.model), data=args.data, flip=flip, reranked=reranked, environment=environment())
-    if args.json: write_json(_here(args.json), found.asdict() | told)
-    print(f"{found}" + ", mirrored images averaged in" * bool(flip) + ", re-ranked" * bool(reranked))
+    plain, said = _of_splits(found) if args.splits else (found.asdict(), f"{found}")
+    if args.json: write_json(_here(args.json), plain | told)
+    print(said + ", mirrored images averaged in" * bool(flip) + ", re-ranked" * bool(reranked))
+
+# %% ../../nbs/9_companion/06_commands.ipynb #96e2c4a2
+def _of_splits(found) -> tuple[dict, str]:
+    "Scores of splits for a file, and as they are printed: mean and standard deviation."
+    from cion_nb.core.runs import show_mean
+    ap = "mAP (trapezoid)" if "AP" in found else "mAP"
+    names = {ap: "mAP", "rank-1": "rank1", "rank-5": "rank5", "rank-10": "rank10"}
+    means = ", ".join(f"{name} {show_mean(found[column])}" for name, column in names.items())
+    return dict(splits=found.to_dict("records")), f"{means} % ({len(found)} splits, {found.protocol[0]} protocol)"
 
 # %% ../../nbs/9_companion/06_commands.ipynb #b5a46286
 def _export_arguments(parser):

@@ -101,9 +101,8 @@ def _counts(samples: pd.DataFrame, published: dict) -> pd.DataFrame:
 # %% ../../nbs/1_data/02_check.ipynb #67fad346
 def _unmatched(samples: pd.DataFrame) -> pd.DataFrame:
     "Query rows that no gallery image of another camera answers; queries count where the official gallery holds them."
-    searched = ["gallery", "query"] if facts_of(samples).queries_in_gallery else ["gallery"]
     query = samples[samples["split"] == "query"]
-    gallery = samples[samples["split"].isin(searched) & (samples["pid"] >= 0)]
+    gallery = samples[samples["split"].isin(facts_of(samples).searched) & (samples["pid"] >= 0)]
     images = gallery.groupby("pid").size()
     same_camera = gallery[gallery["camid"] >= 0].groupby(["pid", "camid"]).size()
     there = images.reindex(query["pid"]).fillna(0).to_numpy()

@@ -38,6 +38,9 @@ class DatasetFacts:
     def __post_init__(self):
         if isinstance(self.folders, str): raise TypeError(f"folders={self.folders!r}: a tuple of names is needed")
 
+    @property
+    def searched(self) -> tuple: return ("gallery", "query") if self.queries_in_gallery else ("gallery",)  # splits
+
 # %% ../../nbs/1_data/00_facts.ipynb #5c135251
 DATASETS = {
     "market1501": DatasetFacts(
@@ -105,8 +108,26 @@ DATASETS |= {
         "this project's", "../1_data/06_film.ipynb", distractor=0),
 }
 
+# %% ../../nbs/1_data/00_facts.ipynb #6a45cf37
+DATASETS |= {
+    "ilids_vid": DatasetFacts(
+        "iLIDS-VID", dict(train=(None, 150), query=(None, 150), gallery=(None, 150)),
+        "sequences/cam1/person001/cam1_person001_00317.png, sequences/cam2/; beside its folder: "
+        "train-test people splits/train_test_splits_ilidsvid.mat",
+        "research use", "http://www.eecs.qmul.ac.uk/~xiatian/downloads_qmul_iLIDS-VID_ReID_dataset.html",
+        ranks="tracklets", tracklets=dict(train=300, query=150, gallery=150), total=42_460,
+        note="300 people, one sequence in each of two cameras; ten splits, of which the mean is told"),
+    "prid2011": DatasetFacts(
+        "PRID2011", dict(train=(None, 89), query=(None, 89), gallery=(None, 89)),
+        "multi_shot/cam_a/person_0001/0001.png, multi_shot/cam_b/; beside its folder: splits_prid2011.json",
+        "research use", "https://www.tugraz.at/institute/icg/research/team-bischof/lrs/downloads/PRID11/",
+        ranks="tracklets", tracklets=dict(train=178, query=89, gallery=89),
+        note="385 people in camera A, 749 in B, 200 in both, of whom the splits use the 178 with long sequences; "
+             "ten splits, of which the mean is told"),
+}
+
 # %% ../../nbs/1_data/00_facts.ipynb #10cbe760
-_READERS = re.compile(r"(viper)_\d|(prcc)_(?:same|other)")     # readers of parts of one data set
+_READERS = re.compile(r"(viper|ilids_vid|prid2011)_\d|(prcc)_(?:same|other)")     # readers of parts of one data set
 
 def facts_of(
     *sources,          # tables; names of data sets or readers ("viper_3", "prcc_same"); others are passed over

@@ -232,6 +232,7 @@ class RetrievalScore:
     protocol: str
     n_gallery: int           # gallery images, junk left out
     unreadable: list = field(default_factory=list) # names of test images that could not be read: they are in no mean
+    trapezoid: bool = False  # AP averages neighbouring precisions
 
     def rank(self, k: int) -> float:
         "Share of queries with a match among the first `k`."
@@ -247,6 +248,7 @@ class RetrievalScore:
         "Plain values, for a result file."
         scores = dict(mAP=self.mAP, mINP=self.mINP, **{f"rank{k}": self.rank(k) for k in (1, 5, 10)})
         n_query = len(self.per_query) - len(self.unmatched)
+        if self.trapezoid: scores["AP"] = "trapezoid"
         return scores | dict(protocol=self.protocol, n_query=n_query, n_unmatched=len(self.unmatched),
                              n_gallery=self.n_gallery, n_unreadable=len(self.unreadable))
 
@@ -258,6 +260,7 @@ def _as_line(score: RetrievalScore) -> str:
     "A score as it is printed: per cent, and what was left out."
     said, names = score.asdict(), ("mAP", "rank-1", "rank-5", "rank-10", "mINP")
     scores = ", ".join(f"{name} {100 * said[name.replace('-', '')]:.1f}" for name in names)
+    if score.trapezoid: scores = scores.replace("mAP", "mAP (trapezoid)")
     lost = f", {said['n_unmatched']:,} queries without a match left out" if said["n_unmatched"] else ""
     lost += f", {said['n_unreadable']:,} images could not be read" if said["n_unreadable"] else ""
     return (f"{scores} % ({said['n_query']:,} queries, {said['n_gallery']:,} gallery images, "
@@ -265,13 +268,14 @@ def _as_line(score: RetrievalScore) -> str:
 
 # %% ../../nbs/4_retrieval/00_evaluate.ipynb #ce681c62
 def _score(ranks: np.ndarray, answers: Answers, query: pd.DataFrame, gallery: pd.DataFrame, protocol: str,
-           max_rank: int) -> RetrievalScore:
+           max_rank: int, trapezoid: bool = False) -> RetrievalScore:
     "Means over the queries that have a match. `ranks` holds the sorted ranks of their hits, by query."
     has = answers.counts > 0
     n = answers.counts[has]
     starts = np.cumsum(n) - n
     j = np.arange(1, len(ranks) + 1) - np.repeat(starts, n)           # 1..n within a query
-    AP, first, INP = np.add.reduceat(j / ranks, starts) / n, ranks[starts], n / ranks[starts + n - 1]
+    precision = _between(j, ranks) if trapezoid else j / ranks
+    AP, first, INP = np.add.reduceat(precision, starts) / n, ranks[starts], n / ranks[starts + n - 1]
     shown = [c for c in ("path", "pid", "camid") if c in query]
     per_query = query[shown].reset_index(drop=True).assign(matches=answers.counts)
     for name, values in dict(AP=AP, first=first, INP=INP).items():
@@ -280,7 +284,12 @@ def _score(ranks: np.ndarray, answers: Answers, query: pd.DataFrame, gallery: pd
     kept = len(gallery) - len(answers.junk)
     cmc = np.searchsorted(np.sort(first), np.arange(1, min(max_rank, kept) + 1), side="right") / len(first)
     return RetrievalScore(float(AP.mean()), float(INP.mean()), cmc, per_query.astype({"first": "Int64"}),
-                          names_of(query, np.flatnonzero(~has)), protocol, kept)
+                          names_of(query, np.flatnonzero(~has)), protocol, kept, trapezoid=trapezoid)
+
+def _between(j: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    "The mean of the precisions before and at each match, which is match `j` of its query; before rank 1 it is 1."
+    before = np.divide(j - 1, ranks - 1, out=np.ones(len(ranks)), where=ranks > 1)
+    return (before + j / ranks) / 2
 
 def names_of(table: pd.DataFrame, rows) -> list[str]:
     "Paths of rows, or their numbers in a table without paths."
@@ -318,6 +327,7 @@ def evaluate(
     max_rank=50,           # length of `.cmc`
     memory=1 << 30,        # bytes it may take above the features
     progress=False,        # show a bar
+    trapezoid=False,       # AP averages neighbouring precisions, as some scripts do; False: precision at each match
 ) -> RetrievalScore:
     """CMC, mAP and mINP by cosine distance.
     ValueError for sizes that differ, NaN, zero rows, and when no query has a match."""
@@ -329,7 +339,7 @@ def evaluate(
         for start, block, scale, _ in product_blocks(query_features, gallery_features, memory):
             _block_ranks(block, scale, start, answers, ranks)
             bar.update(len(block))
-    return _score(ranks, answers, query, gallery, protocol, max_rank)
+    return _score(ranks, answers, query, gallery, protocol, max_rank, trapezoid)
 
 # %% ../../nbs/4_retrieval/00_evaluate.ipynb #be29b465
 def check_sizes(n_query: int, n_gallery: int, query: pd.DataFrame, gallery: pd.DataFrame) -> None:
@@ -364,6 +374,7 @@ def evaluate_distances(
     gallery: pd.DataFrame, # G rows
     protocol="market",     # as in `evaluate`
     max_rank=50,           # length of `.cmc`
+    trapezoid=False,       # as in `evaluate`
 ) -> RetrievalScore:
     "CMC, mAP and mINP of a matrix of distances, as re-ranking makes one."
     distances = as_matrix(distances, "distance")
@@ -376,7 +387,7 @@ def evaluate_distances(
     ranks = np.empty(len(answers._hits), np.int64)
     distances = distances.astype(np.promote_types(distances.dtype, np.float32), copy=False)
     _block_ranks(distances, 1, 0, answers, ranks)
-    return _score(ranks, answers, query, gallery, protocol, max_rank)
+    return _score(ranks, answers, query, gallery, protocol, max_rank, trapezoid)
 
 # %% ../../nbs/4_retrieval/00_evaluate.ipynb #0592a805
 VERDICTS = np.array(["wrong", "right", "ignored", "unknown"])

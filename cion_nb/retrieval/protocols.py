@@ -30,8 +30,8 @@ def sides(
         named = data if isinstance(data, str) else "the table"
         raise ValueError("a test needs images of split query and of split gallery; "
                          f"{named} has none of split {' and '.join(sorted(missing))}")
-    searched = ("gallery", "query") if facts_of(data, table).queries_in_gallery else ("gallery",)
-    return np.flatnonzero(split == "query"), np.flatnonzero(np.isin(split, searched))
+    searched = np.isin(split, facts_of(data, table).searched)
+    return np.flatnonzero(split == "query"), np.flatnonzero(searched)
 
 # %% ../../nbs/4_retrieval/01_protocols.ipynb #5a4b8452
 def draw_keys(

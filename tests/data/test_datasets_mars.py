@@ -100,6 +100,8 @@ def test_score_and_fine_tuning_agree_on_mars(tmp_path, monkeypatch):
      "2 of 4 listed images are not under"),
     (lambda h: (shutil.rmtree(h / "bbox_test"), (h / "bbox_test").mkdir()), FileNotFoundError, "27 of 27 listed"),
     (lambda h: (h / "info/query_IDX.mat").unlink(), FileNotFoundError, "query_IDX.mat is missing"),
+    (lambda h: shutil.rmtree(h / "info"), FileNotFoundError,
+     "info/test_name.txt is missing: MARS's queries are defined there. .*MARS/info is not in the arch.*github.com/"),
     (lambda h: (h / "info/query_IDX.mat").write_bytes(b"MATLAB 5.0 MAT-file"), ValueError,
      "query_IDX.mat is no readable MATLAB file"),
     (lambda h: savemat(h / "info/query_IDX.mat", dict(IDX=[1])), ValueError, "query_IDX.mat has no query_IDX, but IDX"),
