@@ -45,7 +45,7 @@ from cion_nb.data.people import (
 from .scenery import cameras, expose, make_thing, MARGIN, put_sprite, scenery, SCENES, without_margin
 
 # %% ../../nbs/1_data/06_film.ipynb #905b0e19
-_LATER = dict(                        # values that came later, as worlds were before; `world.json` leaves them out there
+_LATER = dict(                        # values that came later, as worlds were before: `world.json` leaves those out
     clip_frames=0, clip_stride=2,     # frames of a clip, and every how many of the video; 0: no clips
     twins="")                         # "mark" or "gait": people come in pairs that differ in nothing else
 _COMMON = dict(
@@ -120,7 +120,8 @@ class World:
     def __repr__(self):
         return (f"World({self.profile!r}, seed={self.seed}, bank={self.values['bank']}: {len(self.people)} people, "
                 f"{len(self.cameras)} cameras, {len(self.videos)} videos, {len(self.tracklets)} tracklet images, "
-                f"{len(self.reid)} ReID images" + (f", {len(self.clips)} clip images)" if "clips" in self.tables else ")"))
+                f"{len(self.reid)} ReID images" + (f", {len(self.clips)} clip images" if "clips" in self.tables else "")
+                + ")")
 
 def _tables_of(values: dict) -> tuple: return ("tracklets", "reid", "clips")[:3 if values["clip_frames"] else 2]
 
@@ -177,7 +178,7 @@ def _beside(rng, walk: Walk, who: int) -> Walk:
     return replace(walk, person=who, path=path, phase=float(rng.uniform(0, 2 * np.pi)))
 
 # %% ../../nbs/1_data/06_film.ipynb #c11b5002
-_QUICKEST, _AT_THE_EDGE = 1.95, 1.2   # metres a second of the fastest walk there is; metres that enter and leave the view
+_QUICKEST, _AT_THE_EDGE = 1.95, 1.2   # metres a second of the fastest walk there is; metres on the way in and out
 
 def _metres_of_a_clip(v: dict) -> float:
     "How long a walk must be for a clip of it, whoever walks; 0 without clips."
@@ -191,7 +192,7 @@ def _long_walk(rng, cam: Camera, who: int, person: Person, start: int, least: fl
         if walk.length >= least: return walk
         longest = max(longest, walk.length)
     raise ValueError(f"a clip needs a walk of {least:.1f} m, and none in 200 of camera {cam.name} is longer than "
-                     f"{longest:.1f} m: lower clip_frames or clip_stride (their product is the frames that a walk lasts)")
+                     f"{longest:.1f} m: lower clip_frames or clip_stride (a clip takes their product of frames)")
 
 # %% ../../nbs/1_data/06_film.ipynb #b0857f9a
 def _video(rng, name: str, cam: Camera, role: str, who: list, people, fps: int, gap: float, company: float,
@@ -535,7 +536,7 @@ def _sample_reid(world: World) -> pd.DataFrame:
 
 # %% ../../nbs/1_data/06_film.ipynb #c11b5005
 def _windows(rng, t: pd.DataFrame, video: Video, n: int) -> np.ndarray:
-    "(walks, n) row numbers: `n` moments in a row at which a walk is seen; those where it is seen best, if it has fewer."
+    "(walks, n) row numbers: moments in a row at which a walk is seen, or the best seen ones where it has fewer."
     out, good, seen = [], ((t.inside > .5) & (t.clear > .25)).to_numpy(), (t.inside * t.clear).to_numpy()
     rows_of = t.groupby("walk").indices
     for k in range(len(video.walks)):
@@ -600,7 +601,7 @@ def _clips_of(world: World, video: Video) -> pd.DataFrame:
     labels = dict(tracklet=np.repeat(np.arange(len(clips)), n), pid=pid, split="query" if tests else "train")
     out = t.iloc[rows.ravel()].assign(mistake=np.where(rows != clips, "switch", "").ravel(), **labels)
     need = round(v["background"] * len(out))
-    nobody = round(need / 2 / n) * n * tests
+    nobody = int(need / 2 / n + rng.random()) * n * tests                       # half of it, on average
     strangers = _of_nobody(rng, t.assign(tracklet=len(clips) - 1), cam, nobody, stride, n)
     lag = -(-3 * v["stride"] // stride) * stride
     out = _stuck(rng, out.reset_index(drop=True), t, cam, lag, need - n * len(strangers))
@@ -684,10 +685,9 @@ def _check_values(v: dict) -> None:
 
 def _check_clips(v: dict) -> None:
     "Clips and twins a world can have."
-    for k, odd in dict(clip_frames=1, clip_stride=0).items():
-        if not isinstance(v[k], (int, np.integer)) or isinstance(v[k], bool) or v[k] < 0 or v[k] == odd:
-            raise ValueError(f"{k}={v[k]!r}: " + ("a whole number from 1 on: every how many frames of the video" if odd == 0
-                                                  else "0 for no clips, or a whole number of frames from 2 on"))
+    for k, odd, meant in (("clip_frames", 1, "0 for no clips, or a whole number of frames from 2 on"),
+                          ("clip_stride", 0, "a whole number from 1 on: every how many frames of the video")):
+        if type(v[k]) is not int or v[k] < 0 or v[k] == odd: raise ValueError(f"{k}={v[k]!r}: {meant}")
     if v["twins"] not in TWINS: raise ValueError(f"twins={v['twins']!r}: choose {', '.join(map(repr, TWINS))}")
     for k in ("pretrain_people", "train_people", "test_people"):
         if v["twins"] and v[k] % 2: raise ValueError(f"{k}={v[k]} must be even where people are twins")
