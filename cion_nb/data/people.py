@@ -489,8 +489,8 @@ def _draw_locks(c, own, p: Person, P: dict, light, s):
 
 # %% ../../nbs/1_data/05_people.ipynb #a1c40e51
 def _draw_mark(c, own, p: Person, P: dict, light, s):
-    "A pin of 6 cm on somebody of 1.7 m, in the middle of the collar; 2 to 3 pixels of a crop of 64x32."
-    colour, r = np.asarray(p.mark, np.float32)[:, None, None], .018 * p.height * s
+    "A pin of 5.5 cm on somebody of 1.7 m, in the middle of the collar; 2 to 3 pixels of a crop of 64x32."
+    colour, r = np.asarray(p.mark, np.float32)[:, None, None], .016 * p.height * s
     _tube(c, own, P["neck"], P["neck"], r, r, lambda t, u: colour, light, 3, fold=0)
 
 # %% ../../nbs/1_data/05_people.ipynb #bfae1972

@@ -81,6 +81,7 @@ def test_mistakes_say_what_is_in_the_box(world):
     assert (tail == t.groupby("tracklet").frame.max().reindex(tail.index)).mean() > .7, "a switch lasts to the end"
 
 
+@pytest.mark.slow("describes worlds of many walks")
 @pytest.mark.parametrize("switch, background", [(0, 0), (.06, .03), (.12, .1)])
 def test_mistakes_come_at_the_rates_asked_for(switch, background):
     people = dict(train_people=40, test_people=40)
@@ -156,20 +157,21 @@ def small(world, person, start, frame, turn):
     path = tuple(tuple(float(q) for q in np.array([0, cam.near + 2]) + s * step) for s in (0, 1, 2))
     video = P.Video("", cam.camid, "", 10 ** 6, (P.Walk(0, start, path, person.speed, .7),))
     stage = P._Stage(replace(world, people=(person,)), video, [frame])
-    x0, y0, x1, y1 = np.round(stage.at[frame][0].box).astype(int).tolist()
-    image = P._cut(stage, frame, 0, x0, y0, x1 - x0, y1 - y0).image
+    x0, y0, x1, y1 = stage.at[frame][0].box
+    w, h = max(x1 - x0, .42 * (y1 - y0)), y1 - y0                                # as a detector's boxes are
+    image = P._cut(stage, frame, 0, *(round(q) for q in ((x0 + x1 - w) / 2, y0, w, h))).image
     return np.asarray(Image.fromarray(image).resize((32, 64), Image.BICUBIC), int)
 
 
-@pytest.mark.parametrize("turn", [-1.57, -.4, .7, 1.57, 2.6])
+@pytest.mark.parametrize("turn", [-1.57, -.4, 1.57, 2.6])
 def test_twins_by_their_mark_differ_in_a_few_pixels(world, turn):
     for k in range(4):
         pair = twins_of(stream("pair", k), random_person(stream("one", k), 1), 2, "mark")
         one, other = (small(world, p, 0, 3, turn) for p in pair)
         far = np.abs(one - other).max(-1)
-        rows, columns = np.nonzero(far > 25)
+        rows, columns = np.nonzero(far > far.max() / 4)
         assert 2 <= len(rows) <= 9 and np.ptp(rows) < 3 and np.ptp(columns) < 3, "a spot within 3x3 pixels"
-        assert far.max() > 80 and far[far <= 25].mean() < 1
+        assert far.max() > 80 and (far > 20).sum() <= 12 and np.median(far) == 0
         assert replace(pair[0], pid=0, mark=()) == replace(pair[1], pid=0, mark=())
 
 
@@ -184,7 +186,8 @@ def test_twins_by_their_gait_differ_in_time_alone(world):
 
 def test_a_world_of_twins_is_in_pairs():
     for by in ("mark", "gait"):
-        w = make_world("tiny", 1, **CLIPS | dict(train_people=20, test_people=20), company=0, twins=by)
+        people = dict(train_people=20, test_people=20, company=0, twins=by)
+        w = P._cast("tiny", 1, P.PROFILES["tiny"] | CLIPS | people)              # without its tables
         for a, b in zip(w.people[::2], w.people[1::2]):
             assert a.group == b.group and (a.height, a.upper, a.lower, a.hair) == (b.height, b.upper, b.lower, b.hair)
             assert b.pid == a.pid + 1 and ((a.mark != b.mark) if by == "mark" else (a.pace != b.pace))
