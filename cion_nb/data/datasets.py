@@ -571,7 +571,8 @@ def reader_of(
 
 # %% ../../nbs/1_data/01_datasets.ipynb #98422a47
 SUBSETS = dict(tracklets="unlabelled tracklets or pre-training images", train="the train split",
-               test="query and gallery")
+               test="query and gallery", clips_train="the clips of the train split",
+               clips_test="the clips of query and gallery")
 
 def refuse_no_world(data: dict) -> None:
     "ValueError for a recipe that is not a world's."
@@ -586,18 +587,28 @@ def read_data(
     if subset not in SUBSETS: raise ValueError(f"subset {subset!r}: choose one of {', '.join(SUBSETS)}")
     data = recipe["data"]
     if isinstance(data, dict):
-        refuse_no_world(data)
-        root = Run(data).require().folder
-        samples = read_samples(root / ("tracklets.parquet" if subset == "tracklets" else "reid.parquet"))
+        samples, root = _of_world(data, subset)
     elif str(data).endswith(".parquet"):
         file = resolve(data)
         samples, root = read_samples(file), resolve(recipe.get("data_root") or file.parent)
     else: samples, root = _read_known(data, recipe)
     if subset != "tracklets":
-        splits = ["train"] if subset == "train" else ["query", "gallery"]
+        splits = ["train"] if subset.endswith("train") else ["query", "gallery"]
         samples = samples[samples.split.isin(splits)].reset_index(drop=True)
     if not len(samples): raise ValueError(f"{data}: there is no image for {SUBSETS[subset]} under {root}")
+    lost = subset.startswith("clips") and int((samples.tracklet < 0).sum())
+    if lost: raise ValueError(f"{data}: {counted(lost, 'image')} of {SUBSETS[subset]} in no tracklet (-1)")
     return samples, root
+
+# %% ../../nbs/1_data/01_datasets.ipynb #da7a5002
+def _of_world(data: dict, subset: str) -> tuple[pd.DataFrame, Path]:
+    "The table of a world's run that holds a subset. ValueError where it was made without clips."
+    refuse_no_world(data)
+    root = Run(data).require().folder
+    name = "tracklets" if subset == "tracklets" else "clips" if subset.startswith("clips") else "reid"
+    if name == "clips" and not (root/"clips.parquet").exists():
+        raise ValueError(f"{root} is a world without clips; ask for one with them: values=dict(clip_frames=12)")
+    return read_samples(root/f"{name}.parquet"), root
 
 def _read_known(data, recipe):
     "Samples and root of a data set by its name."

@@ -106,6 +106,9 @@ DATASETS |= {
     "world": DatasetFacts(
         "embedded world", {}, "reid.parquet and crops/, as `render` writes them",
         "this project's", "../1_data/06_film.ipynb", distractor=0),
+    "world_clips": DatasetFacts(
+        "clips of the embedded world", {}, "clips.parquet and crops/, as `render` writes them",
+        "this project's", "../1_data/06_film.ipynb", distractor=0, ranks="tracklets", queries_in_gallery=True),
 }
 
 # %% ../../nbs/1_data/00_facts.ipynb #6a45cf37

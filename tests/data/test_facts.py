@@ -92,5 +92,6 @@ def test_facts_stand_once():
     mars = DATASETS["mars"]
     assert mars.queries_in_gallery and mars.tracklets["gallery"] + mars.tracklets["query"] == 11_310
     assert mars.total - mars.counts["train"][0] == 681_089
-    assert [n for n, f in DATASETS.items() if f.queries_in_gallery] == ["mars"]
-    assert [n for n, f in DATASETS.items() if f.distractor is not None] == ["market1501", "mars", "world"]
+    assert [n for n, f in DATASETS.items() if f.queries_in_gallery] == ["mars", "world_clips"]
+    assert [n for n, f in DATASETS.items() if f.distractor is not None] == [
+        "market1501", "mars", "world", "world_clips"]
