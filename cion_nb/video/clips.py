@@ -70,8 +70,8 @@ def by_tracklet(
     if (within & falls).any():
         late = together["tracklet"].to_numpy()[1:][within & falls]
         shown = first_few(map(str, dict.fromkeys(late.tolist())))
-        warnings.warn(f"frames of {counted(len(set(late)), 'tracklet')} are not in the table's order and were sorted: "
-                      f"{shown}", stacklevel=2)
+        warnings.warn(f"{counted(len(set(late)), 'tracklet has', 'tracklets have')} frames out of order, which were sorted: "
+                      f"tracklet {shown}", stacklevel=2)
     table = samples.iloc[np.lexsort((samples["frame"].to_numpy(), of))].reset_index(drop=True)
     table.attrs = dict(samples.attrs)
     return table
