@@ -71,7 +71,7 @@ def test_what_cannot_be_sampled(call, says):
 
 
 # ── tables ──
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=30), st.integers(0, 9))
 def test_rows_are_sorted_and_told(places, seed):
     tracklet, frame = np.array(places).T
@@ -148,11 +148,11 @@ def test_draws_of_frames_and_of_flips_are_apart(crops):
     clips, transform = Clips(samples, root, n_frames=2, seed=3), ClipTransform((8, 4), erase=0., seed=3)
     last, mirrored = [], []
     plain = ClipTransform((8, 4), erase=0., chance=0.)
-    for epoch in range(300):
+    for epoch in range(200):
         clip, row = clips.load([3], epoch), clips.rows([3], epoch)[0]
         last.append(row[0] - clips.rows([3])[0, 0])
         mirrored.append(not torch.equal(transform(clip, [3], epoch)[0][0, 0], plain(clip, [3], epoch)[0][0, 0]))
-    assert abs(np.corrcoef(last, mirrored)[0, 1]) < .15 and .4 < np.mean(mirrored) < .6
+    assert abs(np.corrcoef(last, mirrored)[0, 1]) < .2 and .4 < np.mean(mirrored) < .6
 
 
 @pytest.mark.parametrize("flip", ["frame", "sequence"])
