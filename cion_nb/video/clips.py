@@ -25,7 +25,16 @@ from ..models.architectures import InputSpec
 from ..models.features import check_extraction, decoders, Extraction, model_hash, read_ahead, to_pixels
 from ..retrieval.protocols import tracklet_rows
 from ..training.samplers import PKSampler
-from ..training.views import check_images, erase_, erase_boxes, ERASING, ImageStore, normalise, resize, sample_draws
+from cion_nb.training.views import (
+    check_images,
+    erase_,
+    erase_boxes,
+    ERASING,
+    ImageStore,
+    normalise,
+    resize,
+    sample_draws,
+)
 
 # %% ../../nbs/6_video/00_clips.ipynb #11bb0a82
 CHUNKS = ("equal", "ceil")
@@ -70,8 +79,8 @@ def by_tracklet(
     if (within & falls).any():
         late = together["tracklet"].to_numpy()[1:][within & falls]
         shown = first_few(map(str, dict.fromkeys(late.tolist())))
-        warnings.warn(f"{counted(len(set(late)), 'tracklet has', 'tracklets have')} frames out of order, which were sorted: "
-                      f"tracklet {shown}", stacklevel=2)
+        said = counted(len(set(late)), "tracklet has", "tracklets have")
+        warnings.warn(f"{said} frames out of order, which were sorted: tracklet {shown}", stacklevel=2)
     table = samples.iloc[np.lexsort((samples["frame"].to_numpy(), of))].reset_index(drop=True)
     table.attrs = dict(samples.attrs)
     return table

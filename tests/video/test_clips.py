@@ -96,7 +96,8 @@ def test_tracklets_of_two_people():
     assert table.pid.tolist() == [1, 3] and table.n_frames.tolist() == [3, 4], "of equals, the smallest"
     assert by_tracklet(samples, "most").pid.tolist() == [1] * 3 + [3] * 4
     with pytest.raises(ValueError, match="mixed='first'"): by_tracklet(samples, "first")
-    with pytest.raises(ValueError, match="1 image has no tracklet"): tracklet_table(samples.assign(tracklet=[0] * 6 + [-1]))
+    with pytest.raises(ValueError, match="1 image has no tracklet"):
+        tracklet_table(samples.assign(tracklet=[0] * 6 + [-1]))
     with pytest.raises(ValueError, match="tracklet 0 has 2 values of camid"):
         tracklet_table(samples.assign(camid=[0, 1] + [0] * 5), mixed="most")
 
@@ -109,7 +110,8 @@ def crops(tmp_path_factory):
     for t, n in enumerate((1, 3, 9, 20)):
         for k in range(n):
             path = f"{t}_{k:02}.png"
-            Image.fromarray(picture(24 + k % 3, 12 + t, 50 * t + k).permute(1, 2, 0).contiguous().numpy()).save(root / path)
+            image = picture(24 + k % 3, 12 + t, 50 * t + k).permute(1, 2, 0).contiguous()
+            Image.fromarray(image.numpy()).save(root / path)
             rows.append(dict(path=path, pid=t // 2, tracklet=10 * t, frame=k))
     return root, make_samples(**{name: [row[name] for row in rows] for name in rows[0]})
 

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from examples import Mean, picture, SPEC
-from PIL import Image
+from examples import ClipReader, Mean, SPEC, WALKS, walks
 from places import TESTS
 from torch import nn
 
@@ -25,40 +24,13 @@ from cion_nb.models.leaving import export_onnx
 from cion_nb.video.clips import extract_clips, restricted_random, TemporalMean, tracklet_table
 
 torch.set_num_threads(1)
-COUNTS = (5, 1, 12, 3, 4, 30, 2)
 
 
-class Reader(nn.Module):
-    "A model of clips whose answer depends on the frames' order."
-    any_length = False
-    def __init__(self, T=4, spec=SPEC):
-        super().__init__()
-        self.input, self.embed_dim = InputSpec(spec.height, spec.width, frames=T), 6
-        self.weight = nn.Parameter(torch.linspace(.2, 1, T))
-        self.seen = []
-    def forward(self, x):
-        self.seen.append(x.shape[:2])
-        y = torch.cat([x.mean((3, 4)), x[:, :, :, 0].mean(3)], 2)
-        return torch.einsum("ntd,t->nd", y.tanh(), self.weight) + y.amax(1)
-
-
-class AnyLength(Reader):
+class AnyLength(ClipReader):
     any_length = True
     def forward(self, x):
         self.seen.append(x.shape[:2])
         return torch.cat([x.mean((3, 4)), x[:, :, :, 0].mean(3)], 2).tanh().mean(1)
-
-
-def walks(root, counts=COUNTS):
-    "Tracklets of these lengths as files; their table."
-    rows = []
-    for t, n in enumerate(counts):
-        for k in range(n):
-            rows.append(dict(path=f"{t}_{k:03}.png", pid=t // 2, camid=t % 3, tracklet=7 * t, frame=k))
-            if not (root / rows[-1]["path"]).exists():
-                Image.fromarray(picture(16 + k % 3, 8, 100 * t + k).permute(1, 2, 0).contiguous().numpy()).save(
-                    root / rows[-1]["path"])
-    return make_samples(**{name: [row[name] for row in rows] for name in rows[0]})
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +60,7 @@ def plainly(root, samples, model, T, sampling, stand_in=None):
 
 
 @pytest.mark.parametrize("sampling", ["chunks", "all"])
-@pytest.mark.parametrize("kind", [Reader, AnyLength])
+@pytest.mark.parametrize("kind", [ClipReader, AnyLength])
 def test_rows_are_the_definition(street, tmp_path, sampling, kind):
     root, samples = street
     want = plainly(root, samples, kind(), 4, sampling)
@@ -99,7 +71,7 @@ def test_rows_are_the_definition(street, tmp_path, sampling, kind):
                           precision="float32")
         assert np.allclose(f.x, want, atol=1e-5)
     table = tracklet_table(samples)
-    assert f.samples.tracklet.tolist() == table.tracklet.tolist() and f.samples.n_frames.tolist() == list(COUNTS)
+    assert f.samples.tracklet.tolist() == table.tracklet.tolist() and f.samples.n_frames.tolist() == list(WALKS)
     assert f.samples.path.tolist() == table.path.tolist() and not len(f.unreadable)
     again = kind()
     assert np.array_equal(extract_clips(samples, root, again, tmp_path / "64", sampling=sampling,
@@ -119,19 +91,19 @@ def test_every_frame_is_encoded_once(street, tmp_path):
             return super().forward(x)
     images = Counts()
     f = extract_clips(samples, root, images, tmp_path / "mean", n_frames=4, sampling="all", precision="float32")
-    assert images.frames == sum(COUNTS)
+    assert images.frames == sum(WALKS)
     spec, start, want = SPEC, 0, []
-    for n in COUNTS:
+    for n in WALKS:
         paths, start = samples.path[start:start + n], start + n
         x = normalise(torch.from_numpy(np.stack([to_pixels(root / path, spec) for path in paths])), spec)
         want.append(nn.functional.normalize(Mean()(x).mean(0), dim=0).detach().numpy())
     assert np.allclose(f.x, want, atol=1e-5), "the plain mean over frames"
-    reader = Reader()
+    reader = ClipReader()
     extract_clips(samples, root, reader, tmp_path / "reader", sampling="all")
-    assert sum(n for n, _ in reader.seen) == sum(-(-n // 4) for n in COUNTS) and {T for _, T in reader.seen} == {4}
+    assert sum(n for n, _ in reader.seen) == sum(-(-n // 4) for n in WALKS) and {T for _, T in reader.seen} == {4}
 
 
-class Dies(Reader):
+class Dies(ClipReader):
     left = 99
     def forward(self, x):
         self.left -= 1
@@ -160,11 +132,11 @@ def test_stopped_at_any_batch_and_resumed(street, tmp_path, sampling):
 
 SCRIPT = """
 import sys, time
-sys.path[:0] = [{tests!r}, {here!r}]
-from test_clips_extract import Reader, walks
+sys.path.insert(0, {tests!r})
+from examples import ClipReader, walks
 from pathlib import Path
 from cion_nb.video.clips import extract_clips
-class Slow(Reader):
+class Slow(ClipReader):
     def forward(self, x): time.sleep(.05); return super().forward(x)
 f = extract_clips(walks(Path({root!r})), {root!r}, Slow(), {out!r}, sampling="all", batch_size=2, flush_seconds=0)
 print("done", len(f))
@@ -175,7 +147,7 @@ print("done", len(f))
 def test_killed_and_resumed(street, tmp_path):
     "SIGKILL in a real process; the next one ends with the same bytes as one that was left alone."
     def start(out):
-        code = SCRIPT.format(tests=str(TESTS), here=str(TESTS / "video"), root=str(street[0]), out=str(out))
+        code = SCRIPT.format(tests=str(TESTS), root=str(street[0]), out=str(out))
         return forked.start(["-c", code], stderr=subprocess.STDOUT,
                             env={**os.environ, "CION_NB_PROGRESS": "0", "OMP_NUM_THREADS": "1"})
     whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
@@ -207,7 +179,7 @@ def test_the_longest_track_is_read_in_pieces(tmp_path, monkeypatch):
         return image
     monkeypatch.setattr(room, "to_pixels", read)
     samples = make_samples([f"{k:03}.png" for k in range(715)], tracklet=3, pid=1, frame=range(715))
-    f = extract_clips(samples, tmp_path, Reader(), tmp_path / "s", sampling="all", batch_size=4, workers=1)
+    f = extract_clips(samples, tmp_path, ClipReader(), tmp_path / "s", sampling="all", batch_size=4, workers=1)
     assert len(f) == 1 and f.samples.n_frames[0] == 715 and 16 <= most <= 5 * 16
 
 
@@ -220,18 +192,18 @@ def test_unreadable_frames(street, tmp_path, capsys):
     stand_in = {"0_000.png": "0_001.png", "0_004.png": "0_001.png", "2_003.png": "2_005.png", "2_004.png": "2_005.png"}
     kept = ~samples.tracklet.isin([7, 21])
     for batch_size in (1, 8):
-        f = extract_clips(samples, root, Reader(), tmp_path / f"all{batch_size}", sampling="all", precision="float32",
-                          batch_size=batch_size)
+        f = extract_clips(samples, root, ClipReader(), tmp_path / f"all{batch_size}", sampling="all",
+                          precision="float32", batch_size=batch_size)
         said = capsys.readouterr().out
         assert "8 frames could not be read, first: 0_000.png: zero bytes" in said
         assert "2 tracklets have none and no feature" in said
-        assert np.allclose(f.x, plainly(root, samples[kept], Reader(), 4, "all", stand_in), atol=1e-5)
+        assert np.allclose(f.x, plainly(root, samples[kept], ClipReader(), 4, "all", stand_in), atol=1e-5)
         assert f.samples.tracklet.tolist() == [0, 14, 28, 35, 42] and sorted(f.unreadable.path) == bad
-    f = extract_clips(samples, root, Reader(), tmp_path / "chunks", precision="float32")
-    assert np.allclose(f.x, plainly(root, samples[kept], Reader(), 4, "chunks", stand_in), atol=1e-5)
+    f = extract_clips(samples, root, ClipReader(), tmp_path / "chunks", precision="float32")
+    assert np.allclose(f.x, plainly(root, samples[kept], ClipReader(), 4, "chunks", stand_in), atol=1e-5)
     assert "0_004.png" not in f.unreadable.path.tolist(), "nobody asked for it"
     with pytest.raises(ValueError, match="none of the 2 tracklets could be read.*Is root="):
-        extract_clips(samples[~kept], root, Reader(), tmp_path / "none")
+        extract_clips(samples[~kept], root, ClipReader(), tmp_path / "none")
 
 
 def test_bad_calls(street, tmp_path):
@@ -244,11 +216,11 @@ def test_bad_calls(street, tmp_path):
             (dict(samples=samples.assign(tracklet=-1)), ValueError, "no tracklet"),
             (dict(samples=samples.assign(tracklet=1)), ValueError, "tracklet 1 has 4 values of pid")]:
         with pytest.raises(error, match=says):
-            extract_clips(**dict(samples=samples, root=root, model=Reader(), out=tmp_path / "s") | change)
+            extract_clips(**dict(samples=samples, root=root, model=ClipReader(), out=tmp_path / "s") | change)
     with pytest.raises(TypeError, match="extract_clips gives a row a tracklet"):
-        extract(samples, root, Reader(), tmp_path / "s")
-    with pytest.raises(ValueError, match="takes clips already, of 4"): TemporalMean(Reader())
-    empty = extract_clips(make_samples([]), root, Reader(), tmp_path / "e")
+        extract(samples, root, ClipReader(), tmp_path / "s")
+    with pytest.raises(ValueError, match="takes clips already, of 4"): TemporalMean(ClipReader())
+    empty = extract_clips(make_samples([]), root, ClipReader(), tmp_path / "e")
     assert len(empty) == 0 and empty.x.shape == (0, 6)
 
 
@@ -292,15 +264,18 @@ def test_a_model_of_clips_leaves_and_comes_back(street, tmp_path):
 
 def test_two_files_of_images_are_two_requests(street, tmp_path):
     "The mean over an ONNX model's frames has no weights of its own to be told apart by."
-    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, TensorProto
     root, samples = street
     models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        model.input, model.embed_dim = SPEC, 4
-        export_onnx(model, tmp_path / f"{seed}.onnx")
-        models.append(OnnxModel(tmp_path / f"{seed}.onnx"))
+    for name in "ab":
+        ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, shape)
+                for end, shape in (("x", ["n", 3, 8, 4]), ("y", ["n", 3]))]
+        node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)
+        graph = helper.make_graph([node], name, ends[:1], ends[1:])
+        opset = [helper.make_opsetid("", 13)]
+        onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / f"{name}.onnx")
+        models.append(OnnxModel(tmp_path / f"{name}.onnx", SPEC))
     extract_clips(samples, root, models[0], tmp_path / "s", n_frames=2)
     with pytest.raises(FileExistsError, match="encoder: there"):
         extract_clips(samples, root, models[1], tmp_path / "s", n_frames=2)
