@@ -150,3 +150,32 @@ def identities(calibration, features, samples):
     out = np.empty(len(samples), np.int64)
     out[layout.rows] = label[of]
     return out
+
+
+WALKS = (5, 1, 12, 3, 4, 30, 2)   # frames of the tracklets that `walks` makes
+
+
+class ClipReader(nn.Module):
+    "A model of clips whose answer depends on the frames' order."
+    any_length = False
+    def __init__(self, T=4, spec=SPEC):
+        super().__init__()
+        self.input, self.embed_dim = InputSpec(spec.height, spec.width, frames=T), 6
+        self.weight = nn.Parameter(torch.linspace(.2, 1, T))
+        self.seen = []
+    def forward(self, x):
+        self.seen.append(x.shape[:2])
+        y = torch.cat([x.mean((3, 4)), x[:, :, :, 0].mean(3)], 2)
+        return torch.einsum("ntd,t->nd", y.tanh(), self.weight) + y.amax(1)
+
+
+def walks(root, counts=WALKS):
+    "Tracklets of these lengths as files; their table."
+    rows = []
+    for t, n in enumerate(counts):
+        for k in range(n):
+            rows.append(dict(path=f"{t}_{k:03}.png", pid=t // 2, camid=t % 3, tracklet=7 * t, frame=k))
+            if not (root / rows[-1]["path"]).exists():
+                Image.fromarray(picture(16 + k % 3, 8, 100 * t + k).permute(1, 2, 0).contiguous().numpy()).save(
+                    root / rows[-1]["path"])
+    return make_samples(**{name: [row[name] for row in rows] for name in rows[0]})
