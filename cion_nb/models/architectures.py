@@ -25,7 +25,8 @@ from ..core.settings import table5
 # %% ../../nbs/2_models/00_architectures.ipynb #2af33901
 @dataclass(frozen=True)
 class InputSpec:
-    "How an image becomes a model's input: resize to height x width, order the channels, `(x * scale - mean) / std`."
+    """How an image becomes a model's input: resize to height x width, order the channels, `(x * scale - mean) / std`.
+    A model of clips takes `frames` such images at once."""
     height: int = 256             # pixels
     width: int = 128              # pixels
     layout: str = "NCHW"          # "NCHW", or "NHWC" (channels last in the array's shape)
@@ -34,15 +35,19 @@ class InputSpec:
     mean: tuple = (0.485, 0.456, 0.406) # ImageNet's, as in the paper's pre-training
     std: tuple = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear" # "bilinear" or "bicubic", antialiased when shrinking
-    frames: int = 0               # of a clip model, which takes (T, …) of them; 0: a model of single images
+    frames: int = 0               # T of a clip, (T, *image); 0: the model takes images
 
     def __post_init__(self):
         for name in ("mean", "std"): object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         _check_input(self)
 
     @property
-    def shape(self) -> tuple: # of one image, without the batch axis
-        return (3, self.height, self.width) if self.layout == "NCHW" else (self.height, self.width, 3)
+    def shape(self) -> tuple: # of one image, or one clip, without the batch axis
+        image = (3, self.height, self.width) if self.layout == "NCHW" else (self.height, self.width, 3)
+        return (self.frames, *image) if self.frames else image
+
+    def asdict(self) -> dict: # for a card; without `frames` for images, as cards and requests always were
+        return {name: value for name, value in asdict(self).items() if name != "frames" or value}
 
 # %% ../../nbs/2_models/00_architectures.ipynb #7b1658b0
 _CHOICES = dict(layout=("NCHW", "NHWC"), colour=("RGB", "BGR"), interpolation=("bilinear", "bicubic"))
@@ -53,6 +58,8 @@ def _check_input(spec: InputSpec) -> None:
         if value not in known: raise ValueError(f"InputSpec {name}={value!r}: use one of {known}")
     if spec.height < 1 or spec.width < 1:
         raise ValueError(f"InputSpec height x width {spec.height}x{spec.width}: both must be positive")
+    if isinstance(spec.frames, bool) or not isinstance(spec.frames, int) or spec.frames < 0:
+        raise ValueError(f"InputSpec frames={spec.frames!r}: frames of a clip, or 0 for a model of images")
     if len(spec.mean) != 3 or len(spec.std) != 3 or min(spec.std) <= 0:
         raise ValueError(f"InputSpec mean {spec.mean} and std {spec.std}: three values each, std positive")
 

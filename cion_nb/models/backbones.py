@@ -6,7 +6,6 @@
 __all__ = ['create_backbone', 'save_backbone', 'load_backbone']
 
 # %% ../../nbs/2_models/02_backbones.ipynb #758d25d9
-from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -50,7 +49,7 @@ def _own_card(model: nn.Module) -> dict:
     "What a backbone knows of itself, and needs to be built again."
     size = [model.input.height, model.input.width]
     return dict(name=model.name, weights=model.weights, image_size=size, overlap=model.overlap,
-                embed_dim=model.embed_dim, input=asdict(model.input))
+                embed_dim=model.embed_dim, input=model.input.asdict())
 
 # %% ../../nbs/2_models/02_backbones.ipynb #d2d88812
 def load_backbone(

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -66,7 +66,7 @@ class ExportReport:
 
 def _card(model: nn.Module, deployed: _Deployed) -> dict: # what travels with an exported file
     return dict(name=getattr(model, "name", type(model).__name__), embed_dim=model.embed_dim,
-                input=asdict(deployed.input), columns=_column_sizes(model))
+                input=deployed.input.asdict(), columns=_column_sizes(model))
 
 def _column_sizes(model) -> dict: # what a model takes beside images -> how many values there are, from 0
     return {name: model.column_sizes[name] for name in getattr(model, "columns", ())}

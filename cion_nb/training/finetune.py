@@ -15,7 +15,7 @@ import math
 import sys
 import warnings
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -618,7 +618,7 @@ def save_finetuned(
 def _arguments(model):
     "What `load_finetuned` needs to build an MGN or a TransReID again."
     method = "mgn" if isinstance(model, MGN) else "transreid"
-    card = dict(method=method, name=model.name, input=asdict(model.input), embed_dim=model.embed_dim, n_ids=model.n_ids)
+    card = dict(method=method, name=model.name, input=model.input.asdict(), embed_dim=model.embed_dim, n_ids=model.n_ids)
     if method == "mgn": return card | dict(dim=model.dim)
     n_cameras = 0 if model.camera is None else len(model.camera)
     return card | dict(n_cameras=n_cameras, jpm=model.group is not None, camera_weight=model.camera_weight,

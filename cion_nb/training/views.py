@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAMMA', 'VIEW_RECIPES', 'ERASING', 'jit', 'ORDERS', 'TOLD', 'mix64', 'sample_draws', 'crop_boxes', 'erase_boxes',
            'brighten_', 'contrast_', 'saturate_', 'grey_', 'grey_sum', 'turn_hue_', 'blur', 'ViewParameters', 'resize',
-           'MultiCrop', 'normalise', 'TrainTransform', 'erase_', 'ImageStore', 'embed_rows']
+           'MultiCrop', 'check_images', 'normalise', 'TrainTransform', 'erase_', 'ImageStore', 'embed_rows']
 
 # %% ../../nbs/5_training/00_views.ipynb #3250e695
 import itertools
@@ -393,7 +393,7 @@ def __call__(self: MultiCrop,
     epoch: int = 0,
 ) -> list[Tensor]:           # n_views tensors (B, 3, h, w) uint8, global views first
     "The views of a batch."
-    _check_images(images, index)
+    check_images(images, index)
     height, width = (np.array([image.shape[side] for image in images]) for side in (-2, -1))
     drawn = self.parameters(np.asarray(index), height, width, epoch)
     views = []
@@ -403,7 +403,7 @@ def __call__(self: MultiCrop,
     return views
 
 # %% ../../nbs/5_training/00_views.ipynb #3bd6225a
-def _check_images(images, index) -> None:
+def check_images(images, index) -> None:
     "ValueError for images that are not uint8 (3, h, w), or not as many as sample numbers."
     for n, image in enumerate(images):
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -479,7 +479,7 @@ def __call__(self: TrainTransform,
     epoch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, 3, h, w) uint8; (B, 4) boxes to erase; (B,) seeds of their noise
     "The batch as uint8, and what `erase_` needs once it is normalised."
-    _check_images(images, index)
+    check_images(images, index)
     u, (h, w), pad = sample_draws(self.seed, epoch, index, 26), self.size, self.pad
     x = resize(images, self.size, self.interpolation)
     flip = torch.from_numpy(u[:, 0] < self.flip)
@@ -515,15 +515,17 @@ class ImageStore:
     "The images of a samples table as uint8 tensors, by row: `store[rows]` is a list of (3, h, w)."
     _noting = threading.Lock()   # two threads may meet one unreadable row: its own, and as a replacement
     def __init__(self,
-        samples: pd.DataFrame,         # a samples table; replacements keep its `pid`
+        samples: pd.DataFrame,         # a samples table; replacements keep its `within`
         root,                          # folder that `path` is relative to
         size: tuple | None = None,     # (height, width) to store; None: as they are
         memory: float = 2**31,         # bytes the images may take; above, they are read from disk batch by batch
         threads: int | None = None,    # that decode; None: one a core, at most 16
         interpolation: str = "bicubic",
+        within: str = "pid",           # what a replacement shares with the image it replaces: "pid" or "tracklet"
     ):
         samples = as_samples(samples)
-        self.paths, self.pid, self.root = samples["path"].to_numpy(str), samples["pid"].to_numpy(), Path(root)
+        self.paths, self.of, self.root = samples["path"].to_numpy(str), samples[within].to_numpy(), Path(root)
+        self.kind = "identity" if within == "pid" else within
         self.size, self.memory, self.interpolation = size and tuple(size), memory, interpolation
         self.threads = threads or min(16, os.cpu_count() or 1)
         self.reasons, self._pool = {}, (None, None)          # unreadable row -> why; (process, its thread pool)
@@ -544,14 +546,14 @@ def _image(self: ImageStore, row):
     for candidate in self._candidates(int(row)):
         image = None if candidate in self.reasons else read(candidate)
         if image is not None: return image
-    raise ValueError(f"identity {self.pid[row]} has no readable image (row {row}: {self.paths[row]}, "
+    raise ValueError(f"{self.kind} {self.of[row]} has no readable image (row {row}: {self.paths[row]}, "
                      f"{self.reasons[int(row)]}); drop such rows: samples[store.readable]")
 
 @patch
 def _candidates(self: ImageStore, row):
-    "The row, then those that may replace it: the same identity in cyclic order; for a row of no identity, any."
+    "The row, then those that may replace it: the same identity in cyclic order; of rows without one, any such."
     yield row
-    same = np.flatnonzero(self.pid == self.pid[row])
+    same = np.flatnonzero(self.of == self.of[row])
     yield from np.roll(same, -1 - np.searchsorted(same, row))[:-1].tolist()
 
 # %% ../../nbs/5_training/00_views.ipynb #d0d8439c
@@ -562,7 +564,7 @@ def _read(self: ImageStore, row):
     except UnreadableImage as e:
         with self._noting: is_known, self.reasons[row] = row in self.reasons, e.reason
         if not is_known and len(self.reasons) <= TOLD:
-            warnings.warn(f"{self.paths[row]}: {e.reason}; replaced by another image of identity {self.pid[row]}",
+            warnings.warn(f"{self.paths[row]}: {e.reason}; replaced by another image of {self.kind} {self.of[row]}",
                           stacklevel=2)
         return None
     return image if self.size is None else resize(image[None], self.size, self.interpolation)[0]
