@@ -29,12 +29,27 @@ from ..core.runs import processors
 from ..core.samples import make_samples, read_samples, write_samples
 from ..core.settings import Seed, setting, Settings
 from .cameras import Camera, Canvas, jittered, project, stream
-from .people import cast_shadow, draw_person, JOINTS, PARTS, Person, random_person, seen_from, stand, Walk
+from cion_nb.data.people import (
+    cast_shadow,
+    draw_person,
+    JOINTS,
+    PARTS,
+    Person,
+    random_person,
+    seen_from,
+    stand,
+    TWINS,
+    twins_of,
+    Walk,
+)
 from .scenery import cameras, expose, make_thing, MARGIN, put_sprite, scenery, SCENES, without_margin
 
 # %% ../../nbs/1_data/06_film.ipynb #905b0e19
+_LATER = dict(                        # values that came later, as worlds were before; `world.json` leaves them out there
+    clip_frames=0, clip_stride=2,     # frames of a clip, and every how many of the video; 0: no clips
+    twins="")                         # "mark" or "gait": people come in pairs that differ in nothing else
 _COMMON = dict(
-    bank="A", cameras=6,
+    _LATER, bank="A", cameras=6,
     lookalikes=.15,                   # share of people who have look-alikes
     fps=12, stride=6,                 # frames a second, and every how many of them the tracker sees
     gap=1.6, reid_gap=5.,             # seconds between walkers, in pre-training and in train and test videos
@@ -86,6 +101,12 @@ class World:
     videos: tuple           # Video
     tracklets: pd.DataFrame # rows of `tracklets.parquet` before rendering
     reid: pd.DataFrame      # rows of `reid.parquet` before rendering
+    clips: pd.DataFrame | None = None # rows of `clips.parquet` before rendering; None where clip_frames is 0
+
+    @property
+    def tables(self) -> dict:
+        "The samples tables there are, by name."
+        return {name: getattr(self, name) for name in _tables_of(self.values)}
 
     def camera(self, video: Video) -> Camera: return self.cameras[video.camid - 1]
 
@@ -99,12 +120,15 @@ class World:
     def __repr__(self):
         return (f"World({self.profile!r}, seed={self.seed}, bank={self.values['bank']}: {len(self.people)} people, "
                 f"{len(self.cameras)} cameras, {len(self.videos)} videos, {len(self.tracklets)} tracklet images, "
-                f"{len(self.reid)} ReID images)")
+                f"{len(self.reid)} ReID images" + (f", {len(self.clips)} clip images)" if "clips" in self.tables else ")"))
+
+def _tables_of(values: dict) -> tuple: return ("tracklets", "reid", "clips")[:3 if values["clip_frames"] else 2]
 
 # %% ../../nbs/1_data/06_film.ipynb #a357cda5
 def _people(seed: int, values: dict) -> tuple:
     "All people of a world; a share of them in look-alike groups of three, who dress (almost) the same."
     n = values["pretrain_people"] + values["train_people"] + values["test_people"]
+    if values["twins"]: return _pairs(stream(seed, values["bank"], "twins"), n // 2, values["twins"])
     rng, people, group = stream(seed, values["bank"], "people"), [], 0
     starts_group = values["lookalikes"] / (3 - 2 * values["lookalikes"])
     shade = lambda g: replace(g, colour=jittered(rng, g.colour, .05), second=jittered(rng, g.second, .05))
@@ -116,6 +140,11 @@ def _people(seed: int, values: dict) -> tuple:
             people.append(random_person(rng, len(people) + 1, (shade(first.upper), shade(first.lower)), group))
         group += alike
     return tuple(people)
+
+def _pairs(rng, n: int, by: str) -> tuple:
+    "All people of a world of twins, each beside the other."
+    pairs = [twins_of(rng, random_person(rng, 2 * k + 1, group=k), 2 * k + 2, by) for k in range(n)]
+    return tuple(p for pair in pairs for p in pair)
 
 # %% ../../nbs/1_data/06_film.ipynb #e793aa53
 def _walk(rng, cam: Camera, who: int, person: Person, start: int) -> Walk:
@@ -147,15 +176,33 @@ def _beside(rng, walk: Walk, who: int) -> Walk:
     path = tuple((float(x + d[0]), float(y + d[1])) for x, y in walk.path)
     return replace(walk, person=who, path=path, phase=float(rng.uniform(0, 2 * np.pi)))
 
+# %% ../../nbs/1_data/06_film.ipynb #c11b5002
+_QUICKEST, _AT_THE_EDGE = 1.95, 1.2   # metres a second of the fastest walk there is; metres that enter and leave the view
+
+def _metres_of_a_clip(v: dict) -> float:
+    "How long a walk must be for a clip of it, whoever walks; 0 without clips."
+    return v["clip_frames"] * v["clip_stride"] / v["fps"] * _QUICKEST + _AT_THE_EDGE * (v["clip_frames"] > 0)
+
+def _long_walk(rng, cam: Camera, who: int, person: Person, start: int, least: float) -> Walk:
+    "A walk of `least` metres or more."
+    longest = 0.
+    for _ in range(200):
+        walk = _walk(rng, cam, who, person, start)
+        if walk.length >= least: return walk
+        longest = max(longest, walk.length)
+    raise ValueError(f"a clip needs a walk of {least:.1f} m, and none in 200 of camera {cam.name} is longer than "
+                     f"{longest:.1f} m: lower clip_frames or clip_stride (their product is the frames that a walk lasts)")
+
 # %% ../../nbs/1_data/06_film.ipynb #b0857f9a
-def _video(rng, name: str, cam: Camera, role: str, who: list, people, fps: int, gap: float, company: float) -> Video:
-    "A recording in which the people `who` (indices) walk by, now and then in company."
+def _video(rng, name: str, cam: Camera, role: str, who: list, people, fps: int, gap: float, company: float,
+           least: float = 0.) -> Video:
+    "A recording in which the people `who` (indices) walk by, `least` metres at least, now and then in company."
     walks, start = [], int(rng.integers(0, fps))
     for i in who:
         if walks and rng.random() < company:
             walks.append(_beside(rng, walks[-1], i))
             continue
-        walks.append(_walk(rng, cam, i, people[i], start))
+        walks.append(_long_walk(rng, cam, i, people[i], start, least))
         start += int(rng.exponential(gap * fps)) + fps // 3
     last = max(w.start + w.length / w.speed * fps for w in walks)
     return Video(name, cam.camid, role, int(last) + 1, tuple(walks))
@@ -385,11 +432,11 @@ def _left_behind(rng, t: pd.DataFrame, cam: Camera, stays: int) -> tuple[pd.Data
     return t, int((mistake == "background").sum())
 
 # %% ../../nbs/1_data/06_film.ipynb #39628990
-def _of_nobody(rng, t: pd.DataFrame, cam: Camera, need: int, stride: int) -> list:
-    "Tables of tracklets in which there has never been a person, `need` images in all."
+def _of_nobody(rng, t: pd.DataFrame, cam: Camera, need: int, stride: int, length: int = 0) -> list:
+    "Tables of tracklets in which there has never been a person, `need` images in all, `length` each (0: 2 to 8)."
     out, last = [], int(t.frame.max())
     while need > 0:
-        n = int(min(rng.integers(2, 9), max(need, 2)))
+        n = length or int(min(rng.integers(2, 9), max(need, 2)))
         first = int(rng.integers(0, max(last // stride - n, 1))) * stride
         frames = first + stride * np.arange(n)
         b = _empty_box(rng, t, cam, frames)
@@ -472,8 +519,10 @@ def _sample_reid(world: World) -> pd.DataFrame:
     v, tables = world.values, []
     for video in (q for q in world.videos if q.role != "pretrain"):
         cam, rng, tests = world.camera(video), stream(world.seed, v["bank"], "reid", video.name), video.role == "test"
+        each = v["images_per_camera"] if tests else v["train_images_per_camera"]
+        if not each: continue
         t = _truth_boxes(cam, video, world.people, v["fps"], 2)
-        rows = _moments(rng, t, v["images_per_camera"] if tests else v["train_images_per_camera"])
+        rows = _moments(rng, t, each)
         split = {i: "gallery" if tests else "train" for r in rows for i in r}
         if tests: split.update({int(rng.choice(r)): "query" for r in rows})
         pick = t.loc[sorted(split)].assign(split=[split[i] for i in sorted(split)], mistake="")
@@ -484,14 +533,103 @@ def _sample_reid(world: World) -> pd.DataFrame:
         tables.append(boxes.assign(video=video.name, camid=video.camid, tracklet=-1))
     return pd.concat(tables, ignore_index=True) if tables else _NOBODY
 
+# %% ../../nbs/1_data/06_film.ipynb #c11b5005
+def _windows(rng, t: pd.DataFrame, video: Video, n: int) -> np.ndarray:
+    "(walks, n) row numbers: `n` moments in a row at which a walk is seen; those where it is seen best, if it has fewer."
+    out, good, seen = [], ((t.inside > .5) & (t.clear > .25)).to_numpy(), (t.inside * t.clear).to_numpy()
+    rows_of = t.groupby("walk").indices
+    for k in range(len(video.walks)):
+        rows = rows_of.get(k, np.zeros(0, int))
+        if len(rows) < n:
+            raise ValueError(f"{video.name}: walk {k} is in view for {len(rows)} of the {n} frames of a clip; "
+                             "lower clip_frames or clip_stride")
+        found = rows[good[rows]]
+        if len(found) < n: found = np.sort(rows[np.argsort(-seen[rows], kind="stable")[:n]])
+        first = int(rng.integers(len(found) - n + 1))
+        out.append(found[first:first + n])
+    return np.array(out)
+
+# %% ../../nbs/1_data/06_film.ipynb #c11b5007
+def _followed(t: pd.DataFrame, clips: np.ndarray, stride: int, share: float) -> np.ndarray:
+    "The rows of `clips` (one a walk) after switches: nearest meetings first, until `share` of them show another walk."
+    half, frame = clips.shape[1] // 2, t.frame.to_numpy() // stride
+    good = np.flatnonzero((t.inside > .5) & (t.clear > .25))
+    row = np.full((len(clips), frame.max() + 1), -1)
+    row[t.walk.to_numpy()[good], frame[good]] = good
+    foot, meetings = np.stack([t.x + t.w / 2, t.y + t.h, t.h], 1), []
+    for k, late in enumerate(clips[:, -half:]):
+        other = row[:, frame[late]]                                              # (walks, half)
+        stays = np.logical_and.accumulate((other >= 0)[:, ::-1], axis=1)[:, ::-1]
+        stays[k] = False
+        far = np.where(stays, np.hypot(*(foot[other] - foot[late])[..., :2].transpose(2, 0, 1)) / foot[late, 2], np.inf)
+        walk, i = np.unravel_index(far.argmin(), far.shape)
+        if stays[walk, i]: meetings.append((float(far[walk, i]), k, other[walk, i:]))
+    out, need = clips.copy(), round(share * clips.size)
+    for _, k, rows in sorted(meetings, key=lambda m: m[:2]):
+        if need <= 0 or len(rows) > need + 1: continue
+        out[k, -len(rows):] = rows
+        need -= len(rows)
+    return out
+
+# %% ../../nbs/1_data/06_film.ipynb #c11b500a
+def _stuck(rng, clips: pd.DataFrame, t: pd.DataFrame, cam: Camera, lag: int, need: int) -> pd.DataFrame:
+    "At the end of some clips the box is where its person was `lag` frames ago, and nobody is: `need` images."
+    columns, clips = ["x", "y", "w", "h"], clips.copy()
+    was, everybody = t.set_index(["walk", "frame"])[columns], dict(list(t.groupby("frame")[columns]))
+    ends = [rows[-2:] if len(rows) >= 8 else rows[-1:] for rows in clips.groupby("tracklet").indices.values()]
+    for rows in (ends[k] for k in rng.permutation(len(ends))):
+        now = clips.iloc[rows]
+        before = (now.walk.iloc[0], now.frame.iloc[0] - lag)
+        if (now.mistake != "").any() or before not in was.index: continue
+        box = was.loc[before].to_numpy(float)
+        for i, f in zip(now.index, now.frame):
+            if need <= 0 or not _is_empty(box, everybody[f].to_numpy(float), cam): continue
+            clips.loc[i, [*columns, "walk", "true_pid", "mistake"]] = [*box, -1, -1, "background"]
+            need -= 1
+    return clips
+
+# %% ../../nbs/1_data/06_film.ipynb #c11b500c
+def _clips_of(world: World, video: Video) -> pd.DataFrame:
+    "The clips of a video, with the tracker's mistakes; tracklets from 0."
+    v, cam, rng = world.values, world.camera(video), stream(world.seed, world.values["bank"], "clips", video.name)
+    n, stride, tests = v["clip_frames"], v["clip_stride"], video.role == "test"
+    t = _truth_boxes(cam, video, world.people, v["fps"], stride).drop(columns="depth")
+    clips = _windows(rng, t, video, n)
+    rows = _followed(t, clips, stride, v["switch"] / (1 - v["background"]))
+    pid = np.repeat([world.people[w.person].pid for w in video.walks], n)
+    labels = dict(tracklet=np.repeat(np.arange(len(clips)), n), pid=pid, split="query" if tests else "train")
+    out = t.iloc[rows.ravel()].assign(mistake=np.where(rows != clips, "switch", "").ravel(), **labels)
+    need = round(v["background"] * len(out))
+    nobody = round(need / 2 / n) * n * tests
+    strangers = _of_nobody(rng, t.assign(tracklet=len(clips) - 1), cam, nobody, stride, n)
+    lag = -(-3 * v["stride"] // stride) * stride
+    out = _stuck(rng, out.reset_index(drop=True), t, cam, lag, need - n * len(strangers))
+    out = pd.concat([out, *(s.assign(pid=0, split="gallery") for s in strangers)], ignore_index=True)
+    out = _observe(rng, _drift(rng, out, v["drift"]), cam).sort_values(["tracklet", "frame"], ignore_index=True)
+    return out.assign(video=video.name, camid=video.camid)
+
+# %% ../../nbs/1_data/06_film.ipynb #c11b500e
+def _track_clips(world: World) -> pd.DataFrame:
+    "The clips of all train and test videos; tracklets are counted on from those of the pre-training videos."
+    first, tables = int(world.tracklets.tracklet.max()) + 1 if len(world.tracklets) else 0, []
+    for video in (q for q in world.videos if q.role != "pretrain"):
+        tables.append(_clips_of(world, video))
+        tables[-1]["tracklet"] += first
+        first += tables[-1].tracklet.nunique()
+    if not tables: return _NOBODY
+    t, rng = pd.concat(tables, ignore_index=True), stream(world.seed, world.values["bank"], "clips")
+    asked = t[t.split == "query"].groupby("pid").tracklet.unique()
+    only_found = [int(rng.choice(tracklets)) for tracklets in asked]
+    return t.assign(split=t.split.mask(t.tracklet.isin(only_found), "gallery"))
+
 # %% ../../nbs/1_data/06_film.ipynb #c297b4fb
 def _videos(seed: int, v: dict, people, cams) -> tuple:
     "Pre-training videos (several a camera), and one train and one test video a camera, each with its people."
     rng, out, n = stream(seed, v["bank"], "videos"), [], len(cams)
     def add(label, role, cam, who):
         crowd = (v["gap"], v["company"]) if role == "pretrain" else (v["reid_gap"], v["company"] / 4)
-        rng = stream(seed, v["bank"], label)
-        if who: out.append(_video(rng, label, cams[cam], role, who, people, v["fps"], *crowd))
+        rng, least = stream(seed, v["bank"], label), _metres_of_a_clip(v) * (role != "pretrain")
+        if who: out.append(_video(rng, label, cams[cam], role, who, people, v["fps"], *crowd, least))
     a, b = v["pretrain_people"], v["pretrain_people"] + v["train_people"]
     count = max(-(-a * v["appearances"] // v["walks_per_video"]), v["appearances"])
     for k, who in enumerate(_deal(rng, a, count, v["appearances"], np.arange(count) % n)):
@@ -501,9 +639,10 @@ def _videos(seed: int, v: dict, people, cams) -> tuple:
             add(f"{cams[k].name}-{role}", role, k, [lo + i for i in who])
     return tuple(out)
 
-def _paths(t: pd.DataFrame) -> pd.DataFrame:
-    "A samples table: rows of a video numbered in order, paths after them."
-    paths = [f"crops/{v}/{i:05d}.jpg" for v, i in zip(t.video, t.groupby("video").cumcount())]
+def _paths(t: pd.DataFrame, before: pd.Series) -> pd.DataFrame:
+    "A samples table: rows of a video numbered in order, after those that are there `before`; paths after them."
+    numbers = t.groupby("video").cumcount() + t.video.map(before).fillna(0).astype(int)
+    paths = [f"crops/{v}/{i:05d}.jpg" for v, i in zip(t.video, numbers)]
     columns = ("pid", "camid", "video", "tracklet", "frame", "split")
     extra = ("x", "y", "w", "h", "score", "true_pid", "walk", "mistake")
     return make_samples(paths, **{c: t[c].to_numpy() for c in (*columns, *extra)})
@@ -521,7 +660,9 @@ def make_world(
         raise ValueError(f"unknown value {', '.join(sorted(odd))}; a world has {', '.join(PROFILES[profile])}")
     _check_values(values)
     world = _cast(profile, seed, values)
-    world.tracklets, world.reid = (_paths(t) for t in (_track_all(world), _sample_reid(world)))
+    nothing = pd.Series(dtype=int)
+    world.tracklets, world.reid = (_paths(t, nothing) for t in (_track_all(world), _sample_reid(world)))
+    if values["clip_frames"]: world.clips = _paths(_track_clips(world), world.reid.video.value_counts())
     return world
 
 def _cast(profile: str, seed: int, values: dict) -> World:
@@ -539,6 +680,17 @@ def _check_values(v: dict) -> None:
     if not 2 <= v["cameras_per_person"] <= v["cameras"]:
         raise ValueError(f"cameras_per_person={v['cameras_per_person']} must lie in [2, {v['cameras']}] "
                          "(the cameras there are)")
+    _check_clips(v)
+
+def _check_clips(v: dict) -> None:
+    "Clips and twins a world can have."
+    for k, odd in dict(clip_frames=1, clip_stride=0).items():
+        if not isinstance(v[k], (int, np.integer)) or isinstance(v[k], bool) or v[k] < 0 or v[k] == odd:
+            raise ValueError(f"{k}={v[k]!r}: " + ("a whole number from 1 on: every how many frames of the video" if odd == 0
+                                                  else "0 for no clips, or a whole number of frames from 2 on"))
+    if v["twins"] not in TWINS: raise ValueError(f"twins={v['twins']!r}: choose {', '.join(map(repr, TWINS))}")
+    for k in ("pretrain_people", "train_people", "test_people"):
+        if v["twins"] and v[k] % 2: raise ValueError(f"{k}={v[k]} must be even where people are twins")
 
 # %% ../../nbs/1_data/06_film.ipynb #d4c5616a
 def mistake_rates(
@@ -708,7 +860,7 @@ def read_truth(
 # %% ../../nbs/1_data/06_film.ipynb #1f934bbe
 def _render_video(world: World, video: Video, root: Path, tick=lambda n: None) -> None:
     "Crops and truth of one video; `tick` is told of crops done."
-    rows = pd.concat([t[t.video == video.name] for t in (world.tracklets, world.reid)])
+    rows = pd.concat([t[t.video == video.name] for t in world.tables.values()])
     done, tmp = root / "crops" / video.name, root / "crops" / f".{video.name}.{os.getpid()}"
     if done.exists():
         tick(len(rows))
@@ -737,8 +889,8 @@ def _work(root: str) -> None:
     "A worker process: renders the videos named on standard input, reports crops on standard output."
     root = Path(root)
     told = read_json(root / "world.json")
-    world = _cast(told["profile"], told["seed"], told["values"])
-    world.tracklets, world.reid = (read_samples(root / f".{name}.parquet") for name in ("tracklets", "reid"))
+    world = _cast(told["profile"], told["seed"], _LATER | told["values"])
+    for name in _tables_of(world.values): setattr(world, name, read_samples(root / f".{name}.parquet"))
     for line in sys.stdin: _render_video(world, world.video(line.strip()), root, lambda n: print(n, flush=True))
 
 def _spawn(root: Path, videos: list, bar) -> tuple:
@@ -770,7 +922,7 @@ def _shares(videos: list, size: pd.Series, workers: int) -> list:
 def _render_all(world: World, root: Path, workers: int, bar) -> None:
     "All videos, by `workers` processes (1: this one)."
     todo = [v for v in world.videos if not (root / "crops" / v.name).exists()]
-    size = pd.concat([world.tracklets.video, world.reid.video]).value_counts()
+    size = pd.concat([t.video for t in world.tables.values()]).value_counts()
     bar.update(int(sum(size.get(v.name, 0) for v in world.videos if v not in todo)))
     if workers <= 1 or len(todo) < 2:
         for v in todo: _render_video(world, v, root, bar.update)
@@ -795,8 +947,9 @@ RENDERER = 1 # raise it when the same seed draws other pixels
 
 def _describe(world: World) -> dict:
     "What world.json says."
-    changes = {k: v for k, v in world.values.items() if v != PROFILES[world.profile][k]}
-    told = dict(profile=world.profile, seed=world.seed, changes=changes, values=world.values, renderer=RENDERER)
+    values = {k: v for k, v in world.values.items() if k not in _LATER or v != _LATER[k]}
+    changes = {k: v for k, v in values.items() if v != PROFILES[world.profile][k]}
+    told = dict(profile=world.profile, seed=world.seed, changes=changes, values=values, renderer=RENDERER)
     told["cameras"] = [asdict(c) for c in world.cameras]
     videos = [dict(name=v.name, camid=v.camid, role=v.role, frames=v.frames, walks=len(v.walks)) for v in world.videos]
     people = [dict(pid=p.pid, group=p.group, height=p.height, hair=p.hair, bag=p.bag, upper=p.upper.kind,
@@ -808,9 +961,9 @@ def render(
     world: World,
     root: str | Path,           # a folder; made if it is not there
     workers: int | None = None, # processes; None: one a core, 8 at most
-) -> dict:                      # "tracklets" and "reid": the two samples tables
-    """Draw a world: crops, truth, `tracklets.parquet`, `reid.parquet`, `world.json`. Goes on where an earlier call was
-    stopped; a finished world is only read."""
+) -> dict:                      # "tracklets", "reid" and, where clip_frames is not 0, "clips": samples tables
+    """Draw a world: crops, truth, `tracklets.parquet`, `reid.parquet`, `clips.parquet` where it has clips,
+    `world.json`. Goes on where an earlier call was stopped; a finished world is only read."""
     root = Path(root).resolve()
     told = _describe(world)
     root.mkdir(parents=True, exist_ok=True)
@@ -819,21 +972,21 @@ def render(
             raise ValueError(f"{root} holds another world (other profile, seed, values or renderer); "
                              "choose an empty folder or delete it")
         if not (root / "finished.json").exists(): _render(world, root, workers or min(processors(), 8), told)
-        return {name: read_samples(root / f"{name}.parquet") for name in ("tracklets", "reid")}
+        return {name: read_samples(root / f"{name}.parquet") for name in world.tables}
 
 # %% ../../nbs/1_data/06_film.ipynb #88fd685a
 def _render(world: World, root: Path, workers: int, told: dict) -> None:
     "Draw what is missing, then the tables, then the sign that all is there."
     (root / "crops").mkdir(exist_ok=True)
     write_json(root / "world.json", told)
-    tables = dict(tracklets=world.tracklets, reid=world.reid)
+    tables = world.tables
     for name, t in tables.items(): write_samples(t, root / f".{name}.parquet")              # for the workers
     n = sum(map(len, tables.values()))
     with progress(total=n, desc=f"render {world.values['bank']} {world.profile}", unit="crop") as bar:
         _render_all(world, root, workers, bar)
     for name, t in tables.items():
         table = t.assign(visibility=read_truth(root, t).visibility).drop(columns="walk")
-        table.attrs = dict(dataset="world")                                                 # whose pid 0 is nobody
+        table.attrs = dict(dataset="world_clips" if name == "clips" else "world")           # whose pid 0 is nobody
         write_samples(table, root / f"{name}.parquet")
     for left in (root / "crops").glob(".*"): shutil.rmtree(left, ignore_errors=True)        # of killed workers
     for left in (*root.glob(".*.parquet"), *root.glob(".worker*.log")): left.unlink(missing_ok=True)
