@@ -124,7 +124,7 @@ class DenseIL(nn.Module):
         _check_choices(variant, memory, d, heads)
         self.encoder, self.variant, self.kind = encoder, variant, memory
         self.taps = list(default_taps(encoder) if taps is None else taps)
-        self.embed_dim, self.T, self.P = d, T, P
+        self.embed_dim, self.T, self.P, self.name = d, T, P, f"denseil over {encoder.name}"
         self.input = replace(encoder.input, frames=T)
         widths = _widths(encoder, self.taps, P)
         self.project = nn.ModuleList(nn.Sequential(nn.Linear(width, d), nn.LayerNorm(d)) for width in widths)
