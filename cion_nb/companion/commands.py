@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PATHS', 'Command', 'command', 'setting_value', 'read_settings', 'settings_for', 'check_kind', 'from_here',
            'shard_of', 'track', 'extract', 'open_features', 'calibrate', 'denoise', 'recipe_of', 'pretrain', 'finetune',
-           'usl', 'uda', 'score', 'export', 'reproduce', 'runs', 'make_parser', 'main']
+           'usl', 'uda', 'video_reid', 'score', 'export', 'reproduce', 'runs', 'make_parser', 'main']
 
 # %% ../../nbs/9_companion/06_commands.ipynb #ce42634d
 import argparse
@@ -415,9 +415,11 @@ def _check_network(recipe: dict) -> None:
     "The method's network can be built over this backbone."
     from cion_nb.training.cluster_contrast import ClusterNet
     from cion_nb.training.finetune import make_backbone, make_model
+    from cion_nb.video.video_reid import draw_clip_model
     random = recipe | dict(weights=None)
     if recipe["stage"] == "finetune": make_model(random, n_ids=2, n_cameras=1)
     if recipe["stage"] in ("usl", "uda"): ClusterNet(make_backbone(random)[0], recipe["pooling"])
+    if recipe["stage"] == "video_reid": draw_clip_model(recipe, n_ids=2)
 
 def _check_files(recipe: dict) -> None:
     "What a recipe reads is there: its folders and files."
@@ -440,7 +442,8 @@ def _check_data(recipe: dict) -> None:
     if isinstance(data, str) and data != "cion_al": read_data(recipe, "train" if is_tested else "tracklets")
     if not is_tested or not isinstance(recipe["test_data"] or data, str): return
     from cion_nb.training.finetune import test_set
-    test_set(recipe)
+    from cion_nb.video.video_reid import clip_test_set
+    (clip_test_set if recipe["stage"] == "video_reid" else test_set)(recipe)
 
 # %% ../../nbs/9_companion/06_commands.ipynb #9e707071
 @command("Pre-train a backbone: identity-guided self-distillation, or a baseline (method=dino, lup, tracklet).",
@@ -469,6 +472,13 @@ def usl(args): return _train("usl", args)
          "uda --profile paper --set data=market1501 data_root=/data/Market-1501 "
          "weights=runs/finetune-…/backbone.safetensors", _training_arguments)
 def uda(args): return _train("uda", args)
+
+@command("Learn from clips: a network and the mean of its frames (method=mean), then DenseIL's decoder over it.",
+         "tracklets with train, query and gallery: mars, ilids_vid, prid2011, a samples .parquet; weights= of a backbone",
+         "a run's folder with the clip model, a feature a tracklet, mAP and CMC",
+         "video_reid --profile paper --set data=mars data_root=/data/MARS method=dense weights=runs/video_reid-mean-…",
+         _training_arguments)
+def video_reid(args): return _train("video_reid", args)
 
 # %% ../../nbs/9_companion/06_commands.ipynb #21f80db3
 def _score_arguments(parser):

@@ -44,6 +44,7 @@ from ..retrieval.protocols import ranked, sides
 from ..training.cluster_contrast import uda, usl
 from ..training.finetune import finetune
 from ..training.pretrain import pretrain
+from ..video.video_reid import video_reid
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #3b6671ed
 def world(recipe: dict) -> Run:
@@ -111,6 +112,7 @@ STAGES = dict(
     finetune=finetune,
     usl=usl,
     uda=uda,
+    video_reid=video_reid,
 )
 
 

@@ -26,6 +26,8 @@ from ..retrieval.evaluate import evaluate, evaluate_distances
 from ..retrieval.protocols import evaluate_single_shot, ranked, sides
 from ..training.cluster_contrast import load_clusternet
 from ..training.finetune import load_finetuned
+from ..video.clips import extract_clips
+from ..video.video_reid import load_clip_model
 
 # %% ../../nbs/9_companion/00_score.ipynb #bd16a062
 def load_model(
@@ -35,6 +37,7 @@ def load_model(
     path = resolve(path)
     if path.suffix == ".onnx": return OnnxModel(path)
     if path.is_dir():
+        if (path / "clips.json").is_file(): return load_clip_model(path)
         if (path / "clusternet.safetensors").is_file():
             return load_clusternet(path)
         if any((path / n).is_file() for n in ("neck.safetensors", "model.json")):
@@ -42,7 +45,7 @@ def load_model(
         if (path / "backbone.safetensors").is_file():
             return load_backbone(path / "backbone.safetensors")
         raise FileNotFoundError(
-            f"{path} holds no model: none of clusternet.safetensors, neck.safetensors, model.json and "
+            f"{path} holds no model: none of clips.json, clusternet.safetensors, neck.safetensors, model.json and "
             f"backbone.safetensors")
     if not path.is_file():
         raise FileNotFoundError(

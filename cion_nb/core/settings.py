@@ -26,8 +26,9 @@ from .files import paper_file
 PROFILES = ("smoke", "tiny", "small", "paper")
 # Where each stage lives: imported when it is asked for, by this name; the one exception to the order of folders.
 STAGES = dict(world="data/film", extract="models/features", denoise="identities/denoise", pretrain="training/pretrain",
-              finetune="training/finetune", usl="training/cluster_contrast", uda="training/cluster_contrast")
-TRAININGS = ("pretrain", "finetune", "usl", "uda")
+              finetune="training/finetune", usl="training/cluster_contrast", uda="training/cluster_contrast",
+              video_reid="video/video_reid")
+TRAININGS = ("pretrain", "finetune", "usl", "uda", "video_reid")
 
 def refuse_unknown(
     what: str,    # what the name is of: "profile"
@@ -168,7 +169,7 @@ def settings_class(stage: str) -> type[Settings]:
     "The settings of a stage: `PretrainSettings` of room `training/pretrain`, imported now."
     refuse_unknown("stage", stage, STAGES)
     room = import_module(f"cion_nb.{STAGES[stage].replace('/', '.')}")
-    return getattr(room, f"{stage.capitalize()}Settings")
+    return getattr(room, f"{''.join(part.capitalize() for part in stage.split('_'))}Settings")
 
 def recipe(
     stage: str,             # one of `STAGES`

@@ -206,12 +206,13 @@ class ConvStem(nn.Module):
                                   conv(64, 3, 1), IBN(64), nn.ReLU(inplace=True),
                                   conv(64, 3, 1), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
         self.proj = nn.Conv2d(64, embed_dim, 8, stride)
-        self.patch_size, self.img_size = (patch_size, patch_size), tuple(img_size)
-        self.grid_size = tuple((side // 2 - 8) // stride + 1 for side in img_size)
+        self.patch_size, self.img_size, self.stride = (patch_size, patch_size), tuple(img_size), stride
+        self.grid_size = self.dynamic_feat_size(img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, x: Tensor) -> Tensor: return self.proj(self.conv(x)).permute(0, 2, 3, 1)
     def feat_ratio(self, as_scalar=True): return self.patch_size[0] if as_scalar else self.patch_size
+    def dynamic_feat_size(self, img_size): return tuple((side // 2 - 8) // self.stride + 1 for side in img_size)
 
 # %% ../../nbs/2_models/00_architectures.ipynb #111c4a33
 def resize_grid(

@@ -235,11 +235,13 @@ class BNNeck(nn.Module):
                  backbone: nn.Module,             # (n, 3, h, w) -> (n, D), has `embed_dim` and `input`
                  n_ids: int,                      # training identities
                  feature: str = "before_neck",    # what eval mode returns: "before_neck" or "after_neck"
+                 triplet: str = "before_neck",    # what training returns beside the logits, for the triplet
                 ):
         super().__init__()
-        if feature not in ("before_neck", "after_neck"):
-            raise ValueError(f"feature {feature!r}: choose before_neck or after_neck")
-        self.backbone, self.feature = backbone, feature
+        for name, side in (("feature", feature), ("triplet", triplet)):
+            if side not in ("before_neck", "after_neck"):
+                raise ValueError(f"{name} {side!r}: choose before_neck or after_neck")
+        self.backbone, self.feature, self.triplet = backbone, feature, triplet
         self.neck = nn.BatchNorm1d(backbone.embed_dim)
         self.neck.bias.requires_grad_(False)
         self.classifier = nn.Linear(backbone.embed_dim, n_ids, bias=False)
@@ -252,26 +254,33 @@ class BNNeck(nn.Module):
 
     def forward(self, x: Tensor):
         x = self.backbone(x)
-        if self.training: return x, self.classifier(self.neck(x))
-        return x if self.feature == "before_neck" else self.neck(x)
+        if not self.training: return x if self.feature == "before_neck" else self.neck(x)
+        normed = self.neck(x)
+        return x if self.triplet == "before_neck" else normed, self.classifier(normed)
 
 # %% ../../nbs/5_training/07_finetune.ipynb #25a3b2f9
 def batch_hard_triplet(
     x: Tensor,                     # (n, D) features
     pid: Tensor,                   # (n,) identities
     margin: float | None = None,   # None: soft margin
+    distance: str = "euclidean",   # or "cosine"
 ) -> Tensor:                       # scalar
     """Batch-hard triplet loss (Hermans et al. 2017). An image alone in its identity is its own farthest positive; a
     batch of one identity is an error."""
-    x = x.float()
     same = pid[:, None] == pid[None]
     if bool(same.all()): raise ValueError("a triplet needs another person: the batch holds one identity only")
-    gram = x @ x.T
-    square = gram.diagonal()
-    d = (square[:, None] + square[None] - 2 * gram).clamp_min(1e-12).sqrt()
+    d = _distances(x.float(), distance)
     far = d.masked_fill(~same, -torch.inf).amax(1)
     near = d.masked_fill(same, torch.inf).amin(1)
     return F.softplus(far - near).mean() if margin is None else F.relu(far - near + margin).mean()
+
+def _distances(x, distance):
+    "(n, n) distances of the rows of a batch."
+    if distance not in ("euclidean", "cosine"): raise ValueError(f"distance {distance!r}: choose euclidean or cosine")
+    if distance == "cosine": return 1 - F.normalize(x, dim=1) @ F.normalize(x, dim=1).T
+    gram = x @ x.T
+    square = gram.diagonal()
+    return (square[:, None] + square[None] - 2 * gram).clamp_min(1e-12).sqrt()
 
 # %% ../../nbs/5_training/07_finetune.ipynb #26059647
 def epoch_lr(

@@ -1,0 +1,23 @@
+#!/bin/bash
+#SBATCH --job-name=cion-video
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+#
+# Learn from clips of tracklets, with one GPU, or on what you ask for instead; submit from the checkout.
+#
+#   sbatch slurm/video_reid.sh data=mars data_root=/data/MARS method=mean weights=/data/backbone.safetensors [NAME=VALUE …]
+#   bash slurm/video_reid.sh …                                   # the same after looking at settings and data, with account and partition of slurm/settings.sh
+#   DEVICE=cpu bash slurm/video_reid.sh profile=small            # CPUs (with sbatch itself: DEVICE=cpu sbatch --gres=none …)
+#
+# NAME=VALUE are settings of the recipe, beside profile= (default: paper). PROCESSES is the number of processes a node:
+# by default one a GPU, or one on CPUs. Two minutes before the time limit, or when it is preempted, the job writes a
+# checkpoint and goes back into the queue; the next start goes on from there, and so does the same command given again.
+# On another number of processes it refuses to, since bits would differ, unless the environment has CION_NB_RESUME=anyway.
+exec bash "${SLURM_SUBMIT_DIR:-.}/slurm/stage.sh" video_reid "$0" "$@"
