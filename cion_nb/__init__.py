@@ -33,6 +33,9 @@ _DOORS = {
     "training.pretrain": ["pretrain"],
     "training.finetune": ["finetune"],
     "training.cluster_contrast": ["uda", "usl"],
+    "video.clips": ["extract_clips"],
+    "video.denseil": ["DenseIL"],
+    "video.video_reid": ["video_reid"],
     "companion.score": ["load_model", "score", "score_splits"],
 }
 

@@ -474,7 +474,7 @@ def usl(args): return _train("usl", args)
 def uda(args): return _train("uda", args)
 
 @command("Learn from clips: a network and the mean of its frames (method=mean), then DenseIL's decoder over it.",
-         "tracklets with train, query and gallery: mars, ilids_vid, prid2011, a samples .parquet; weights= of a backbone",
+         "tracklets with train, query and gallery: mars, ilids_vid_0, a samples .parquet; a backbone in weights=",
          "a run's folder with the clip model, a feature a tracklet, mAP and CMC",
          "video_reid --profile paper --set data=mars data_root=/data/MARS method=dense weights=runs/video_reid-mean-…",
          _training_arguments)

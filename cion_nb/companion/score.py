@@ -72,9 +72,12 @@ def score(
 ):                                  # a `RetrievalScore`, or a `SingleShotScore` with draws
     "Features of query and gallery, then the score. ValueError for settings that exclude each other."
     _refuse_draws(reranked, draws, trapezoid)
-    samples, root = read_data(dict(data=data, data_root=data_root), "test")
+    has_clips = _takes_clips(model)
+    subset = "clips_test" if has_clips and isinstance(data, dict) else "test"
+    samples, root = read_data(dict(data=data, data_root=data_root), subset)
     sides(samples, data)
     _warn_of_people(model, data)
+    if has_clips: tracklets = False                                  # a row is a tracklet already
     found = _extracted(model, data, samples, root, out, flip)
     how = dict(protocol=protocol, reranked=reranked, draws=draws, distractors=distractors, trapezoid=trapezoid)
     scored = _scored(*ranked(found.x, found.samples, data, tracklets), data, **how)
@@ -90,7 +93,10 @@ def _extracted(model, data, samples, root, out, flip):
     named = dict(model=_name(model), data=data, root=str(root), rows=_files(samples, root), flip=flip)
     out = resolve(out) if out else runs_dir() / f"score-{fingerprint(named, 10)}"
     _warn_of_cameras(model, data)
+    if _takes_clips(model): return extract_clips(samples, root, model, out, flip=flip)
     return extract(samples, root, model, out, batch_size=128, flip=flip)
+
+def _takes_clips(model) -> bool: return bool(getattr(getattr(model, "input", None), "frames", 0))
 
 # %% ../../nbs/9_companion/00_score.ipynb #391bd6c9
 def _scored(x, table, data, protocol, reranked, draws, distractors, trapezoid):
@@ -144,6 +150,7 @@ def score_splits(
     "The score of every split. ValueError for a data set without splits and for a list of another length."
     names = {split: f"{data}_{split}" for split in splits}
     for name in names.values(): refuse_unknown("data set with splits", name, data_sets())
+    if not isinstance(model, (list, tuple)) and _takes_clips(model): model = [model] * len(names)
     if isinstance(model, (list, tuple)):
         if len(model) != len(names): raise ValueError(f"{len(model)} models for {len(names)} splits")
         folders = {split: out and Path(out) / str(split) for split in names}

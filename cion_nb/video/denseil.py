@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'MEMORIES', 'ppool', 'StepEmbedding', 'Block', 'default_t
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 
 # %% ../../nbs/6_video/01_denseil.ipynb #726623fc
@@ -88,9 +88,10 @@ def default_taps(
     levels: int = 4,
 ) -> list[int]:           # indices for timm's `forward_intermediates`
     "The last four stages of a convolutional network, four equally deep blocks of a ViT."
-    n = len(encoder.blocks) if hasattr(encoder, "pos_embed") and hasattr(encoder, "blocks") else len(encoder.feature_info)
+    is_vit = hasattr(encoder, "pos_embed") and hasattr(encoder, "blocks")
+    n = len(encoder.blocks if is_vit else encoder.feature_info)
     if n < levels: raise ValueError(f"{encoder.name} has {n} levels, {levels} are asked for: name taps=")
-    if not hasattr(encoder, "pos_embed") or not hasattr(encoder, "blocks"): return list(range(n - levels, n))
+    if not is_vit: return list(range(n - levels, n))
     return [(i + 1) * n // levels - 1 for i in range(levels)]
 
 def tap(
@@ -157,19 +158,18 @@ def _widths(encoder, taps, P) -> list[int]:
     encoder.train(was_training)
     for number, m in enumerate(maps, 1):
         if m.shape[-2] % P:
-            raise ValueError(f"P={P} stripes do not divide level {number} of {encoder.name}, which is {m.shape[-2]} high "
-                             f"for {spec.height}x{spec.width} images: choose P, or taps=, so that they do")
+            raise ValueError(f"P={P} stripes do not divide level {number} of {encoder.name}, which is {m.shape[-2]} "
+                             f"high for {spec.height}x{spec.width} images: choose P, or taps=, so that they do")
     return [m.shape[1] for m in maps]
 
 # %% ../../nbs/6_video/01_denseil.ipynb #949acf75
-from fastcore.basics import patch
-
 @patch
 def levels(self: DenseIL, clips: Tensor) -> list[Tensor]:   # (n, T, 3, h, w) -> (n, T, P, d) each, from low to high
     "Stripes of every level, in one width, with their place: the tokens."
     n, T = clips.shape[:2]
     if T != self.T:
-        raise ValueError(f"clips of {T} frames, and the model was made for T={self.T}: its table of positions has no others")
+        raise ValueError(f"clips of {T} frames, and the model was made for T={self.T}: its table of positions has no "
+                         "others")
     with torch.no_grad(): maps = tap(self.encoder, clips.flatten(0, 1), self.taps)
     stripes = [ppool(m, self.P).unflatten(0, (n, T)) for m in maps]
     return [self.step(project(s)) for project, s in zip(self.project, stripes)]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -27,7 +26,14 @@ from ..models.architectures import architecture, InputSpec
 from ..models.backbones import create_backbone, load_backbone, save_backbone
 from ..retrieval.evaluate import Answers, evaluate
 from ..retrieval.protocols import sides
-from ..training.engine import BudgetSettings, DataSettings, fit, MachineSettings, NetworkSettings, to_channels_last
+from cion_nb.training.engine import (
+    BudgetSettings,
+    DataSettings,
+    fit,
+    MachineSettings,
+    NetworkSettings,
+    to_channels_last,
+)
 from cion_nb.training.finetune import (
     batch_hard_triplet,
     BNNeck,
@@ -40,7 +46,15 @@ from cion_nb.training.finetune import (
     StartSettings,
 )
 from ..training.samplers import check_batch
-from .clips import clip_input, Clips, ClipTransform, extract_clips, TemporalMean, tracklet_table, TrackletSampler
+from cion_nb.video.clips import (
+    clip_input,
+    Clips,
+    ClipTransform,
+    extract_clips,
+    TemporalMean,
+    tracklet_table,
+    TrackletSampler,
+)
 from .denseil import DenseIL
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #32423a01
@@ -139,8 +153,8 @@ def _check_start(r: dict) -> None:
     if r["method"] == "mean": return
     weights = r["weights"]
     if weights is None:
-        raise ValueError(f"method={r['method']!r} trains a decoder over a frozen network, and weights is none: name a run "
-                         "(of video_reid method=mean, finetune or pretrain) or a file of a backbone")
+        raise ValueError(f"method={r['method']!r} trains a decoder over a frozen network, and weights is none: name a "
+                         "run (of video_reid method=mean, finetune or pretrain) or a file of a backbone")
     if not isinstance(weights, dict): return
     for name in ("backbone", "image_size"):
         if name in weights and weights[name] != r[name]:
@@ -155,7 +169,8 @@ class VideoFineTuning(FineTuning):
         samples, root = read_data(r, _subset(r["data"], "train"))
         samples = samples[samples["pid"] >= 0].reset_index(drop=True)
         names, pid = np.unique(samples["pid"].to_numpy(), return_inverse=True)
-        if len(names) < 2: raise ValueError(f"clips of at least two people are needed, the train split has {len(names)}")
+        if len(names) < 2:
+            raise ValueError(f"clips of at least two people are needed, the train split has {len(names)}")
         self.clips = Clips(samples, root, r["frames"], r["chunks"], r["seed"], r["mixed"])
         self.samples, self.images, self.held_out = self.clips.samples, self.clips.images, np.empty(0, np.int64)
         self.labels = np.searchsorted(names, self.clips.table["pid"].to_numpy())
@@ -166,8 +181,9 @@ class VideoFineTuning(FineTuning):
 
     def sampler(self, phase, n_pass, advance, rank, world_size):
         r = self.recipe
-        sampler = TrackletSampler(self.labels, np.arange(len(self.labels)), r["batch_size"], r["k"],
-                                  self.clips.table["camid"].to_numpy(), seed=r["seed"], rank=rank, world_size=world_size)
+        cameras, numbers = self.clips.table["camid"].to_numpy(), np.arange(len(self.labels))
+        sampler = TrackletSampler(self.labels, numbers, r["batch_size"], r["k"], cameras, seed=r["seed"], rank=rank,
+                                  world_size=world_size)
         sampler.set_epoch(n_pass, advance)
         return sampler
 
@@ -233,8 +249,8 @@ def clip_test_set(
     table = tracklet_table(samples, r["mixed"])
     query, gallery = (table.iloc[rows] for rows in sides(table, data))
     if not Answers(query, gallery, r["protocol"]).counts.any():
-        raise ValueError(f"none of the {len(query)} query tracklets has a match in the gallery under the {r['protocol']} "
-                         "protocol: look at pid and camid, or choose another protocol")
+        raise ValueError(f"none of the {len(query)} query tracklets has a match in the gallery under the "
+                         f"{r['protocol']} protocol: look at pid and camid, or choose another protocol")
     return samples, root
 
 def test_clips(
@@ -244,8 +260,8 @@ def test_clips(
 ):                      # a RetrievalScore
     "Features of the query and gallery tracklets, then their score."
     samples, root = clip_test_set(r)
-    features = extract_clips(samples, root, model, out, r["frames"], r["sampling"], chunks=r["chunks"], mixed=r["mixed"],
-                             flip=r["flip_test"])
+    how = dict(chunks=r["chunks"], mixed=r["mixed"], flip=r["flip_test"])
+    features = extract_clips(samples, root, model, out, r["frames"], r["sampling"], **how)
     x, table = np.asarray(features.x, np.float32), features.samples
     query, gallery = sides(table, r["test_data"] or r["data"])
     return evaluate(x[query], x[gallery], table.iloc[query], table.iloc[gallery], protocol=r["protocol"])

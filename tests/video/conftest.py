@@ -10,8 +10,8 @@ N, FRAMES = 8, 6     # people, frames of a tracklet
 
 @pytest.fixture(scope="session")
 def walkers(tmp_path_factory):
-    """Tracklets of eight people in two cameras: four train, four are tested; a person has a colour, a camera a light. Two
-    tracklets a camera; the first of a test person in camera 0 is a query."""
+    """Tracklets of eight people in two cameras: four train, four are tested; a person has a colour, a camera a light.
+    Two tracklets a camera; the first of a test person in camera 0 is a query."""
     root, rows, rng = tmp_path_factory.mktemp("walkers"), [], np.random.default_rng(0)
     colours = rng.integers(40, 216, (N, 3))
     for pid in range(N):

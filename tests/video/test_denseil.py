@@ -31,7 +31,8 @@ def clips(n=2, seed=1):
 def test_stripes_partition_a_map(shape, stripes):
     x = torch.randn(2, 5, 7, *shape)
     if shape[0] % stripes:
-        with pytest.raises(ValueError, match=f"P={stripes} stripes do not divide a map {shape[0]} high"): ppool(x, stripes)
+        said = f"P={stripes} stripes do not divide a map {shape[0]} high"
+        with pytest.raises(ValueError, match=said): ppool(x, stripes)
         return
     found, rows = ppool(x, stripes), shape[0] // stripes
     for p in range(stripes):
@@ -110,8 +111,9 @@ def test_variants_are_transformer_layers_in_a_row(encoder, n_blocks):
     settings = dict(d_model=D, nhead=HEADS, dim_feedforward=4 * D, dropout=0., activation="gelu", batch_first=True,
                     norm_first=True)
     names = dict(attention="self_attn", norm1="norm1") | {"feedforward.0": "linear1", "feedforward.2": "linear2"}
+    reads = dict(norm2="norm2", norm3="norm3", memory="multihead_attn")
     for variant, layer, more in (("self", nn.TransformerEncoderLayer, dict(norm3="norm2")),
-                                 ("cross", nn.TransformerDecoderLayer, dict(norm2="norm2", norm3="norm3", memory="multihead_attn"))):
+                                 ("cross", nn.TransformerDecoderLayer, reads)):
         model = made(encoder, variant=variant, blocks=n_blocks)
         top = model.levels(clips())[-1].flatten(1, 2)
         z = top

@@ -20,7 +20,8 @@ QUICK = dict(epochs=2, images_per_epoch=32, batch_size=8, k=2, frames=3, width=3
              drops=[1.], precision="fp32", channels_last=False)
 
 
-def quick(walkers, **changes): return recipe("video_reid", "tiny", **dict(data=str(walkers)) | QUICK | changes)
+def quick(walkers, **changes):
+    return recipe("video_reid", "tiny", **dict(data=str(walkers)) | QUICK | changes)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ def test_a_decoder_trains_is_scored_and_comes_back_over_a_network_that_stays(wal
     run = video_reid(quick(walkers, weights=first, **changes))
     model, stored = load_model(run.folder), Features.open(run.folder / "test-features")
     encoder = load_backbone(Run(first).folder / "backbone.safetensors")
-    for name, value in encoder.state_dict().items():                     # weights and BatchNorm's statistics, to the bit
-        assert torch.equal(value, model.backbone.encoder.state_dict()[name]), name
+    kept = model.backbone.encoder.state_dict()                           # with BatchNorm's statistics
+    for name, value in encoder.state_dict().items(): assert torch.equal(value, kept[name]), name
     assert model.input.frames == 3 and not model.training
     again = extract_clips(stored_samples(walkers), walkers.parent, model, run.folder / "again")
     np.testing.assert_array_equal(again.x, stored.x)
@@ -169,14 +170,15 @@ def changed(walkers, tmp_path, change):
     (lambda t: t.assign(split="train"), "no image for"),
     (lambda t: t.assign(camid=0), "none of the .* query tracklets has a match")])
 def test_data_that_cannot_work_is_refused(walkers, tmp_path, change, said):
-    with pytest.raises(ValueError, match=said): video_reid(quick(walkers, method="mean", **changed(walkers, tmp_path, change)))
+    asked = quick(walkers, method="mean", **changed(walkers, tmp_path, change))
+    with pytest.raises(ValueError, match=said): video_reid(asked)
 
 
 @pytest.mark.parametrize("changes, said", [
     (dict(method="dense"), "trains a decoder over a frozen network, and weights is none"),
     (dict(method="sparse"), "method 'sparse' is not known"), (dict(method="mean", k=3), "3"),
-    (dict(method="dense", weights=recipe("finetune", "tiny", backbone="resnet18")), "backbone='resnet10_tiny_ibn', but the run"),
-    (dict(method="dense", weights=recipe("finetune", "tiny", image_size=[128, 64])), r"image_size=\[64, 32\], but the run")])
+    (dict(weights=recipe("finetune", "tiny", backbone="resnet18")), "backbone='resnet10_tiny_ibn', but the run"),
+    (dict(weights=recipe("finetune", "tiny", image_size=[128, 64])), r"image_size=\[64, 32\], but the run")])
 def test_recipes_that_cannot_work_are_refused(walkers, changes, said):
     with pytest.raises(ValueError, match=said): video_reid(quick(walkers, **changes))
 
