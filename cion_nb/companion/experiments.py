@@ -705,7 +705,8 @@ PAGES_PREFACE = """# The paper's tables and figures
 
 What follows is by profile `tiny`: one generated world, 64x32 images, minutes of a laptop, some three training seeds, \
 so it shows that every table can be made and seldom decides anything. *mean ± half-width*: the 95 % interval over \
-seeds. A comparison's interval is corrected for all comparisons of its page (Holm).
+seeds. A comparison's interval is corrected for all comparisons of its page (Holm). A + after a commit: pages or tests \
+of that checkout had changes that were not committed yet.
 """
 
 # %% ../../nbs/9_companion/05_experiments.ipynb #59dd14e0
