@@ -229,6 +229,14 @@ class ByCamera(Mean):
     def forward(self, x, camid): return super().forward(x) + camid[:, None]
 
 
+def test_cards_and_requests_of_image_models_are_as_before(street, tmp_path):
+    root, samples = street
+    f = extract(samples[:3], root, Mean(), tmp_path / "s")
+    assert "frames" not in f.request["input"] and InputSpec(**f.request["input"]) == SPEC
+    clips = extract_clips(samples[:6], root, ClipReader(), tmp_path / "c")
+    assert clips.request["input"]["frames"] == 4 and InputSpec(**clips.request["input"]) == ClipReader().input
+
+
 def test_a_model_that_takes_cameras(street, tmp_path):
     root, samples = street
     f = extract_clips(samples, root, ByCamera(), tmp_path / "c", n_frames=3, sampling="all", precision="float32")
