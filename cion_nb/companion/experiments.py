@@ -6,9 +6,10 @@
 __all__ = ['ARMS', 'FEW', 'SHARES', 'NETWORK', 'BUDGETS', 'CURVE', 'FIRST', 'TRIALS', 'CLAIMS', 'COLUMNS', 'TEXTS', 'REMEDY',
            'LINEAR', 'CLAIMS_PAGES', 'PAGES_PREFACE', 'PREFACE', 'Arm', 'Claim', 'results_folder', 'read_results',
            'damage', 'write_results', 'run_name', 'measure', 'missing', 'asked_of', 'costs', 'compute', 'prepare',
-           'is_prepared', 'of_today', 'has_begun', 'differences', 'exponents', 'verdicts', 'claims_table', 'said',
-           'arms_table', 'plot_arms', 'plot_budget', 'search_table', 'families_table', 'pipes', 'latex', 'keep_pages',
-           'page_table', 'page_text', 'pages_text', 'results_text', 'publish']
+           'is_prepared', 'of_today', 'has_begun', 'differences', 'exponents', 'verdicts', 'claims_table',
+           'with_worlds', 'without_worlds', 'said', 'arms_table', 'plot_arms', 'plot_budget', 'search_table',
+           'families_table', 'pipes', 'latex', 'keep_pages', 'page_table', 'page_text', 'pages_text', 'results_text',
+           'publish']
 
 # %% ../../nbs/9_companion/05_experiments.ipynb #3d9f5958
 import json
@@ -38,7 +39,7 @@ from cion_nb.companion.choices import (
 from .claims import decide, worlds_needed
 from .report import read_report, report_folder
 from .reproduce import at_share, frozen_features, make_runs, SAYS, score_features, TITLES
-from ..core.files import atomic, fingerprint, read_json, resolve, write_json
+from ..core.files import atomic, counted, fingerprint, read_json, resolve, write_json
 from ..core.runs import environment, Run
 from ..core.settings import PROFILES, recipe, refuse_unknown
 from ..core.store import Features
@@ -484,6 +485,16 @@ def _given_up(claim: Claim, comparison: str) -> str:
         if lost: return f"does not learn in {MOST_SECONDS / 60:.0f} core-minutes"
     return ""
 
+def with_worlds(table: pd.DataFrame) -> pd.DataFrame:
+    "Those rows of `claims_table` that any world speaks to."
+    return table[table["verdict"] != "not run"]
+
+def without_worlds(table: pd.DataFrame) -> str:
+    "The others in one sentence; empty where there are none."
+    left = table[table["verdict"] == "not run"].index.get_level_values("claim")
+    counts = [f"{name} ({counted(n, 'comparison')})" for name, n in left.value_counts(sort=False).items()]
+    return f"Planned, and not run yet: {', '.join(counts)}." if counts else ""
+
 def said(
     profile: str,
     claims=None,
@@ -726,7 +737,8 @@ def results_text(
     folder: Path = None,
 ) -> str:   # Markdown
     "What `reports/README.md` says."
-    parts = [PREFACE, pipes(claims_table(profile, folder=folder)), ""]
+    table = claims_table(profile, folder=folder)
+    parts = [PREFACE, pipes(with_worlds(table)), "", without_worlds(table), ""]
     results = of_today(read_results(profile, folder), profile)
     for claim in CLAIMS.values():
         if not has_begun(claim, results): continue
