@@ -20,7 +20,8 @@ STORED = dict(   # by profile: smoke, tiny, small, paper
     pretrain="b4aed4b49b 145333f426 ffa07d5490 105a47eb09",
     finetune="d5421b1679 1f64d4839e bbf8dff05e 6b83c9132d",
     usl="f72e2b59e2 25124f3273 aa442e6d33 057f88b84b",
-    uda="bf11ff5f6e 00e77c938b 1b0526ee6a 7176142049")
+    uda="bf11ff5f6e 00e77c938b 1b0526ee6a 7176142049",
+    video_reid="68f87c044f e8c1ab40cd e2b13eb08e b50703a1ea")
 
 
 def room(stage): return import_module(f"cion_nb.{STAGES[stage].replace('/', '.')}")
@@ -61,8 +62,9 @@ def test_a_later_setting_of_a_nested_recipe(monkeypatch):
 
 
 def test_a_later_setting_that_nothing_reads():
-    for drawn, expected in ((0., {"erasing_rule", "lr_by", "interpolation"}), (.5, {"lr_by", "interpolation"})):
-        assert as_before(recipe("finetune", "tiny", erasing=drawn, erasing_rule="zhong")) == expected
+    always = {"lr_by", "interpolation", "trunk_lr"}
+    for drawn, more in ((0., {"erasing_rule"}), (.5, set())):
+        assert as_before(recipe("finetune", "tiny", erasing=drawn, erasing_rule="zhong")) == always | more
     assert (as_before(recipe("pretrain", "paper")) == {"erasing_rule"}
             and as_before(recipe("pretrain", "paper", method="lup")) == set())
     assert as_before(recipe("pretrain", "paper", view_changes=dict(erase=.5))) == set()
