@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'WORTH_A_PROCESS', 'FAILURES', 'THRESHOLDS', 'TRIALS', 'TITLES', 'SAYS', 'EMBEDDED', 'TIMED', 'world',
            'extract_features', 'settings_of', 'denoise_features', 'make_run', 'plan', 'make_runs', 'at_once', 'serve',
            'reason', 'Page', 'denoising_note', 'frozen_features', 'score_features', 'at_share', 'notebooks',
-           'check_names', 'run_notebook', 'lanes', 'reproduce']
+           'check_names', 'run_notebook', 'lanes', 'expected', 'plan_text', 'reproduce']
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #80ac2253
 import os
@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from IPython.display import Markdown
+from tqdm import tqdm
 
 from .claims import Comparison, judge
 from .report import check_reports, flat_table, made_text, report_folder, write_index, write_report
@@ -720,13 +721,28 @@ def _pages(names, profile, parameters):
     "Entries of `run_notebook` as they come. What one page computes another waits for: a run is locked."
     n, said = lanes(profile), dict.fromkeys(names)
     def make(name):
-        print(f"[{list(said).index(name) + 1}/{len(names)}] {TITLES[name]}", flush=True)
+        tqdm.write(f"[{list(said).index(name) + 1}/{len(names)}] {TITLES[name]}")
         return run_notebook(name, profile, **parameters)
     beside = [name for name in names if name not in TIMED] if n > 1 else []
     with ThreadPoolExecutor(n) as pool:
         for done in as_completed([pool.submit(make, name) for name in beside]): yield done.result()
     for name in names:
         if name not in beside: yield make(name)
+
+# %% ../../nbs/9_companion/03_reproduce.ipynb #c41d92aa
+def expected(names: list[str], profile: str) -> dict[str, float]:   # name -> seconds
+    "What a page took when it was measured (`reports/bench/pages.csv`, at tiny); as a weight at other profiles."
+    file = project_root() / "reports/bench/pages.csv"
+    known = pd.read_csv(file).set_index("page")["seconds"] if file.exists() else pd.Series(dtype=float)
+    return {name: float(known.get(name, 10.)) for name in names}
+
+def plan_text(names: list[str], profile: str) -> str:
+    "What will be made, and about how long that takes where nothing is computed yet."
+    said = f"{counted(len(names), 'page')} at {profile}: {', '.join(names)}"
+    file = project_root() / "reports/bench/pages.csv"
+    if profile != "tiny" or not file.exists(): return said
+    on, minutes = pd.read_csv(file)["on"].iloc[0], sum(expected(names, profile).values()) / lanes(profile) / 60
+    return f"{said}\nabout {max(minutes, 1):.0f} min where nothing is computed yet (as measured on {on})"
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #44ba0e24
 def reproduce(
@@ -741,13 +757,17 @@ def reproduce(
         refuse_unknown("page", name, notebooks())
         check_names(notebooks()[name], parameters)            # before anything is run
     check_reports(profile)
-    made, index = {}, None
-    for entry in _pages(names, profile, parameters):
-        made[entry["name"]] = entry
-        error = f"   NOT MADE: {entry['error']}" if entry["error"] else ""
-        print(f"      {entry['name']}: {entry['seconds']:.0f} s{error}",
-              *(f"      without {line}" for line in entry["failed"]), sep="\n", flush=True)
-        index = _indexed(profile, made)
+    print(plan_text(names, profile), flush=True)
+    made, index, weights = {}, None, expected(names, profile)
+    with progress(total=round(sum(weights.values())), desc="pages", unit="s of work", leave=False) as bar:
+        for entry in _pages(names, profile, parameters):
+            made[entry["name"]] = entry
+            error = f"   NOT MADE: {entry['error']}" if entry["error"] else ""
+            lines = [f"      {entry['name']}: {entry['seconds']:.0f} s{error}",
+                     *(f"      without {line}" for line in entry["failed"])]
+            bar.write("\n".join(lines))
+            bar.update(round(weights[entry["name"]]))
+            index = _indexed(profile, made)
     entries = [made[name] for name in names]
     print(made_text(entries), f"report: {index}", sep="\n")
     return entries

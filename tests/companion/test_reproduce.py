@@ -215,3 +215,36 @@ def test_table3_takes_no_learning_rate_that_its_text_calls_broken(profile):
         without = asked(arch, "without")
         assert {k: v for k, v in tuned.items() if k != "weights"} == {
             k: v for k, v in without.items() if k != "weights"}, "both arms are fine-tuned alike"
+
+
+def test_two_pages_at_once_and_timed_ones_alone(monkeypatch, tmp_path):
+    "All pages are made once; those that measure seconds come last, while nothing else is at work."
+    import threading
+    import time
+    at_work, seen, lock = set(), [], threading.Lock()
+    def run(name, profile, **parameters):
+        with lock:
+            at_work.add(name)
+            seen.append((name, frozenset(at_work)))
+        time.sleep(.02)
+        with lock: at_work.discard(name)
+        return dict(name=name, seconds=.02, error=None, failed=[])
+    monkeypatch.setattr(room, "run_notebook", run)
+    names = list(room.TITLES)
+    for n in (1, 2):
+        seen.clear()
+        monkeypatch.setattr(room, "lanes", lambda profile: n)
+        made = [entry["name"] for entry in room._pages(names, "tiny", {})]
+        assert sorted(made) == sorted(names) and max(len(beside) for _, beside in seen) == n
+        if n == 1: assert made == names
+        else: assert set(made[-2:]) == set(room.TIMED)
+        for name, beside in seen: assert name not in room.TIMED or beside == {name}
+
+
+def test_the_plan_says_what_and_how_long(monkeypatch):
+    monkeypatch.setattr(room, "lanes", lambda profile: 2)
+    said = room.plan_text(["claims", "road"], "tiny")
+    assert said.startswith("2 pages at tiny: claims, road") and "about 1 min" in said
+    assert "about" not in room.plan_text(["claims"], "small")
+    weights = room.expected([*room.TITLES, "unheard of"], "tiny")
+    assert all(value > 0 for value in weights.values()) and weights["figure4"] > weights["claims"]
