@@ -183,18 +183,20 @@ def __call__(self: ClipTransform,
     images = clips.flatten(0, 1) if isinstance(clips, Tensor) else [image for clip in clips for image in clip]
     check_images(images, np.repeat(index, T))
     u = sample_draws(self.seed, epoch, index, 23 + (T if self.flip == "frame" else 1))
-    x = resize(images, self.size, self.interpolation).unflatten(0, (n, T))
-    mirrored = torch.from_numpy(u[:, 23:] < self.chance)                     # (n, T), or (n, 1)
-    x = torch.where(mirrored[:, :, None, None, None], x.flip(-1), x)
+    x = torch.empty(n * T, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)         # channels last in memory
+    for place, image in zip(x, images): place.copy_(resize(image, self.size, self.interpolation)[0])
+    mirrored = np.broadcast_to(u[:, 23:] < self.chance, (n, T))
+    for k in np.flatnonzero(mirrored): x[k] = x[k].flip(-1)                              # one by one, in cache
     boxes = erase_boxes(u[:, 1:23], u[:, 0] < self.erase, self.size, self.rule)
-    return x, torch.from_numpy(boxes), torch.from_numpy((u[:, 0] * 2**53).astype(np.int64))
+    seeds = (u[:, 0] * 2**53).astype(np.int64)
+    return x.unflatten(0, (n, T)), torch.from_numpy(boxes), torch.from_numpy(seeds)
 
 # %% ../../nbs/6_video/00_clips.ipynb #c7241262
 def clip_input(
     pixels: Tensor,      # (n, T, 3, H, W) uint8
     boxes: Tensor,       # (n, 4) top, left, height, width; height 0 for none
     noise: Tensor,       # (n,) seeds
-    spec: InputSpec,     # the model's input
+    spec: InputSpec,     # the model's input, NCHW
     fill: str = "pixel", # of a box: "pixel" (noise, the same in all frames), "const" (the mean colour), "black"
     device=None,         # move there first, as uint8; None: stay
 ) -> Tensor:             # (n, T, 3, H, W) float32
@@ -202,9 +204,13 @@ def clip_input(
     if fill not in ("pixel", "const", "black"): raise ValueError(f"fill={fill!r}: use pixel, const or black")
     n, T = pixels.shape[:2]
     x, boxes, noise = pixels.flatten(0, 1), boxes.repeat_interleave(T, 0), noise.repeat_interleave(T, 0)
-    if fill == "black": x = normalise(erase_(x.clone(), boxes, noise, "const"), spec, device)
-    else: x = erase_(normalise(x, spec, device), boxes, noise, fill)
-    return x.unflatten(0, (n, T))
+    if device is not None: x = x.to(device, non_blocking=True)
+    if fill == "black": x = erase_(x.clone(), boxes, noise, "const")
+    out = torch.empty(len(x), *x.shape[2:], 3, device=x.device).permute(0, 3, 1, 2)
+    step = max(1, 2**18 // x[0].numel()) if x.device.type == "cpu" else len(x)
+    for i in range(0, len(x), step): out[i:i + step] = normalise(x[i:i + step], spec)
+    if fill != "black": erase_(out, boxes, noise, fill)
+    return out.unflatten(0, (n, T))
 
 # %% ../../nbs/6_video/00_clips.ipynb #9e8a93c6
 class TrackletSampler(PKSampler):
