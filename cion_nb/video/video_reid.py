@@ -181,15 +181,17 @@ class VideoFineTuning(FineTuning):
 
     def sampler(self, phase, n_pass, advance, rank, world_size):
         r = self.recipe
-        cameras, numbers = self.clips.table["camid"].to_numpy(), np.arange(len(self.labels))
-        sampler = TrackletSampler(self.labels, numbers, r["batch_size"], r["k"], cameras, seed=r["seed"], rank=rank,
+        cameras, first = (self.clips.table[name].to_numpy() for name in ("camid", "first_row"))
+        sampler = TrackletSampler(self.labels, first, r["batch_size"], r["k"], cameras, seed=r["seed"], rank=rank,
                                   world_size=world_size)
         sampler.set_epoch(n_pass, advance)
         return sampler
 
     def load(self, rows, seen):
-        pixels, boxes, noise = self.transform(self.clips.load(rows, seen), rows, seen)
-        return dict(pixels=pixels, boxes=boxes, noise=noise, pid=torch.from_numpy(self.labels[rows]))
+        "Clips of the tracklets that begin in these rows of `samples`."
+        tracklets = np.searchsorted(self.clips.table["first_row"].to_numpy(), rows)
+        pixels, boxes, noise = self.transform(self.clips.load(tracklets, seen), tracklets, seen)
+        return dict(pixels=pixels, boxes=boxes, noise=noise, pid=torch.from_numpy(self.labels[tracklets]))
 
 def _subset(data, split: str) -> str:
     "Where the clips of a split are: an embedded world has them beside its images."
