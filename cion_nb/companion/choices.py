@@ -78,11 +78,13 @@ def read_choices(folder: Path = None) -> pd.DataFrame:   # a row a trial; `setti
     if not file.exists(): return pd.DataFrame(columns=TRIAL_COLUMNS)
     texts = dict.fromkeys(("backbone", "part", "start", "settings", "run", "commit", "cpu"), str)
     try: table = pd.read_csv(file, dtype=texts)
-    except ValueError as e: raise ValueError(f"{file} is no table of trials ({e}): take it from git again") from None
+    except ValueError as e: raise ValueError(f"{file} is no table of trials ({e}): {_AGAIN}") from None
     if list(table.columns) != TRIAL_COLUMNS or not table["mAP"].between(0, 1).all():
         raise ValueError(f"{file} has other columns than this version writes, or a mAP that is no fraction between "
-                         "0 and 1: take it from the repository again (git checkout)")
+                         f"0 and 1: {_AGAIN}")
     return table
+
+_AGAIN = "take the file from the repository again (git checkout), or delete it to search anew"
 
 def add_trial(row: dict, folder: Path = None) -> None:
     "Put one trial into the table, in place of the same run's."

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .claims import decide, paper
-from .experiments import CLAIMS, claims_table, has_begun, of_today, pipes, read_results
+from .experiments import CLAIMS, claims_table, has_begun, of_today, pipes, read_results, without_worlds
 from ..core.files import project_root, read_json
 
 # %% ../../nbs/9_companion/08_evidence.ipynb #a17bf8da
@@ -77,8 +77,7 @@ def plot_ladder():
     for y, mean, most in zip(at, 100 * table.mean(), 100 * table.max()):
         ax.text(most + .7, y, f"{mean:.1f}", va="center")
     ax.set_yticks(at, LADDER.values())
-    ax.set_title(f"Whom pre-training takes for one person ({len(table)} worlds, `small`; a dot a world)", loc="left",
-                 fontsize=10)
+    ax.set_title(f"Whom pre-training takes for one person ({len(table)} worlds, a dot each)", loc="left", fontsize=10)
     ax.set_xlabel("mAP of frozen features on people nobody trained on, per cent", fontsize=10)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
@@ -180,7 +179,7 @@ def front_text() -> str:   # Markdown
     table = holds_so_far().reset_index()
     table["claim"] = table["claim"].where(~table["claim"].duplicated(), "")
     table["page"] = [f"[{Path(page).stem}]({page})" for page in table["page"]]
-    return pipes(table.set_index("claim"))
+    return f"{pipes(table.set_index('claim'))}\n\n{without_worlds(claims_table('small'))}"
 
 # %% ../../nbs/9_companion/08_evidence.ipynb #d983002d
 def run_costs(

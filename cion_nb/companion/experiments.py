@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARMS', 'FEW', 'SHARES', 'NETWORK', 'BUDGETS', 'CURVE', 'FIRST', 'TRIALS', 'CLAIMS', 'COLUMNS', 'TEXTS', 'REMEDY',
            'LINEAR', 'CLAIMS_PAGES', 'PAGES_PREFACE', 'PREFACE', 'Arm', 'Claim', 'results_folder', 'read_results',
-           'damage', 'write_results', 'run_name', 'measure', 'missing', 'asked_of', 'costs', 'compute', 'prepare',
-           'is_prepared', 'of_today', 'has_begun', 'differences', 'exponents', 'verdicts', 'claims_table',
+           'damage', 'write_results', 'run_name', 'measure', 'missing', 'asked_of', 'costs', 'named', 'compute',
+           'prepare', 'is_prepared', 'of_today', 'has_begun', 'differences', 'exponents', 'verdicts', 'claims_table',
            'with_worlds', 'without_worlds', 'said', 'arms_table', 'plot_arms', 'plot_budget', 'search_table',
            'families_table', 'pipes', 'latex', 'keep_pages', 'page_table', 'page_text', 'pages_text', 'results_text',
            'publish']
@@ -351,10 +351,16 @@ def costs(
         runs = {run_name(r) for arms in left.values() for r in arms.values() if r["stage"] != "untrained"} - counted
         counted |= runs
         is_known = all(map(is_prepared, claim.networks))       # else there is a search before
-        rows.append(dict(claim=claim.name, worlds=claim.worlds, to_do=sum(map(bool, left.values())),
+        to_do = sum(map(bool, left.values())) if is_known else claim.worlds
+        rows.append(dict(claim=claim.name, worlds=claim.worlds, to_do=to_do,
                          trainings=len(runs) if is_known else np.nan,
                          minutes=len(runs) * minutes if is_known else np.nan))
     return pd.DataFrame(rows).set_index("claim")
+
+def named(text: str | None) -> list[str] | None:
+    "Claims as a page's parameter names them: commas between, or spaces where no name has one; None: all."
+    if not text: return None
+    return [text] if text in CLAIMS else [name.strip() for name in text.split("," if "," in text else None)]
 
 def _chosen(claims) -> list[Claim]:
     if isinstance(claims, str): claims = [claims]
@@ -492,16 +498,19 @@ def with_worlds(table: pd.DataFrame) -> pd.DataFrame:
 def without_worlds(table: pd.DataFrame) -> str:
     "The others in one sentence; empty where there are none."
     left = table[table["verdict"] == "not run"].index.get_level_values("claim")
-    counts = [f"{name} ({counted(n, 'comparison')})" for name, n in left.value_counts(sort=False).items()]
-    return f"Planned, and not run yet: {', '.join(counts)}." if counts else ""
+    counts = [f"{CLAIMS[name].says} ({name}, {counted(n, 'comparison')})"
+              for name, n in left.value_counts(sort=False).items()]
+    return f"Planned, and not run yet: {'; '.join(counts)}." if counts else ""
 
 def said(
     profile: str,
     claims=None,
     folder: Path = None,
-) -> list[str]:   # a line a comparison
+    begun: bool = False,   # only what any world speaks to
+) -> list[str]:            # a line a comparison
     "The same as sentences."
     table = claims_table(profile, claims, folder)
+    if begun: table = with_worlds(table)
     def line(name, comparison, worlds, difference, verdict):
         unit = "" if CLAIMS[name].score == "seconds" else " points"
         evidence = f" ({difference}{unit}, {worlds} worlds)" if difference else ""
@@ -728,8 +737,9 @@ do not edit.*
 
 Ours: an embedded, generated world of people, a small network, 128x64 images, features frozen after pre-training and \
 scored on people nobody trained on. A replicate is a world, drawn anew with people, videos and denoising. Intervals \
-are corrected for the comparisons of a claim (Holm, 95 %); a claim *holds* where the interval is wholly above zero. An \
-order that holds here is evidence for the method, not for the paper's scores; those are data in [paper](paper/).
+are corrected for the comparisons of a claim (Holm, 95 %); a claim *holds* where the interval is wholly above zero. \
+The same comparison under two claims has two intervals, since each is corrected with the others of its claim. An order \
+that holds here is evidence for the method, not for the paper's scores; those are data in [paper](paper/).
 """
 
 def results_text(

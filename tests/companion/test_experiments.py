@@ -295,7 +295,7 @@ def test_a_claim_without_rows_is_not_run_and_has_no_picture(tmp_path):
     text = E.publish("small", tmp_path / "results").read_text(encoding="utf-8")
     assert "not run" in text and "![" not in text and "nothing yet" in text
     counts = {name: len(E.claims_table("small", [name])) for name in E.CLAIMS}
-    for name, n in counts.items(): assert f"{name} ({n} comparison{'s' * (n != 1)})" in text
+    for name, n in counts.items(): assert f"({name}, {n} comparison{'s' * (n != 1)})" in text
 
 
 def test_the_published_text_is_that_of_the_stored_rows():
