@@ -296,11 +296,12 @@ def _compute(
     "Trainings beside one another, the rest here; after an error or an interruption no process is left."
     failures, workers = _Failures(todo, go_on), []
     jobs = min(jobs, sum(_apart(run.recipe) for run in todo))
+    slots = max(1, jobs // int(os.environ.get("CION_NB_LANES", 1)))     # other pages train beside this one
     def ready(apart):
         return [run for run in todo if (_apart(run.recipe) and jobs > 1) == apart and failures.is_ready(run)]
     try:
         while todo or any(worker.run for worker in workers):
-            for run in ready(True)[:jobs - sum(bool(worker.run) for worker in workers)]:
+            for run in ready(True)[:slots - sum(bool(worker.run) for worker in workers)]:
                 todo.remove(run)
                 with failures.trying(run): _hand_out(run, workers, max(1, processors() // jobs))
             busy = [worker for worker in workers if worker.run]
@@ -728,7 +729,7 @@ def _pages(names, profile, parameters):
         tqdm.write(f"[{list(said).index(name) + 1}/{len(names)}] {TITLES[name]}")
         return run_notebook(name, profile, **parameters)
     beside = [name for name in names if name not in TIMED] if n > 1 else []
-    with ThreadPoolExecutor(n) as pool:
+    with _beside(CION_NB_LANES=str(n if beside else 1)), ThreadPoolExecutor(n) as pool:
         for done in as_completed([pool.submit(make, name) for name in beside]): yield done.result()
     for name in names:
         if name not in beside: yield make(name)
@@ -763,7 +764,7 @@ def reproduce(
     check_reports(profile)
     print(plan_text(names, profile), flush=True)
     made, index, weights = {}, None, expected(names, profile)
-    with progress(total=round(sum(weights.values())), desc="pages", unit="s of work", leave=False) as bar, _one_bar():
+    with progress(total=round(sum(weights.values())), desc="pages", unit="s of work", leave=False) as bar, _beside():
         for entry in _pages(names, profile, parameters):
             made[entry["name"]] = entry
             error = f"   NOT MADE: {entry['error']}" if entry["error"] else ""
@@ -777,14 +778,16 @@ def reproduce(
     return entries
 
 @contextmanager
-def _one_bar():
-    "The kernels that start meanwhile draw none of their own."
-    before = os.environ.get("CION_NB_PROGRESS")
-    os.environ["CION_NB_PROGRESS"] = "0"
+def _beside(**more):
+    "For the kernels that start meanwhile: no bar of their own, and they wait for a run that another one computes."
+    told = dict(CION_NB_PROGRESS="0", CION_NB_WAIT="-1") | more
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     try: yield
     finally:
-        if before is None: del os.environ["CION_NB_PROGRESS"]
-        else: os.environ["CION_NB_PROGRESS"] = before
+        for name, value in before.items():
+            if value is None: os.environ.pop(name, None)
+            else: os.environ[name] = value
 
 def _indexed(profile, made) -> Path:
     "The index with what was made so far; notebooks that are not run this time keep their place."

@@ -252,8 +252,9 @@ class Run(_Request):
 
     @contextmanager
     def computing(self,
-                  wait: float = 0,  # seconds to wait for another process that computes it
-                 ):                 # yields True when there is work to do, False when the run is done
+                  wait: float = None,   # seconds to wait for another process that computes it; -1: as long as it takes;
+                                        # None: $CION_NB_WAIT, or not at all
+                 ):                     # yields True when there is work to do, False when the run is done
         "Hold the run's lock while computing; a second process that asks for the same run is told so instead of racing."
         if self.is_done:
             yield False
@@ -263,7 +264,7 @@ class Run(_Request):
             return
         self.request()
         file = self.folder / ".run.lock"
-        lock = FileLock(file, timeout=wait)
+        lock = FileLock(file, timeout=float(os.environ.get("CION_NB_WAIT", 0)) if wait is None else wait)
         try: lock.acquire()
         except Timeout: raise BusyRun(f"run {self.name} is being computed by another process (lock {file}); "
                                       "wait for it or stop that process") from None

@@ -248,3 +248,32 @@ def test_the_plan_says_what_and_how_long(monkeypatch):
     assert "about" not in room.plan_text(["claims"], "small")
     weights = room.expected([*room.TITLES, "unheard of"], "tiny")
     assert all(value > 0 for value in weights.values()) and weights["figure4"] > weights["claims"]
+
+
+def test_a_run_that_another_page_computes_is_waited_for(monkeypatch, tmp_path):
+    "Without $CION_NB_WAIT it is an error, as before; with it the second finds the run done."
+    import threading
+    run, began = Run(dict(stage="net", profile="test"), tmp_path / "run"), threading.Event()
+    def compute():
+        with Run(run.recipe, run.folder).computing() as todo:
+            began.set()
+            assert todo
+            wait.wait(5)
+            run.finish(dict(x=1))
+    wait, thread = threading.Event(), threading.Thread(target=compute)
+    thread.start()
+    began.wait(5)
+    with pytest.raises(RuntimeError, match="being computed by another"):
+        with Run(run.recipe, run.folder).computing(): pass
+    monkeypatch.setenv("CION_NB_WAIT", "-1")
+    threading.Timer(.1, wait.set).start()
+    with Run(run.recipe, run.folder).computing() as todo: assert not todo
+    thread.join()
+
+
+def test_kernels_are_told_what_is_beside_them(monkeypatch):
+    import os
+    monkeypatch.setenv("CION_NB_PROGRESS", "5")
+    with room._beside(CION_NB_LANES="2"):
+        assert [os.environ[f"CION_NB_{name}"] for name in ("PROGRESS", "WAIT", "LANES")] == ["0", "-1", "2"]
+    assert os.environ["CION_NB_PROGRESS"] == "5" and not {"CION_NB_WAIT", "CION_NB_LANES"} & set(os.environ)
