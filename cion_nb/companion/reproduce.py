@@ -746,7 +746,8 @@ def plan_text(names: list[str], profile: str) -> str:
     said = f"{counted(len(names), 'page')} at {profile}: {', '.join(names)}"
     file = project_root() / "reports/bench/pages.csv"
     if profile != "tiny" or not file.exists(): return said
-    on, minutes = pd.read_csv(file)["on"].iloc[0], sum(expected(names, profile).values()) / lanes(profile) / 60
+    on, weights = pd.read_csv(file)["on"].iloc[0], expected(names, profile)
+    minutes = sum(s if name in TIMED else s / 2 for name, s in weights.items()) / 60      # measured two at a time
     return f"{said}\nabout {max(minutes, 1):.0f} min where nothing is computed yet (as measured on {on})"
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #44ba0e24
