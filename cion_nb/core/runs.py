@@ -252,9 +252,8 @@ class Run(_Request):
 
     @contextmanager
     def computing(self,
-                  wait: float = None,   # seconds to wait for another process that computes it; -1: as long as it takes;
-                                        # None: $CION_NB_WAIT, or not at all
-                 ):                     # yields True when there is work to do, False when the run is done
+                  wait: float = None,  # seconds to wait for another that computes it; -1: for ever; None: $CION_NB_WAIT
+                 ):                    # yields True when there is work to do, False when the run is done
         "Hold the run's lock while computing; a second process that asks for the same run is told so instead of racing."
         if self.is_done:
             yield False
