@@ -338,6 +338,7 @@ def asked_of(arm: str, profile: str, world: int) -> dict | None:
     try: return ARMS[arm].recipe(profile, world)
     except LookupError: return None
 
+# %% ../../nbs/9_companion/05_experiments.ipynb #fac180d6
 def costs(
     profile: str,
     claims=None,           # names; None: all
@@ -367,6 +368,7 @@ def _chosen(claims) -> list[Claim]:
     for name in claims or (): refuse_unknown("claim", name, CLAIMS)
     return [claim for name, claim in CLAIMS.items() if not claims or name in claims]
 
+# %% ../../nbs/9_companion/05_experiments.ipynb #b2e6e1b4
 def compute(
     profile: str,
     claims=None,           # names; None: all
@@ -391,6 +393,7 @@ def _compute_world(claim, world, profile, folder, jobs) -> None:
                      for row in rows)
     print(f"{claim.name}, world {world}: {'' if is_timed else 'mAP, '}{claim.score}: {said}", flush=True)
 
+# %% ../../nbs/9_companion/05_experiments.ipynb #65e55130
 def prepare(claim: Claim, network: str, profile: str, jobs: int = None) -> None:
     "Choose the settings of a network's arms; of a trial member only where it learns."
     arms = [ARMS[arm] for arm in claim.arms if ARMS[arm].backbone == network]
@@ -491,6 +494,7 @@ def _given_up(claim: Claim, comparison: str) -> str:
         if lost: return f"does not learn in {MOST_SECONDS / 60:.0f} core-minutes"
     return ""
 
+# %% ../../nbs/9_companion/05_experiments.ipynb #5fd2d249
 def with_worlds(table: pd.DataFrame) -> pd.DataFrame:
     "Those rows of `claims_table` that any world speaks to."
     return table[table["verdict"] != "not run"]
@@ -517,6 +521,7 @@ def said(
         return f"{name}, {comparison}: {verdict}{evidence}"
     return [line(*at, *row) for at, row in zip(table.index, table.itertuples(index=False))]
 
+# %% ../../nbs/9_companion/05_experiments.ipynb #0ca4c616
 def arms_table(
     claim: Claim,
     profile: str,

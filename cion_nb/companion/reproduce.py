@@ -600,6 +600,8 @@ TITLES = dict(
 )
 
 # what the paper says, in a sentence, above the verdicts of its page
+
+# %% ../../nbs/9_companion/03_reproduce.ipynb #cc657742
 SAYS = dict(
     budget="None of the paper's: it pre-trains at one budget, far to the right of this curve.",
     figure4="Features of a person gather in a tight cloud after identity-level pre-training (CION), not after "
@@ -630,6 +632,7 @@ SAYS = dict(
 # need the embedded world's truth: there is nothing to do for them at the `paper` profile
 EMBEDDED = ("claims", "budget", "drawings", "road", "denoising", "order")
 
+# %% ../../nbs/9_companion/03_reproduce.ipynb #8c2f6d6b
 def notebooks() -> dict[str, Path]:
     "Name -> notebook of `nbs/reproduce/`, in running order."
     folder = project_root() / "nbs" / "reproduce"
@@ -641,6 +644,7 @@ def notebooks() -> dict[str, Path]:
         )
     return found
 
+# %% ../../nbs/9_companion/03_reproduce.ipynb #c64e5a22
 def check_names(
     path: Path,         # a notebook with a cell tagged `parameters`
     parameters: dict,   # what will be passed
