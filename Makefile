@@ -35,7 +35,7 @@ reproduce: $(STAMP)
 	$(PY) -m cion_nb reproduce --profile $(PROFILE)
 
 results: $(STAMP)
-	$(PY) -c "from cion_nb.companion.experiments import keep_pages, publish; keep_pages('$(PROFILE)'); publish()"
+	$(PY) -c "from cion_nb.companion.publishing import keep_pages, publish; keep_pages('$(PROFILE)'); publish()"
 
 test: $(STAMP)
 	@FAST=$(FAST) $(PY) .ci/test.py

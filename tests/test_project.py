@@ -81,8 +81,8 @@ HEAVY = ["torchvision", "faiss", "onnxruntime", "onnx", "cv2", "trackers", "trac
 WITH_TIMM = """models/architectures models/backbones models/checkpoints models/features models/leaving
 retrieval/inspection training/views training/samplers training/pretrain training/finetune training/cluster_contrast
 video/clips video/denseil video/video_reid companion/score companion/reproduce
-companion/choices companion/experiments companion/drawings companion/evidence companion/comparisons
-companion/families companion/adaptation companion/mechanism""".split()
+companion/choices companion/arms companion/experiments companion/publishing companion/drawings companion/evidence
+companion/comparisons companion/families companion/adaptation companion/mechanism""".split()
 # Each module is imported in a fork of one process that holds torch already, and then timm, for those that import it
 # anyway: starting a Python for each took a minute. A room that begins to import timm shows: its fork lacks it.
 PROBE = """

@@ -1,6 +1,4 @@
-"""Claims as experiments: worlds differ in all that they are made of, rows outlive their runs, and a damaged table is
-refused."""
-import re
+"""Claims as experiments: rows outlive their runs, and a damaged table is refused."""
 from functools import partial
 
 import numpy as np
@@ -8,64 +6,23 @@ import pandas as pd
 import pytest
 from places import ROOT
 
-from cion_nb.companion import experiments as E, reproduce
+from cion_nb.companion import arms as A, experiments as E, publishing as P, reproduce
 from cion_nb.core.files import read_json
 from cion_nb.core.runs import Run
+from cion_nb.core.settings import PROFILES
 
 
 @pytest.fixture
 def chosen(monkeypatch):
     "As if every network's settings were chosen."
-    monkeypatch.setattr(E, "settled", lambda *a: {})
-    monkeypatch.setattr(E, "learned_at", lambda *a: 38_400)
-
-
-@pytest.mark.parametrize("arm", E.ARMS)
-def test_a_world_is_another_world_in_all_that_an_arm_is_made_of(arm, chosen):
-    one, two = (E.ARMS[arm].recipe("small", world) for world in (1, 2))
-    text = [repr(made).replace("'seed': 1", "'seed': W").replace("'seed': 2", "'seed': W") for made in (one, two)]
-    assert text[0] == text[1] and one != two                             # nothing but seeds differs
-    assert one["seed"] == one["data"]["seed"] == 1
-    assert E.run_name(one) != E.run_name(two)
-
-
-def test_arms_of_a_world_share_data_and_budget():
-    usual = [arm for arm in E.ARMS.values() if arm.method and not arm.then and not arm.backbone and not arm.epochs]
-    made = [arm.recipe("small", 3) for arm in usual]
-    for name in ("data", "epochs", "images_per_epoch", "batch_size", "backbone", "lr", "seed"):
-        assert all(recipe[name] == made[0][name] for recipe in made)
-
-
-def test_pairs_of_a_claim_differ_in_what_it_is_about():
-    "Fine-tunings and adaptations of a pair share all but their start; a tenth of the data all but the share."
-    for better, worse in (*E.CLAIMS["few labels"].comparisons, E.CLAIMS["C6"].comparisons[0]):
-        one, other = (E.ARMS[name].recipe("small", 1) for name in (better, worse))
-        assert {k for k in one if one[k] != other[k]} == {"weights"} and other["weights"] is None
-    one, other = (E.ARMS[name].recipe("small", 1) for name in E.CLAIMS["C6"].comparisons[1])
-    assert {k for k in one if one[k] != other[k]} == {"weights"} and one["stage"] == "uda"
-    starts = one["weights"], other["weights"]                            # both learned from labels of world B
-    assert {k for k in starts[0] if starts[0][k] != starts[1][k]} == {"weights"} and starts[1]["weights"] is None
-    assert starts[0]["data"]["bank"] == "B" != one["data"]["bank"]
-    one, other = (E.ARMS[name].recipe("small", 1) for name in E.CLAIMS["C4"].comparisons[0])
-    assert {k for k in one if one[k] != other[k]} == {"data_share"}
-    assert [E.ARMS[f"tuned_{few:g}"].recipe("small", 1)["few_ids"] for few in E.FEW] == list(E.FEW)
-
-
-def test_pairs_of_a_network_of_its_own_differ_in_start_and_chosen_settings(chosen):
-    for name in ("budget tuned", "C3"):
-        for better, worse in E.CLAIMS[name].comparisons:
-            one, other = (E.ARMS[arm].recipe("small", 1) for arm in (better, worse))
-            assert {k for k in one if one[k] != other[k]} == {"weights"} and other["weights"] is None
-            assert one["image_size"] == one["weights"]["image_size"] == [64, 32]
-    for n in E.BUDGETS:
-        dino, cion = (E.ARMS[f"{m}_{n}"].recipe("small", 1) for m in ("dino", "cion"))
-        assert dino["epochs"] * dino["images_per_epoch"] == cion["epochs"] * cion["images_per_epoch"] == n
+    monkeypatch.setattr(A, "settled", lambda *a: {})
+    for room in (A, E): monkeypatch.setattr(room, "learned_at", lambda *a: 38_400)
 
 
 def test_arms_wait_for_their_settings(monkeypatch):
     def nothing(*a): raise LookupError("not chosen")
-    monkeypatch.setattr(E, "settled", nothing)
-    monkeypatch.setattr(E, "learned_at", nothing)
+    for room in (A, E): monkeypatch.setattr(room, "settled", nothing)
+    for room in (A, E): monkeypatch.setattr(room, "learned_at", nothing)
     assert set(E.missing(E.CLAIMS["budget"], "small", 1)) <= {"curve_untrained"}
     assert not E.missing(E.CLAIMS["C3"], "small", 1)
     plan = E.costs("small", ["budget", "C3"])
@@ -74,7 +31,8 @@ def test_arms_wait_for_their_settings(monkeypatch):
 
 
 def test_a_family_that_does_not_learn_is_shown_as_such(monkeypatch, chosen):
-    monkeypatch.setattr(E, "learned_at", lambda backbone: None if backbone == "vit_trial" else 38_400)
+    def at(backbone): return None if backbone == "vit_trial" else 38_400
+    for room in (A, E): monkeypatch.setattr(room, "learned_at", at)
     assert {arm for arm in E.missing(E.CLAIMS["C3"], "small", 1) if arm.startswith("vit_")} <= {"vit_trial_scratch"}
     words = E.claims_table("small", ["C3"])["verdict"]
     of_vit = words.index.get_level_values(1).str.startswith("vit_trial")
@@ -97,8 +55,8 @@ def test_time_is_linear_where_the_exponent_is_inside(tmp_path, b, words):
     found = E.exponents(E.read_results("small", tmp_path))
     assert found[1] == pytest.approx(b - .01, abs=1e-3) and len(found) == 7
     assert E.claims_table("small", ["C5"], tmp_path)["verdict"].tolist() == words
-    assert E.arms_table(E.CLAIMS["C5"], "small", tmp_path).index[0] == "timed on 10% of the images"
-    assert E.plot_arms(E.CLAIMS["C5"], "small", tmp_path).axes[0].lines
+    assert P.arms_table(E.CLAIMS["C5"], "small", tmp_path).index[0] == "timed on 10% of the images"
+    assert P.plot_arms(E.CLAIMS["C5"], "small", tmp_path).axes[0].lines
 
 
 def test_a_world_that_lacks_a_share_has_no_exponent(tmp_path):
@@ -106,26 +64,8 @@ def test_a_world_that_lacks_a_share_has_no_exponent(tmp_path):
     assert list(E.exponents(E.read_results("small", tmp_path))) == [1]
 
 
-def test_the_budget_curve_is_drawn_from_rows(tmp_path, chosen):
-    rows = [dict(world=w, arm=arm, mAP=.1 * w, feature_rank=3., run=E.run_name(E.ARMS[arm].recipe("small", w)))
-            for w in (1, 2) for arm in {*E.CLAIMS["budget"].arms, *E.CLAIMS["budget tuned"].arms}]
-    E.write_results("small", rows, {}, tmp_path)
-    frozen, tuned, rank = E.plot_budget("small", tmp_path).axes
-    means = [line for line in frozen.lines if line.get_marker() == "o"]
-    assert len(means) == len(E.CURVE) and np.allclose(means[0].get_ydata(), 15)
-    assert [line.get_linestyle() for line in tuned.lines].count("--") == 1 and rank.lines
-
-
-def test_the_worlds_of_the_settings_are_none_of_an_experiments():
-    "Settings of the profiles were looked for in world 0."
-    assert E.ARMS["identity"].recipe("small", 1)["identities"]["features"]["model"]["data"]["bank"] == "B"
-    for claim in E.CLAIMS.values():
-        assert claim.worlds >= 5 and set(claim.arms) <= set(E.ARMS)
-        assert all(better != worse for better, worse in claim.comparisons)
-
-
-SHORT = dict(C2=E.Claim("C2", "order", "", (("identity", "instance"),), ("untrained",)))
-UNTRAINED = dict(C2=E.Claim("C2", "order", "", (), ("untrained",)))
+SHORT = dict(C2=A.Claim("C2", "order", "", (("identity", "instance"),), ("untrained",)))
+UNTRAINED = dict(C2=A.Claim("C2", "order", "", (), ("untrained",)))
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +121,7 @@ def test_rows_outlive_their_runs(results, tmp_path, monkeypatch):
 
 @pytest.mark.slow("trains networks")
 def test_a_row_of_other_settings_is_computed_again(results, monkeypatch):
-    changed = E.ARMS | dict(identity=E.Arm("fewer levels", "cion", ("tracklet",)))
+    changed = E.ARMS | dict(identity=A.Arm("fewer levels", "cion", ("tracklet",)))
     monkeypatch.setattr(E, "ARMS", changed)
     assert set(E.missing(E.CLAIMS["C2"], "smoke", 1, results)) == {"identity"}
 
@@ -264,78 +204,12 @@ def test_an_unknown_claim_is_refused_with_those_there_are():
 
 def test_stored_results_are_whole():
     "Every stored row has its recipe, and was made by a program that was committed."
-    for file in (ROOT / "reports/results").glob("*.csv"):
-        rows = E.read_results(file.stem)
-        assert file.stem != "smoke" and len(rows)
+    stored = [name for name in PROFILES if (ROOT / f"reports/results/{name}.csv").exists()]
+    assert "small" in stored and "smoke" not in stored
+    for profile in stored:
+        rows = E.read_results(profile)
+        assert len(rows)
         for r in rows.itertuples():
             asked = read_json(E.results_folder() / "recipes" / f"{r.run}.json")
-            assert asked["seed"] == r.world and asked["profile"] == file.stem
+            assert asked["seed"] == r.world and asked["profile"] == profile
         assert not rows.commit.str.endswith("+").any()
-
-
-def test_what_is_published_is_written_from_the_rows(tmp_path):
-    rng = np.random.default_rng(1)
-    machine = dict(cpu="a CPU", cores=2, device="cpu", rank1=.5, own_camera=2., feature_rank=9.)
-    rows = [row(w, arm, rng.random()) | machine for w in range(1, 6) for arm in E.CLAIMS["C2"].arms]
-    E.write_results("small", rows, {}, tmp_path / "results")
-    text = E.publish("small", tmp_path / "results").read_text(encoding="utf-8")
-    assert text == E.results_text("small", tmp_path / "results")
-    for link in re.findall(r"\]\((results/[^)]+)\)", text): assert (tmp_path / link).exists(), link
-    stored = pd.read_csv(tmp_path / "results/tables/small_C2.csv", index_col=0)
-    means = pd.DataFrame(rows).groupby("arm").mAP.mean()
-    for arm in E.CLAIMS["C2"].arms:
-        said = stored.loc[E.ARMS[arm].label, "mAP"]
-        assert float(said.split()[0]) == pytest.approx(100 * means[arm], abs=.051)
-        assert f"| {E.ARMS[arm].label} | {said} |" in text
-    tex = (tmp_path / "results/tables/small_C2.tex").read_text(encoding="utf-8")
-    assert tex.count(r"\\") == 1 + len(stored) and r"$\pm$" in tex and r"\toprule" in tex
-
-
-def test_a_claim_without_rows_is_not_run_and_has_no_picture(tmp_path):
-    text = E.publish("small", tmp_path / "results").read_text(encoding="utf-8")
-    assert "not run" in text and "![" not in text and "nothing yet" in text
-    counts = {name: len(E.claims_table("small", [name])) for name in E.CLAIMS}
-    for name, n in counts.items(): assert f"({name}, {n} comparison{'s' * (n != 1)})" in text
-
-
-def test_the_published_text_is_that_of_the_stored_rows():
-    assert (ROOT / "reports/README.md").read_text(encoding="utf-8") == E.results_text("small")
-
-
-KEPT = sorted((ROOT / "reports/results/pages").glob("*.json"))
-
-
-@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
-def test_kept_pages_say_what_their_pages_show(file):
-    "The box of the stored page, its table and pictures are those of the published text."
-    kept = read_json(file)
-    cells = read_json(ROOT / f"nbs/reproduce/{file.stem}.ipynb")["cells"]
-    box = next("".join(out["data"]["text/markdown"]) for cell in cells for out in cell.get("outputs", [])
-               if "text/markdown" in out.get("data", {}))
-    text = (ROOT / "reports/README.md").read_text(encoding="utf-8")
-    for line in kept["said"]: assert f"* {line}\n" in box and f"* {line}\n" in text
-    for figure in kept["figures"]: assert (file.parent / figure).stat().st_size < 100_000, figure
-    assert kept["profile"] != "smoke" and kept["commit"] and kept["cpu"]
-    if not kept["table"]: return
-    shown = E.page_table(kept["table"])
-    stored = pd.read_csv(ROOT / f"reports/results/tables/{kept['profile']}_{file.stem}.csv", dtype=str,
-                         keep_default_na=False)
-    assert stored.to_numpy().tolist() == shown.reset_index().to_numpy().tolist()
-    assert E.pipes(shown) in text
-
-
-def test_pages_are_kept_from_their_reports(tmp_path, monkeypatch):
-    from cion_nb.companion import report
-    from cion_nb.companion.reproduce import Page
-    for room in (report, reproduce, E): monkeypatch.setattr(room, "report_folder", lambda profile: tmp_path / profile)
-    table = pd.DataFrame({("paper", "mAP"): {"CION": 93.3}, ("ours", "mAP"): {"CION": "71.8 ± 2.4 %"}})
-    page, rows = Page("table4", "tiny"), [dict(mAP=.718, commit="012345678901", cpu="a CPU")]
-    import matplotlib.pyplot as plt
-    page.save(plt.figure(figsize=(1, 1)))
-    page.finish(rows, ["CION above LUP: holds (+1.0 points)"], table=table, figures=["table4.png"])
-    assert E.keep_pages("tiny", tmp_path / "results") == ["table4"]
-    text = E.pages_text(tmp_path / "results")
-    for part in ("CION above LUP: holds", "| CION | 93.3 | 71.8 ± 2.4 % |", "results/pages/table4.png", "a CPU"):
-        assert part in text
-    assert r"$\pm$ 2.4 \%" in (tmp_path / "results/tables/tiny_table4.tex").read_text(encoding="utf-8")
-    assert (tmp_path / "results/pages/table4.png").stat().st_size
