@@ -10,7 +10,7 @@ DOCS    := .venv/.docs
 .PHONY: help install reproduce results test test-isa test-gpu lint readme notebooks docs lab clean
 
 help:
-	@echo "make reproduce   the whole companion at PROFILE=$(PROFILE) -> reports/$(PROFILE)/index.html"
+	@echo "make reproduce   the whole companion at PROFILE=$(PROFILE) -> reports/$(PROFILE)/index.html; ALL=1: sister systems too"
 	@echo "make results     what the pages of reports/$(PROFILE) show, into reports/README.md and reports/results"
 	@echo "make test        notebooks, pytest, nbdev checks, papermill runs; FAST=1: what answers within three minutes"
 	@echo "make lint        ruff on notebooks and tests, and what ruff cannot tell"
@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 reproduce: $(STAMP)
-	$(PY) -m cion_nb reproduce --profile $(PROFILE)
+	$(PY) -m cion_nb reproduce --profile $(PROFILE) $(if $(ALL),--all)
 
 results: $(STAMP)
 	$(PY) -c "from cion_nb.companion.publishing import keep_pages, publish; keep_pages('$(PROFILE)'); publish()"

@@ -591,6 +591,7 @@ def _reproduce_arguments(parser):
     add = parser.add_argument
     add("--profile", default="tiny", choices=PROFILES, help="(default: %(default)s)")
     add("--only", nargs="+", action="extend", metavar="PAGE", help="these pages only, e.g. table4 figure4")
+    add("--all", action="store_true", help="pages of the sister systems compute what they show, too")
     add("--recipe", metavar="FILE", help="compute the run of this recipe.json and what it depends on, then stop")
     add("--serve", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)          # a worker of make_runs
     _set(parser, "papermill parameters of the pages, e.g. seeds=5")
@@ -603,7 +604,8 @@ def reproduce(args):
     from cion_nb.core.files import read_json
     from cion_nb.core.settings import STAGES
     parameters = read_settings(args.set)
-    for name in sorted({"profile", "only"} & set(parameters)): raise ValueError(f"--set {name}: that is --{name}")
+    taken = {"profile", "only", "all"} & set(parameters)
+    for name in sorted(taken): raise ValueError(f"--set {name}: that is --{name}")
     if args.serve: return serve(args.serve)
     if args.recipe and (args.only or parameters):
         raise ValueError("--recipe computes one run: leave --only and --set out")
@@ -614,7 +616,7 @@ def reproduce(args):
         if not isinstance(asked, dict) or asked.get("stage") not in STAGES: raise ValueError(f"{file} is no recipe")
         run = make_run(asked)
         return print(json.dumps(run.result, indent=1), run.folder, sep="\n")
-    pages = reproduce(args.profile, args.only, **parameters)
+    pages = reproduce(args.profile, args.only, args.all, **parameters)
     return int(any(page["error"] for page in pages))
 
 # %% ../../nbs/9_companion/08_commands.ipynb #fa5ac27c

@@ -21,13 +21,16 @@ from .claims import decide
 from .reproduce import frozen_features, make_runs, score_features
 from ..core.files import atomic, counted, fingerprint, read_json, resolve, write_json
 from ..core.runs import environment, Run
-from ..core.settings import PROFILES, refuse_unknown
+from ..core.settings import PROFILES, refuse_unknown, TRAININGS
 from ..core.store import Features
 from ..data.datasets import read_data
+from ..identities.denoise import Denoised
 from ..identities.truth import identity_scores
 from ..models.backbones import create_backbone
 from ..models.features import extract
+from ..retrieval.evaluate import evaluate
 from ..retrieval.inspection import own_camera
+from ..retrieval.protocols import sides, tracklet_features
 from ..training.distill import feature_rank
 from ..training.pretrain import identity_labels
 
@@ -121,7 +124,8 @@ def _made(asked: dict) -> dict:
     else:
         run = Run(asked).require()
         about, result = read_json(run.folder / "environment.json"), run.result
-        told = dict(presentations=result["images"], seconds=result["train_seconds"], precision=result["precision"])
+        names = dict(presentations="images", seconds="train_seconds", precision="precision")
+        told = {name: result[key] for name, key in names.items() if asked["stage"] in TRAININGS}
     return told | {k: about[k] for k in ("commit", "cpu", "cores", "device")} | dict(torch=about["versions"]["torch"])
 
 def _frozen(asked: dict) -> dict:
@@ -134,15 +138,26 @@ def _frozen(asked: dict) -> dict:
         del features                                                     # its file goes with the folder
     return dict(mAP=score.mAP, rank1=score.rank(1), own_camera=place, feature_rank=rank) | _labels(asked)
 
+def _mean_of_frames(asked: dict) -> dict:
+    "Scores of test tracklets as the means of their frames' features: of all, or of those that denoising keeps."
+    run = Run(asked).require()
+    if asked["stage"] == "extract": features, keep = Features.open(run.folder), None
+    else: features, keep = Features.open(Run(asked["features"]).require().folder), Denoised.load(run.folder).labels >= 0
+    x, table = tracklet_features(features.x, features.samples, keep)
+    query, gallery = sides(table, "world_clips")
+    score = evaluate(x[query], x[gallery], table.iloc[query], table.iloc[gallery])
+    return dict(mAP=score.mAP, rank1=score.rank(1))
+
 def measure(
     arm: str,
     world: int,
     asked: dict,   # its recipe, computed
 ) -> dict:         # a row
     "One row of results."
-    is_frozen = asked["stage"] in ("untrained", "pretrain")
     if arm.startswith("time_"): scores = {}
-    else: scores = _frozen(asked) if is_frozen else {k: Run(asked).result[k] for k in ("mAP", "rank1")}
+    elif asked["stage"] in ("untrained", "pretrain"): scores = _frozen(asked)
+    elif asked["stage"] in ("extract", "denoise"): scores = _mean_of_frames(asked)
+    else: scores = {k: Run(asked).result[k] for k in ("mAP", "rank1")}
     return dict(world=world, arm=arm) | scores | _made(asked) | dict(run=run_name(asked))
 
 # %% ../../nbs/9_companion/06_experiments.ipynb #03c1f23c
@@ -174,7 +189,7 @@ def costs(
     minutes = stored["seconds"].median() / 60
     for claim in _chosen(claims):
         left = {world: missing(claim, profile, world, folder) for world in range(1, claim.worlds + 1)}
-        runs = {run_name(r) for arms in left.values() for r in arms.values() if r["stage"] != "untrained"} - counted
+        runs = {run_name(r) for arms in left.values() for r in arms.values() if r["stage"] in TRAININGS} - counted
         counted |= runs
         is_known = all(map(is_prepared, claim.networks))       # else there is a search before
         to_do = sum(map(bool, left.values())) if is_known else claim.worlds

@@ -232,6 +232,18 @@ ABOUT |= dict(
     "where the data are the same, and on generated people they are not.",
 )
 
+# %% ../../nbs/9_companion/02_report.ipynb #d7912dac
+ABOUT |= dict(
+    denseil_variants="A tracker gives many frames of a person, and one feature is wanted that is better than their "
+    "mean. DenseIL freezes a trained network and lets a small decoder read what each of its levels saw, frame by "
+    "frame and from head to foot. Is that worth more than a decoder of the same size that reads the highest level "
+    "alone, or than the mean? Generated twins ask: they are alike but for a small mark, or but for their gait.",
+    denseil_table1="Before tracklets are compared, what is in the data? The printed statistics stand beside what is "
+    "counted in a folder, and where the printed numbers disagree with themselves is computed.",
+    denseil_table2="25 methods on three video data sets, as DenseIL's supplement prints them, unknown cells left "
+    "empty. Our rows need the data sets, which everybody must ask their owners for.",
+)
+
 # %% ../../nbs/9_companion/02_report.ipynb #8287171e
 _WORDS = r"agrees|holds|contradicts|not resolved|not run|no verdict|[\d,]+ of [\d,]+ (?:worlds|seeds)"
 _VERDICT = re.compile(rf"(.+?): ({_WORDS})\b(.*)", re.S)

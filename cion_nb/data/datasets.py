@@ -572,7 +572,7 @@ def reader_of(
 # %% ../../nbs/1_data/01_datasets.ipynb #98422a47
 SUBSETS = dict(tracklets="unlabelled tracklets or pre-training images", train="the train split",
                test="query and gallery", clips_train="the clips of the train split",
-               clips_test="the clips of query and gallery")
+               clips_test="the clips of query and gallery", clips="the clips of all splits")
 
 def refuse_no_world(data: dict) -> None:
     "ValueError for a recipe that is not a world's."
@@ -592,7 +592,7 @@ def read_data(
         file = resolve(data)
         samples, root = read_samples(file), resolve(recipe.get("data_root") or file.parent)
     else: samples, root = _read_known(data, recipe)
-    if subset != "tracklets":
+    if subset not in ("tracklets", "clips"):
         splits = ["train"] if subset.endswith("train") else ["query", "gallery"]
         samples = samples[samples.split.isin(splits)].reset_index(drop=True)
     if not len(samples): raise ValueError(f"{data}: there is no image for {SUBSETS[subset]} under {root}")

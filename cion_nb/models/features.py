@@ -319,7 +319,7 @@ class ExtractSettings(Settings):
         "cion_al", "the images: a data set's name, a samples .parquet, or a world's recipe", "CION Sec. 4.1")
     data_root: str | None = setting(None, "the folder that holds a named data set; none: beside its table")
     annotation: str | None = setting(None, "of cion_al: the JSON list of identities and files")
-    subset: Literal["tracklets", "train", "test", "clips_train", "clips_test"] = setting(
+    subset: Literal["tracklets", "train", "test", "clips_train", "clips_test", "clips"] = setting(
         "tracklets", "which images of the data set", "CION Sec. 3.2")
     model: str | dict | None = setting(
         None, "the extractor: a run's recipe, or a file", "CION Sec. 4.1: ViT-B fine-tuned on UFine6926, not released")

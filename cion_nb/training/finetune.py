@@ -251,6 +251,8 @@ class BNNeck(nn.Module):
     def embed_dim(self): return self.backbone.embed_dim
     @property
     def input(self): return self.backbone.input
+    @property
+    def any_length(self): return getattr(self.backbone, "any_length", False)     # of clips
 
     def forward(self, x: Tensor):
         x = self.backbone(x)

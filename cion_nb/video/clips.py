@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNKS', 'MIXED', 'FLIPS', 'SAMPLINGS', 'restricted_random', 'by_tracklet', 'tracklet_table', 'Clips',
-           'ClipTransform', 'clip_input', 'TrackletSampler', 'TemporalMean', 'extract_clips']
+           'ClipTransform', 'clip_input', 'TrackletSampler', 'TemporalMean', 'FrameByFrame', 'extract_clips']
 
 # %% ../../nbs/6_video/00_clips.ipynb #c7243f21
 import warnings
@@ -262,6 +262,17 @@ class TemporalMean(nn.Module):
         n, T = x.shape[:2]
         y = self.model(x.flatten(0, 1), *(column.repeat_interleave(T) for column in columns))
         return y.unflatten(0, (n, T)).mean(1)
+
+class FrameByFrame(nn.Module):
+    "A model of clips of any length, such as a trained mean, as a model of images: (n, 3, H, W) -> (n, D)."
+    def __init__(self, model):
+        super().__init__()
+        if not getattr(model, "any_length", False):
+            raise ValueError(f"{type(model).__name__} takes clips of {model.input.frames} frames, and no single images")
+        self.model, self.input, self.embed_dim = model, replace(model.input, frames=0), model.embed_dim
+        self.name = f"frames of {getattr(model, 'name', type(model).__name__)}"
+
+    def forward(self, x: Tensor) -> Tensor: return self.model(x[:, None])
 
 # %% ../../nbs/6_video/00_clips.ipynb #3e058786
 SAMPLINGS = ("chunks", "all")

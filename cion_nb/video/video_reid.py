@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MethodSettings', 'ClipSettings', 'DecoderSettings', 'LossSettings', 'VideoReidSettings', 'make_clip_model',
-           'draw_clip_model', 'VideoFineTuning', 'video_lr', 'clip_test_set', 'test_clips', 'save_clip_model',
-           'load_clip_model', 'check_video_reid', 'video_reid']
+           'draw_clip_model', 'VideoFineTuning', 'kept_frames', 'video_lr', 'clip_test_set', 'test_clips',
+           'save_clip_model', 'load_clip_model', 'check_video_reid', 'video_reid']
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #8a731a96
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -45,6 +46,7 @@ from cion_nb.training.finetune import (
     ScoreSettings,
     StartSettings,
 )
+from ..training.pretrain import identity_labels
 from ..training.samplers import check_batch
 from cion_nb.video.clips import (
     clip_input,
@@ -76,6 +78,8 @@ class ClipSettings(Settings):
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "how frames are resized", "assumed (AP3D)")
     sampling: Literal["chunks", "all"] = setting("chunks", "frames in the test: one clip, or all of a tracklet")
     mixed: Literal["raise", "most"] = setting("raise", "a tracklet of two people: refuse, or take the more frequent")
+    kept: dict | None = setting(None, "a run of denoise over the clips' frames (its subset: clips): frames that it "
+                                "discarded are left out, train and test; none: all", "CION Eq. 4", since=None)
 
 class DecoderSettings(Settings):
     "The decoder; not read by method mean."
@@ -166,7 +170,7 @@ class VideoFineTuning(FineTuning):
     def __init__(self, r: dict):
         check_video_reid(r)
         self.recipe = r
-        samples, root = read_data(r, _subset(r["data"], "train"))
+        samples, root = _clips_of(r, "train")
         samples = samples[samples["pid"] >= 0].reset_index(drop=True)
         names, pid = np.unique(samples["pid"].to_numpy(), return_inverse=True)
         if len(names) < 2:
@@ -193,9 +197,20 @@ class VideoFineTuning(FineTuning):
         pixels, boxes, noise = self.transform(self.clips.load(tracklets, seen), tracklets, seen)
         return dict(pixels=pixels, boxes=boxes, noise=noise, pid=torch.from_numpy(self.labels[tracklets]))
 
-def _subset(data, split: str) -> str:
-    "Where the clips of a split are: an embedded world has them beside its images."
-    return f"clips_{split}" if isinstance(data, dict) else split
+def _clips_of(r: dict, split: str) -> tuple: # samples and their root
+    "The frames of a split, without those that `kept` discards; an embedded world has them beside its images."
+    subset = f"clips_{split}" if isinstance(r["data"], dict) else split
+    samples, root = read_data(r, subset)
+    return (samples if r["kept"] is None else kept_frames(samples, r["kept"])), root
+
+def kept_frames(
+    samples: pd.DataFrame,  # rows with `tracklet`
+    kept: dict,             # recipe of a finished run of denoise
+) -> pd.DataFrame:
+    "The frames that denoising gave an identity; all frames of a tracklet that would lose every one."
+    has = identity_labels(samples, kept) >= 0
+    of = samples["tracklet"].to_numpy()
+    return samples[has | ~np.isin(of, of[has])].reset_index(drop=True)
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #ddab107f
 @patch
@@ -245,9 +260,9 @@ def clip_test_set(
     r: dict,   # a recipe: `data` or `test_data`, `protocol`
 ):             # samples and their root
     "What a run will be tested on. ValueError where no query has a match: known before the training."
-    other = None if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"])
+    other = {} if r["test_data"] is None else dict(data=r["test_data"], data_root=r["test_root"])
     data = r["test_data"] or r["data"]
-    samples, root = read_data(other or r, _subset(data, "test"))
+    samples, root = _clips_of(r | other, "test")
     table = tracklet_table(samples, r["mixed"])
     query, gallery = (table.iloc[rows] for rows in sides(table, data))
     if not Answers(query, gallery, r["protocol"]).counts.any():
