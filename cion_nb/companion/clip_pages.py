@@ -49,10 +49,11 @@ def clip_statistics(
 def statistics_rows(
     data: str | None = None,       # None: an embedded world with clips, which is described and not drawn
     data_root: str | None = None,
+    profile: str = "tiny",         # of that world
 ) -> dict:                         # name -> `clip_statistics`
     "What was counted here."
     if data is None:
-        asked = clip_world("small", 1)
+        asked = clip_world(profile, 1)
         world = make_world(asked["size"], asked["seed"], bank=asked["bank"], **asked["values"])
         return {"embedded world": clip_statistics(world.clips, 0)}
     name = splits_of(data)[0]                                  # all splits hold the same people
@@ -73,7 +74,7 @@ def denseil_table1(
     "The supplement's statistics of three data sets, and those of a folder."
     printed = paper("denseil_table1").pivot(index="dataset", columns="stat", values="value")
     found = {}
-    with page.trying(data or "embedded world"): found = statistics_rows(data, data_root)
+    with page.trying(data or "embedded world"): found = statistics_rows(data, data_root, page.profile)
     def line(values): return {name.replace("_avg", "").replace("_", " "): values.get(name, "") for name in STATISTICS}
     shown = {(name, "printed"): line(printed.loc[name]) | dict(boxes_by=printed.loc[name, "detector"])
              for name in ("MARS", "DukeV", "iLIDS-VID")}

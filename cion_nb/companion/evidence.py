@@ -139,11 +139,12 @@ def _worlds() -> list[list]:
     shown = [claim for claim in CLAIMS.values() if has_begun(claim, results)] or [CLAIMS["C2"]]
     means = 100 * results.groupby("arm")["mAP"].mean()
     def level(pair): return " → ".join(f"{means[arm]:.1f}" for arm in reversed(pair) if arm in means)
-    page, data, lines = "reproduce/claims.ipynb", "generated worlds, `small`", []
+    data, lines = "generated worlds, `small`", []
     for claim in shown:
         table = claims_table("small", claim.name).reset_index()
         for pair, (_, comparison, worlds, effect, verdict) in zip(claim.comparisons, table.itertuples(index=False)):
-            lines.append([claim.says, comparison, data, worlds, level(pair), effect, verdict, page])
+            lines.append([claim.says, comparison, data, worlds, level(pair), effect, verdict,
+                          f"reproduce/{claim.page}.ipynb"])
     return lines
 
 # %% ../../nbs/9_companion/10_evidence.ipynb #6eb18142
