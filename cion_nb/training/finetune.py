@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.files import atomic, read_json, read_text, resolve, write_json
-from ..core.runs import is_main_process, licence, Run
+from ..core.runs import is_main_process, licence, Run, weights_file
 from cion_nb.core.settings import (
     Count,
     NotNegative,
@@ -389,15 +389,23 @@ class BestSoFar(nn.Module):
 def make_backbone(
     r: dict,  # a recipe: backbone, image_size, drop_path, overlap, mean, std, interpolation, weights
 ):            # the backbone, and what loading its weights reported (None without weights)
-    """The backbone that a recipe starts from; its `weights` are a run's recipe, a file, "imagenet" or None."""
+    """The backbone that a recipe starts from; its `weights` are a run's recipe or folder, a file, "imagenet" or None.
+    FileNotFoundError for a run that holds no backbone."""
     weights, report = r["weights"], None
     backbone = create_backbone(r["backbone"], r["image_size"], drop_path=r["drop_path"], overlap=r["overlap"])
-    if isinstance(weights, dict): weights = Run(weights).require().folder / "backbone.safetensors"
+    if isinstance(weights, dict): weights = Run(weights).require().folder
     if weights is not None:
-        report = load_backbone_weights(backbone, weights if weights == "imagenet" else resolve(weights))
+        report = load_backbone_weights(backbone, weights if weights == "imagenet" else _backbone_file(weights))
     own = dict(mean=tuple(r["mean"]), std=tuple(r["std"]), interpolation=r["interpolation"])
     backbone.input = replace(backbone.input, **own)                        # whatever the weights saw before
     return backbone, report
+
+def _backbone_file(weights) -> Path:
+    file = weights_file(weights)
+    if file.exists() or not resolve(weights).is_dir(): return file
+    raise FileNotFoundError(f"{resolve(weights)} holds no backbone.safetensors: it is no run's folder, or its run is "
+                            "unfinished, or its network is no backbone alone (method dense, cross, self, mgn or "
+                            "transreid); name a finished run of pretrain, finetune or video_reid method=mean")
 
 def _check_branches(r: dict) -> None:
     if r["method"] != "transreid" and (r["jpm"] or r["sie"]):

@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'MethodSettings', 'ClipSettings', 'DecoderSettings', 'Loss
            'load_clip_model', 'check_video_reid', 'video_reid']
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #8a731a96
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.files import atomic, read_json, write_json
-from ..core.runs import is_main_process, licence, Run
+from ..core.runs import is_main_process, licence, Run, weights_file
 from ..core.settings import Count, NotNegative, Positive, refuse_unknown, setting, Settings, Share
 from ..core.weights import fill_module
 from ..data.datasets import read_data
@@ -58,6 +59,8 @@ from cion_nb.video.clips import (
 from .denseil import DenseIL
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #32423a01
+_ZHONG = "assumed (Zhong et al. 2020)"               # AP3D erases nothing
+
 class MethodSettings(Settings):
     "Which network over the frames."
     method: str = setting("dense", "mean: the encoder itself; dense, cross, self: a decoder over a frozen one",
@@ -69,11 +72,12 @@ class ClipSettings(Settings):
     chunks: Literal["equal", "ceil"] = setting("equal", "chunks that a tracklet is cut into, a frame of each",
                                                "DenseIL supplement, Sec. 2.1")
     flip_by: Literal["frame", "sequence"] = setting("frame", "what one coin mirrors", "DenseIL supplement, Sec. 2.1")
-    flip: Share = setting(0.5, "chance to mirror")
-    erasing: Share = setting(0.5, "chance to erase a rectangle, the same in all frames", "assumed (AP3D)")
-    erasing_rule: Literal["zhong", "timm"] = setting("zhong", "how the rectangle is drawn", "assumed (AP3D)")
-    erasing_fill: Literal["pixel", "const", "black"] = setting("const", "what it is filled with", "assumed (AP3D)")
-    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "how frames are resized", "assumed (AP3D)")
+    flip: Share = setting(0.5, "chance to mirror", "assumed (AP3D)")
+    erasing: Share = setting(0.5, "chance to erase a rectangle, the same in all frames", _ZHONG)
+    erasing_rule: Literal["zhong", "timm"] = setting("zhong", "how the rectangle is drawn", _ZHONG)
+    erasing_fill: Literal["pixel", "const", "black"] = setting("const", "what it is filled with", _ZHONG)
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "how frames are resized",
+                                                            "assumed (AP3D: bicubic)")
     sampling: Literal["chunks", "all"] = setting("chunks", "frames in the test: one clip, or all of a tracklet")
     mixed: Literal["raise", "most"] = setting("raise", "a tracklet of two people: refuse, or take the more frequent")
 
@@ -109,11 +113,21 @@ METHODS = dict(dense={}, cross={}, self=dict(blocks=4), mean={})     # `self` as
 class VideoReidSettings(MethodSettings, DataSettings, ScoreSettings, NetworkSettings, StartSettings, ColourSettings,
                         BudgetSettings, ClipSettings, DecoderSettings, LossSettings, MachineSettings):
     "Re-identification from clips."
+    data: str | dict = DataSettings.again("data", "market1501", "assumed: name mars, ilids_vid_0, …")
+    protocol: str = ScoreSettings.again("protocol", "market", "assumed (AP3D)")
+    flip_test: bool = ScoreSettings.again("flip_test", False, "assumed (AP3D)")
     backbone: str = NetworkSettings.again("backbone", "resnet50", "DenseIL supplement, Table 2")
+    image_size: list[Count] = NetworkSettings.again("image_size", [256, 128], "assumed (AP3D)")
+    weights: str | dict | None = StartSettings.again("weights", None, "DenseIL supplement, Sec. 2.1")
+    drop_path: Share | None = StartSettings.again("drop_path", None, "assumed")
+    overlap: bool = StartSettings.again("overlap", False, "assumed")
     epochs: Positive = BudgetSettings.again("epochs", 240, "assumed (AP3D)")
     batch_size: Count = BudgetSettings.again("batch_size", 32, "assumed (AP3D): 8 people, 4 tracklets each")
     mean: list[float] = ColourSettings.again("mean", [0.485, 0.456, 0.406], "assumed (AP3D)")
     std: list[Positive] = ColourSettings.again("std", [0.229, 0.224, 0.225], "assumed (AP3D)")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = MachineSettings.again("precision", "fp16", "assumed")
+    sync_bn: bool = MachineSettings.again("sync_bn", True, "assumed")
+    test_data: str | dict | None = ScoreSettings.again("test_data", None, "assumed (AP3D)")
     methods = METHODS
 
 _WORLD = dict(stage="world", bank="A", values=dict(clip_frames=12))
@@ -134,6 +148,7 @@ def make_clip_model(
     "The network of a recipe's method. ValueError for a decoder without trained weights below it, or with other ones."
     _check_start(r)
     encoder, report = make_backbone(r)
+    if r["method"] != "mean": _warn_of_colours(encoder, _start(r["weights"]))
     return _over(encoder, r, n_ids), report
 
 def draw_clip_model(r: dict, n_ids: int) -> BNNeck:
@@ -155,10 +170,27 @@ def _check_start(r: dict) -> None:
     if weights is None:
         raise ValueError(f"method={r['method']!r} trains a decoder over a frozen network, and weights is none: name a "
                          "run (of video_reid method=mean, finetune or pretrain) or a file of a backbone")
-    if not isinstance(weights, dict): return
+    start, what = _start(weights), "the run in weights" if isinstance(weights, dict) else f"weights={weights}"
     for name in ("backbone", "image_size"):
-        if name in weights and weights[name] != r[name]:
-            raise ValueError(f"{name}={r[name]!r}, but the run in weights has {weights[name]!r}: use the same")
+        if name in start and start[name] != r[name]:
+            raise ValueError(f"{name}={r[name]!r}, but {what} has {start[name]!r}: use the same")
+
+def _start(weights) -> dict:
+    "What is known of a network that a decoder stands on: its backbone, image_size and input, as far as it is told."
+    told = {name: weights[name] for name in ("backbone", "image_size") if isinstance(weights, dict) and name in weights}
+    card = weights_file(Run(weights).folder if isinstance(weights, dict) else weights).with_suffix(".json")
+    if weights == "imagenet" or not card.is_file(): return told
+    card = read_json(card)
+    return {at: card[name] for at, name in dict(backbone="name", image_size="image_size", input="input").items()
+            if name in card} | told
+
+def _warn_of_colours(encoder, start: dict) -> None:
+    "A frozen network cannot get used to other pixels than those it learned from."
+    for name in ("mean", "std"):
+        now, then = list(getattr(encoder.input, name)), start.get("input", {}).get(name)
+        if then is None or np.allclose(now, then): continue
+        warnings.warn(f"{name}={now} normalises the images, and the network in weights, which is frozen, learned from "
+                      f"images with {name}={list(then)}: set {name} to that")
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #a535a95b
 class VideoFineTuning(FineTuning):
