@@ -33,6 +33,7 @@ from cion_nb.training.engine import (
     fit,
     MachineSettings,
     NetworkSettings,
+    of_all_ranks,
     to_channels_last,
 )
 from cion_nb.training.finetune import (
@@ -46,7 +47,6 @@ from cion_nb.training.finetune import (
     ScoreSettings,
     StartSettings,
 )
-from ..training.samplers import check_batch
 from cion_nb.video.clips import (
     clip_input,
     Clips,
@@ -267,7 +267,8 @@ def loss(self: VideoFineTuning, model, batch, accelerator):
     spec = self.modules["model"].input
     features, logits = model(clip_input(batch["pixels"], batch["boxes"], batch["noise"], spec, r["erasing_fill"]))
     cross_entropy = F.cross_entropy(logits.float(), pid, label_smoothing=r["label_smoothing"])
-    triplet = batch_hard_triplet(features, pid, r["margin"], r["distance"])
+    everybody = (of_all_ranks(x, accelerator) for x in (features, pid))    # a process may hold one person's clips
+    triplet = batch_hard_triplet(*everybody, r["margin"], r["distance"])
     told = dict(cross_entropy=cross_entropy.detach(), triplet=triplet.detach(),
                 accuracy=(logits.argmax(1) == pid).float().mean())
     return cross_entropy + r["triplet_weight"] * triplet, told
@@ -352,7 +353,10 @@ def check_video_reid(
     refuse_unknown("method", recipe["method"], METHODS)
     check_tested(recipe)
     _check_start(recipe)
-    check_batch(recipe["batch_size"], [recipe["k"]])
+    batch, k = recipe["batch_size"], recipe["k"]
+    if batch % k or batch < 2 * k:
+        raise ValueError(f"batch_size={batch} and k={k}: a batch holds at least two people with k tracklets each; make "
+                         f"batch_size a multiple of {k}, {2 * k} or more")
 
 def video_reid(
     recipe: dict,   # as `recipe("video_reid", ...)` wrote it; the run in `weights` must be done
