@@ -70,17 +70,17 @@ class Block(nn.Module):
 
     def look(self, z: Tensor, bias: Tensor = None) -> Tensor:   # (n, tokens, d) -> Z'
         x = self.norm1(z)
-        return z + self.attention(x, x, x, attn_mask=_mask(bias, len(z)), need_weights=False)[0]
+        return z + self.attention(x, x, x, attn_mask=_mask(bias, z), need_weights=False)[0]
 
     def read(self, z: Tensor, memory: Tensor, bias: Tensor = None) -> Tensor:   # memory (n, m, d) -> Z''
-        mask = _mask(bias, len(z))
+        mask = _mask(bias, z)
         return z + self.memory(self.norm2(z), memory, memory, attn_mask=mask, need_weights=False)[0]
 
     def think(self, z: Tensor) -> Tensor: return z + self.feedforward(self.norm3(z))
 
-def _mask(bias, n):
+def _mask(bias, z):
     "A bias a head (heads, tokens, m) for every clip of a batch, as PyTorch's attention takes it."
-    return None if bias is None else bias.repeat(n, 1, 1)
+    return None if bias is None else bias.repeat(z.shape[0], 1, 1)      # `len` would fix the batch of an exported file
 
 # %% ../../nbs/6_video/01_denseil.ipynb #4f184f06
 def default_taps(

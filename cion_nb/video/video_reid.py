@@ -335,6 +335,7 @@ def load_clip_model(
     model = _built(folder, card)
     if card["method"] == "mean": fill_module(model, folder / "clips.safetensors", elsewhere="backbone.")
     else: fill_module(model, folder / "clips.safetensors")
+    model.card = card
     return model.eval()
 
 def _built(folder, card):
