@@ -43,6 +43,7 @@ from cion_nb.training.finetune import (
     ColourSettings,
     FineTuning,
     make_backbone,
+    people_in_both,
     rate_groups,
     ScoreSettings,
     StartSettings,
@@ -214,7 +215,8 @@ class VideoFineTuning(FineTuning):
     def sampler(self, phase, n_pass, advance, rank, world_size):
         r = self.recipe
         cameras, first = (self.clips.table[name].to_numpy() for name in ("camid", "first_row"))
-        sampler = TrackletSampler(self.labels, first, r["batch_size"], r["k"], cameras, seed=r["seed"], rank=rank,
+        people = np.where(self.labels < 0, -1, self.clips.table["pid"])                # messages name a pid
+        sampler = TrackletSampler(people, first, r["batch_size"], r["k"], cameras, seed=r["seed"], rank=rank,
                                   world_size=world_size)
         sampler.set_epoch(n_pass, advance)
         return sampler
@@ -318,10 +320,11 @@ def save_clip_model(
         weights = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
     with atomic(folder / "clips.safetensors") as tmp: save_file(weights, tmp)
     spec = encoder.input.asdict()
-    names = ("method", "frames", "memory", "taps", "stripes", "width", "blocks", "heads", "step")
-    built = {name: r[name] for name in names} | dict(n_ids=model.classifier.out_features, name=encoder.name, input=spec,
+    built = {name: r[name] for name in ("method", "frames", *_OF_DECODER)} | dict(n_ids=model.classifier.out_features, name=encoder.name, input=spec,
                                                      overlap=encoder.overlap)
     write_json(folder / "clips.json", built | card)
+
+_OF_DECODER = ("memory", "taps", "stripes", "width", "blocks", "heads", "step")
 
 def load_clip_model(
     folder: str | Path,   # of a finished run of `video_reid`
@@ -329,7 +332,7 @@ def load_clip_model(
     "A trained clip model back. FileNotFoundError or ValueError naming what the folder lacks."
     folder = Path(folder)
     card = read_json(folder / "clips.json")
-    needed = ("method", "frames", "n_ids", "name", "input")
+    needed = ("method", "frames", "n_ids", "name", "input") + (() if card.get("method") == "mean" else _OF_DECODER)
     if lacks := [name for name in needed if name not in card]:
         raise ValueError(f"{folder / 'clips.json'} is no card that save_clip_model wrote: it lacks {', '.join(lacks)}")
     model = _built(folder, card)
@@ -383,4 +386,5 @@ def _tested(task, run, recipe) -> dict:
     save_clip_model(model, run.folder, recipe, recipe=recipe, run=run.name, licence=licence(recipe), data=trained,
                     scores=score.asdict())
     counts = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    if recipe["test_data"] is None: counts["people_in_both"] = people_in_both(run, task.samples.pid, score)
     return score.asdict() | trained | counts | dict(load_report=str(task.load_report) if task.load_report else None)
