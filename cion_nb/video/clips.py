@@ -88,11 +88,11 @@ def by_tracklet(
 
 def _refuse_two_people(samples) -> None:
     each = samples.drop_duplicates(["tracklet", "pid"])
-    each = each[(each["tracklet"] >= 0) & each["tracklet"].duplicated()]
-    if not len(each): return
+    each = each[each["tracklet"].duplicated()]
+    if (samples["tracklet"] < 0).any() or not len(each): return            # `tracklet_rows` refuses images without one
     tracklet, n = each["tracklet"].iloc[0], 1 + (each["tracklet"] == each["tracklet"].iloc[0]).sum()
-    raise ValueError(f"tracklet {tracklet} has {n} values of pid, another one first at {each['path'].iloc[0]}: give each "
-                     "person a tracklet, or take the more frequent one with mixed='most'")
+    raise ValueError(f"tracklet {tracklet} has {n} values of pid, another one first at {each['path'].iloc[0]}: give "
+                     "each person a tracklet, or take the more frequent one with mixed='most'")
 
 def _most_frequent(samples) -> pd.Series: # (N,) pids, the smallest of equals
     counts = samples.groupby(["tracklet", "pid"]).size().reset_index(name="n")

@@ -319,10 +319,9 @@ def save_clip_model(
         save_backbone(encoder, folder / "backbone.safetensors", **card)
         weights = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
     with atomic(folder / "clips.safetensors") as tmp: save_file(weights, tmp)
-    spec = encoder.input.asdict()
-    built = {name: r[name] for name in ("method", "frames", *_OF_DECODER)} | dict(n_ids=model.classifier.out_features, name=encoder.name, input=spec,
-                                                     overlap=encoder.overlap)
-    write_json(folder / "clips.json", built | card)
+    built = {name: r[name] for name in ("method", "frames", *_OF_DECODER)}
+    built |= dict(n_ids=model.classifier.out_features, name=encoder.name, input=encoder.input.asdict())
+    write_json(folder / "clips.json", built | dict(overlap=encoder.overlap) | card)
 
 _OF_DECODER = ("memory", "taps", "stripes", "width", "blocks", "heads", "step")
 
