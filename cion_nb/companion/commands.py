@@ -189,7 +189,8 @@ def _extract_arguments(parser):
     _set(parser, "settings of `extract`: batch_size, workers, flip, precision, compute, device, …")
 
 @command("Person images to features.", "a table of images and a model",
-         "OUT/features.npy, a row an image, and OUT/samples.parquet, row beside row; goes on where it was killed",
+         "OUT/features.npy, a row an image (of clips, a row a tracklet), and OUT/samples.parquet, row beside "
+         "row; goes on where it was killed",
          "extract tracks/samples.parquet --model backbone.safetensors --out features --set flip=true",
          _extract_arguments)
 def extract(args):
@@ -200,8 +201,16 @@ def extract(args):
     check_can_be_folder(_here(args.out))
     samples, root = _table(args.samples, args.root)
     model = _model(args.model)
+    way = _extract_clips(settings) if model.input.frames else extract
     if args.check: return _check_images(samples, root)
-    print(extract(samples, root, model, _here(args.out), **settings))
+    print(way(samples, root, model, _here(args.out), **settings))
+
+def _extract_clips(settings):
+    "`extract_clips`. ValueError for a setting that it has not."
+    from cion_nb.video.clips import extract_clips
+    if "on_unreadable" not in settings: return extract_clips
+    raise ValueError("on_unreadable is of images: for a frame of a clip that cannot be read, another of its tracklet "
+                     "stands in")
 
 # %% ../../nbs/9_companion/08_commands.ipynb #537b874f
 def _check_images(samples, root) -> None:

@@ -91,12 +91,18 @@ def _refuse_draws(reranked, draws, trapezoid) -> None:
 def _extracted(model, data, samples, root, out, flip):
     "The features of the images, in a folder named by all that they depend on where none is named."
     named = dict(model=_name(model), data=data, root=str(root), rows=_files(samples, root), flip=flip)
+    if _takes_clips(model): named |= (how := _frames_of(model))
     out = resolve(out) if out else runs_dir() / f"score-{fingerprint(named, 10)}"
     _warn_of_cameras(model, data)
-    if _takes_clips(model): return extract_clips(samples, root, model, out, flip=flip)
+    if _takes_clips(model): return extract_clips(samples, root, model, out, flip=flip, **how)
     return extract(samples, root, model, out, batch_size=128, flip=flip)
 
 def _takes_clips(model) -> bool: return bool(getattr(getattr(model, "input", None), "frames", 0))
+
+def _frames_of(model) -> dict:
+    "Which frames of a tracklet a model was tested with, where its card tells."
+    asked = getattr(model, "card", {}).get("recipe", {})
+    return {name: asked[name] for name in ("sampling", "chunks", "mixed") if name in asked}
 
 # %% ../../nbs/9_companion/00_score.ipynb #391bd6c9
 def _scored(x, table, data, protocol, reranked, draws, distractors, trapezoid):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'INPUTS', 'UNHASHED', 'processors', 'check_device', 'environment', 'git_commit', 'is_main_process',
-           'MissingRun', 'BusyRun', 'dependencies', 'made_from', 'licence', 'run_hash', 'Run', 'over_seeds',
-           'show_mean', 'list_runs', 'prune_runs', 'show_run', 'check_parameters']
+           'MissingRun', 'BusyRun', 'dependencies', 'made_from', 'licence', 'weights_file', 'run_hash', 'Run',
+           'over_seeds', 'show_mean', 'list_runs', 'prune_runs', 'show_run', 'check_parameters']
 
 # %% ../../nbs/0_core/02_runs.ipynb #ccfc8ceb
 import ast
@@ -129,6 +129,13 @@ def licence(
 # %% ../../nbs/0_core/02_runs.ipynb #88d39ff4
 _seen_inputs: dict = {}
 
+def weights_file(
+    weights: str | Path,  # a file, or a run's folder
+) -> Path:                # the file, or the backbone in the folder, whether it is there or not
+    "The file that a path in `weights` means."
+    path = resolve(weights)
+    return path / "backbone.safetensors" if path.is_dir() else path
+
 def _input_print(path):
     """Fingerprint of an input, remembered for this process by modification time, so that a table of 30 runs lists a
     data set once."""
@@ -158,7 +165,7 @@ def run_hash(recipe: dict) -> str:
     kept = {k: v for k, v in recipe.items() if k not in left_out}
     flat = {k: run_hash(v) if isinstance(v, dict) and "stage" in v else v for k, v in kept.items()}
     named = {k: str(v) for k, v in recipe.items() if isinstance(v, (str, Path))}
-    inputs = {k: _input_print(v) for k, v in named.items()
+    inputs = {k: _input_print(weights_file(v) if k == "weights" else v) for k, v in named.items()
               if k in INPUTS and v != "imagenet" or k == "data" and v.endswith(".parquet")}
     # they lie beside the table
     if named.get("data", "").endswith(".parquet") and not recipe.get("data_root"):

@@ -8,7 +8,7 @@ __all__ = ['RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'TUNINGS', 'ScoreSettings'
            'BranchSettings', 'FeatureSettings', 'released_finetuning', 'FinetuneSettings', 'BNNeck',
            'batch_hard_triplet', 'epoch_lr', 'part_of', 'held_out_score', 'BestSoFar', 'make_backbone', 'make_model',
            'FineTuning', 'rate_groups', 'check_tested', 'check_finetune', 'save_finetuned', 'load_finetuned',
-           'test_set', 'test_model', 'finetune']
+           'test_set', 'test_model', 'finetune', 'people_in_both']
 
 # %% ../../nbs/5_training/07_finetune.ipynb #3bcf6ca4
 import math
@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.files import atomic, read_json, read_text, resolve, write_json
-from ..core.runs import is_main_process, licence, Run
+from ..core.runs import is_main_process, licence, Run, weights_file
 from cion_nb.core.settings import (
     Count,
     NotNegative,
@@ -391,15 +391,23 @@ class BestSoFar(nn.Module):
 def make_backbone(
     r: dict,  # a recipe: backbone, image_size, drop_path, overlap, mean, std, interpolation, weights
 ):            # the backbone, and what loading its weights reported (None without weights)
-    """The backbone that a recipe starts from; its `weights` are a run's recipe, a file, "imagenet" or None."""
+    """The backbone that a recipe starts from; its `weights` are a run's recipe or folder, a file, "imagenet" or None.
+    FileNotFoundError for a run that holds no backbone."""
     weights, report = r["weights"], None
     backbone = create_backbone(r["backbone"], r["image_size"], drop_path=r["drop_path"], overlap=r["overlap"])
-    if isinstance(weights, dict): weights = Run(weights).require().folder / "backbone.safetensors"
+    if isinstance(weights, dict): weights = Run(weights).require().folder
     if weights is not None:
-        report = load_backbone_weights(backbone, weights if weights == "imagenet" else resolve(weights))
+        report = load_backbone_weights(backbone, weights if weights == "imagenet" else _backbone_file(weights))
     own = dict(mean=tuple(r["mean"]), std=tuple(r["std"]), interpolation=r["interpolation"])
     backbone.input = replace(backbone.input, **own)                        # whatever the weights saw before
     return backbone, report
+
+def _backbone_file(weights) -> Path:
+    file = weights_file(weights)
+    if file.exists() or not resolve(weights).is_dir(): return file
+    raise FileNotFoundError(f"{resolve(weights)} holds no backbone.safetensors: it is no run's folder, or its run is "
+                            "unfinished, or its network is no backbone alone (method dense, cross, self, mgn or "
+                            "transreid); name a finished run of pretrain, finetune or video_reid method=mean")
 
 def _check_branches(r: dict) -> None:
     if r["method"] != "transreid" and (r["jpm"] or r["sie"]):
@@ -723,6 +731,19 @@ def finetune(
     return run
 
 # %% ../../nbs/5_training/07_finetune.ipynb #110f261d
+def people_in_both(
+    run: Run,
+    trained,          # pids of the train split
+    score,            # a `RetrievalScore`
+) -> int:
+    "How many people were trained on and searched for; a warning where there are any."
+    both = sorted(set(trained) & set(score.per_query.pid))
+    if both:
+        first = f"{', '.join(map(str, both[:5]))}{', …' if len(both) > 5 else ''}"
+        warnings.warn(f"{run.name}: {len(both)} people are in the train split and among the queries ({first}): "
+                      "this score does not tell how the model does on new people")
+    return len(both)
+
 def _tested(task, run, recipe) -> dict:
     "Test and save the model of a finished training; what `result.json` should say of it."
     best, trained = task.modules.get("best"), dict(train_images=task.n_images, train_ids=task.n_ids)
@@ -730,14 +751,10 @@ def _tested(task, run, recipe) -> dict:
     score, flipped = test_model(model, recipe, run.folder / "test-features"), dict(flip_test=recipe["flip_test"])
     save_finetuned(model, run.folder, recipe=recipe, run=run.name, licence=licence(recipe), data=trained,
                    scores=score.asdict() | flipped)
-    both = set(task.samples.pid) & set(score.per_query.pid) if recipe["test_data"] is None else set()
-    if both:
-        first = f"{', '.join(map(str, sorted(both)[:5]))}{', …' if len(both) > 5 else ''}"
-        warnings.warn(f"{run.name}: {len(both)} people are in the train split and among the queries ({first}): "
-                      "this score does not tell how the model does on new people")
     chosen = {} if not best else dict(held_out_mAP=float(best.score), chosen_epoch=float(best.epoch),
                                       held_out_images=len(task.held_out))
-    return dict(people_in_both=len(both), **chosen, test_unreadable=len(score.unreadable), mAP=score.mAP,
+    both = people_in_both(run, task.samples.pid, score) if recipe["test_data"] is None else 0
+    return dict(people_in_both=both, **chosen, test_unreadable=len(score.unreadable), mAP=score.mAP,
                 rank1=float(score.cmc[0]), mINP=score.mINP, protocol=score.protocol, **flipped, **trained,
                 left_out_images=task.n_left_out,
                 matched=None if task.load_report is None else len(task.load_report.matched))

@@ -73,6 +73,7 @@ def by_tracklet(
     if mixed not in MIXED: raise ValueError(f"mixed={mixed!r}: use one of {', '.join(MIXED)}")
     samples = as_samples(samples)
     if mixed == "most": samples["pid"] = _most_frequent(samples)
+    else: _refuse_two_people(samples)
     _, of = tracklet_rows(samples)
     together = samples.iloc[np.argsort(of, kind="stable")]
     within, falls = np.sort(of)[1:] == np.sort(of)[:-1], np.diff(together["frame"].to_numpy()) < 0
@@ -84,6 +85,14 @@ def by_tracklet(
     table = samples.iloc[np.lexsort((samples["frame"].to_numpy(), of))].reset_index(drop=True)
     table.attrs = dict(samples.attrs)
     return table
+
+def _refuse_two_people(samples) -> None:
+    each = samples.drop_duplicates(["tracklet", "pid"])
+    each = each[each["tracklet"].duplicated()]
+    if (samples["tracklet"] < 0).any() or not len(each): return            # `tracklet_rows` refuses images without one
+    tracklet, n = each["tracklet"].iloc[0], 1 + (each["tracklet"] == each["tracklet"].iloc[0]).sum()
+    raise ValueError(f"tracklet {tracklet} has {n} values of pid, another one first at {each['path'].iloc[0]}: give "
+                     "each person a tracklet, or take the more frequent one with mixed='most'")
 
 def _most_frequent(samples) -> pd.Series: # (N,) pids, the smallest of equals
     counts = samples.groupby(["tracklet", "pid"]).size().reset_index(name="n")

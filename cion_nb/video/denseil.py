@@ -70,17 +70,17 @@ class Block(nn.Module):
 
     def look(self, z: Tensor, bias: Tensor = None) -> Tensor:   # (n, tokens, d) -> Z'
         x = self.norm1(z)
-        return z + self.attention(x, x, x, attn_mask=_mask(bias, len(z)), need_weights=False)[0]
+        return z + self.attention(x, x, x, attn_mask=_mask(bias, z), need_weights=False)[0]
 
     def read(self, z: Tensor, memory: Tensor, bias: Tensor = None) -> Tensor:   # memory (n, m, d) -> Z''
-        mask = _mask(bias, len(z))
+        mask = _mask(bias, z)
         return z + self.memory(self.norm2(z), memory, memory, attn_mask=mask, need_weights=False)[0]
 
     def think(self, z: Tensor) -> Tensor: return z + self.feedforward(self.norm3(z))
 
-def _mask(bias, n):
+def _mask(bias, z):
     "A bias a head (heads, tokens, m) for every clip of a batch, as PyTorch's attention takes it."
-    return None if bias is None else bias.repeat(n, 1, 1)
+    return None if bias is None else bias.repeat(z.shape[0], 1, 1)      # `len` would fix the batch of an exported file
 
 # %% ../../nbs/6_video/01_denseil.ipynb #4f184f06
 def default_taps(
@@ -88,11 +88,14 @@ def default_taps(
     levels: int = 4,
 ) -> list[int]:           # indices for timm's `forward_intermediates`
     "The last four stages of a convolutional network, four equally deep blocks of a ViT."
-    is_vit = hasattr(encoder, "pos_embed") and hasattr(encoder, "blocks")
-    n = len(encoder.blocks if is_vit else encoder.feature_info)
+    n = _n_levels(encoder)
     if n < levels: raise ValueError(f"{encoder.name} has {n} levels, {levels} are asked for: name taps=")
-    if not is_vit: return list(range(n - levels, n))
+    if not _is_vit(encoder): return list(range(n - levels, n))
     return [(i + 1) * n // levels - 1 for i in range(levels)]
+
+def _is_vit(encoder) -> bool: return hasattr(encoder, "pos_embed") and hasattr(encoder, "blocks")
+
+def _n_levels(encoder) -> int: return len(encoder.blocks if _is_vit(encoder) else encoder.feature_info)
 
 def tap(
     encoder: nn.Module,
@@ -147,11 +150,14 @@ class DenseIL(nn.Module):
 def _check_choices(variant, memory, d, heads):
     for name, value, known in (("variant", variant, VARIANTS), ("memory", memory, MEMORIES)):
         if value not in known: raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
-    if d % heads: raise ValueError(f"d={d} is no multiple of heads={heads}")
+    if d % heads: raise ValueError(f"d={d} (width=) is no multiple of heads={heads}")
 
 @torch.no_grad()
 def _widths(encoder, taps, P) -> list[int]:
-    "Channels of the levels; their heights are held against P."
+    "Channels of the levels; their numbers and heights are held against what there is."
+    n = _n_levels(encoder)
+    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= n:
+        raise ValueError(f"taps={taps}: name levels of {encoder.name} from low to high, each once, of 0 to {n - 1}")
     spec, was_training = encoder.input, encoder.training
     device = next(encoder.parameters()).device
     maps = tap(encoder.eval(), torch.zeros(1, 3, spec.height, spec.width, device=device), taps)
@@ -159,7 +165,7 @@ def _widths(encoder, taps, P) -> list[int]:
     for number, m in enumerate(maps, 1):
         if m.shape[-2] % P:
             raise ValueError(f"P={P} stripes do not divide level {number} of {encoder.name}, which is {m.shape[-2]} "
-                             f"high for {spec.height}x{spec.width} images: choose P, or taps=, so that they do")
+                             f"high for {spec.height}x{spec.width} images: choose P (stripes=) or taps= otherwise")
     return [m.shape[1] for m in maps]
 
 # %% ../../nbs/6_video/01_denseil.ipynb #949acf75

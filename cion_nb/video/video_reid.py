@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'MethodSettings', 'ClipSettings', 'DecoderSettings', 'Loss
            'save_clip_model', 'load_clip_model', 'check_video_reid', 'video_reid']
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #8a731a96
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.files import atomic, read_json, write_json
-from ..core.runs import is_main_process, licence, Run
+from ..core.runs import is_main_process, licence, Run, weights_file
 from ..core.settings import Count, NotNegative, Positive, refuse_unknown, setting, Settings, Share
 from ..core.weights import fill_module
 from ..data.datasets import read_data
@@ -33,6 +34,7 @@ from cion_nb.training.engine import (
     fit,
     MachineSettings,
     NetworkSettings,
+    of_all_ranks,
     to_channels_last,
 )
 from cion_nb.training.finetune import (
@@ -42,12 +44,12 @@ from cion_nb.training.finetune import (
     ColourSettings,
     FineTuning,
     make_backbone,
+    people_in_both,
     rate_groups,
     ScoreSettings,
     StartSettings,
 )
 from ..training.pretrain import identity_labels
-from ..training.samplers import check_batch
 from cion_nb.video.clips import (
     clip_input,
     Clips,
@@ -60,6 +62,8 @@ from cion_nb.video.clips import (
 from .denseil import DenseIL
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #32423a01
+_ZHONG = "assumed (Zhong et al. 2020)"               # AP3D erases nothing
+
 class MethodSettings(Settings):
     "Which network over the frames."
     method: str = setting("dense", "mean: the encoder itself; dense, cross, self: a decoder over a frozen one",
@@ -71,11 +75,12 @@ class ClipSettings(Settings):
     chunks: Literal["equal", "ceil"] = setting("equal", "chunks that a tracklet is cut into, a frame of each",
                                                "DenseIL supplement, Sec. 2.1")
     flip_by: Literal["frame", "sequence"] = setting("frame", "what one coin mirrors", "DenseIL supplement, Sec. 2.1")
-    flip: Share = setting(0.5, "chance to mirror")
-    erasing: Share = setting(0.5, "chance to erase a rectangle, the same in all frames", "assumed (AP3D)")
-    erasing_rule: Literal["zhong", "timm"] = setting("zhong", "how the rectangle is drawn", "assumed (AP3D)")
-    erasing_fill: Literal["pixel", "const", "black"] = setting("const", "what it is filled with", "assumed (AP3D)")
-    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "how frames are resized", "assumed (AP3D)")
+    flip: Share = setting(0.5, "chance to mirror", "assumed (AP3D)")
+    erasing: Share = setting(0.5, "chance to erase a rectangle, the same in all frames", _ZHONG)
+    erasing_rule: Literal["zhong", "timm"] = setting("zhong", "how the rectangle is drawn", _ZHONG)
+    erasing_fill: Literal["pixel", "const", "black"] = setting("const", "what it is filled with", _ZHONG)
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "how frames are resized",
+                                                            "assumed (AP3D: bicubic)")
     sampling: Literal["chunks", "all"] = setting("chunks", "frames in the test: one clip, or all of a tracklet")
     mixed: Literal["raise", "most"] = setting("raise", "a tracklet of two people: refuse, or take the more frequent")
     kept: dict | None = setting(None, "a run of denoise over the clips' frames (its subset: clips): frames that it "
@@ -113,11 +118,21 @@ METHODS = dict(dense={}, cross={}, self=dict(blocks=4), mean={})     # `self` as
 class VideoReidSettings(MethodSettings, DataSettings, ScoreSettings, NetworkSettings, StartSettings, ColourSettings,
                         BudgetSettings, ClipSettings, DecoderSettings, LossSettings, MachineSettings):
     "Re-identification from clips."
+    data: str | dict = DataSettings.again("data", "market1501", "assumed: name mars, ilids_vid_0, …")
+    protocol: str = ScoreSettings.again("protocol", "market", "assumed (AP3D)")
+    flip_test: bool = ScoreSettings.again("flip_test", False, "assumed (AP3D)")
     backbone: str = NetworkSettings.again("backbone", "resnet50", "DenseIL supplement, Table 2")
+    image_size: list[Count] = NetworkSettings.again("image_size", [256, 128], "assumed (AP3D)")
+    weights: str | dict | None = StartSettings.again("weights", None, "DenseIL supplement, Sec. 2.1")
+    drop_path: Share | None = StartSettings.again("drop_path", None, "assumed")
+    overlap: bool = StartSettings.again("overlap", False, "assumed")
     epochs: Positive = BudgetSettings.again("epochs", 240, "assumed (AP3D)")
     batch_size: Count = BudgetSettings.again("batch_size", 32, "assumed (AP3D): 8 people, 4 tracklets each")
     mean: list[float] = ColourSettings.again("mean", [0.485, 0.456, 0.406], "assumed (AP3D)")
     std: list[Positive] = ColourSettings.again("std", [0.229, 0.224, 0.225], "assumed (AP3D)")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = MachineSettings.again("precision", "fp16", "assumed")
+    sync_bn: bool = MachineSettings.again("sync_bn", True, "assumed")
+    test_data: str | dict | None = ScoreSettings.again("test_data", None, "assumed (AP3D)")
     methods = METHODS
 
 _WORLD = dict(stage="world", bank="A", values=dict(clip_frames=12))
@@ -138,6 +153,7 @@ def make_clip_model(
     "The network of a recipe's method. ValueError for a decoder without trained weights below it, or with other ones."
     _check_start(r)
     encoder, report = make_backbone(r)
+    if r["method"] != "mean": _warn_of_colours(encoder, _start(r["weights"]))
     return _over(encoder, r, n_ids), report
 
 def draw_clip_model(r: dict, n_ids: int) -> BNNeck:
@@ -159,10 +175,27 @@ def _check_start(r: dict) -> None:
     if weights is None:
         raise ValueError(f"method={r['method']!r} trains a decoder over a frozen network, and weights is none: name a "
                          "run (of video_reid method=mean, finetune or pretrain) or a file of a backbone")
-    if not isinstance(weights, dict): return
+    start, what = _start(weights), "the run in weights" if isinstance(weights, dict) else f"weights={weights}"
     for name in ("backbone", "image_size"):
-        if name in weights and weights[name] != r[name]:
-            raise ValueError(f"{name}={r[name]!r}, but the run in weights has {weights[name]!r}: use the same")
+        if name in start and start[name] != r[name]:
+            raise ValueError(f"{name}={r[name]!r}, but {what} has {start[name]!r}: use the same")
+
+def _start(weights) -> dict:
+    "What is known of a network that a decoder stands on: its backbone, image_size and input, as far as it is told."
+    told = {name: weights[name] for name in ("backbone", "image_size") if isinstance(weights, dict) and name in weights}
+    card = weights_file(Run(weights).folder if isinstance(weights, dict) else weights).with_suffix(".json")
+    if weights == "imagenet" or not card.is_file(): return told
+    card = read_json(card)
+    return {at: card[name] for at, name in dict(backbone="name", image_size="image_size", input="input").items()
+            if name in card} | told
+
+def _warn_of_colours(encoder, start: dict) -> None:
+    "A frozen network cannot get used to other pixels than those it learned from."
+    for name in ("mean", "std"):
+        now, then = list(getattr(encoder.input, name)), start.get("input", {}).get(name)
+        if then is None or np.allclose(now, then): continue
+        warnings.warn(f"{name}={now} normalises the images, and the network in weights, which is frozen, learned from "
+                      f"images with {name}={list(then)}: set {name} to that")
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #a535a95b
 class VideoFineTuning(FineTuning):
@@ -186,7 +219,8 @@ class VideoFineTuning(FineTuning):
     def sampler(self, phase, n_pass, advance, rank, world_size):
         r = self.recipe
         cameras, first = (self.clips.table[name].to_numpy() for name in ("camid", "first_row"))
-        sampler = TrackletSampler(self.labels, first, r["batch_size"], r["k"], cameras, seed=r["seed"], rank=rank,
+        people = np.where(self.labels < 0, -1, self.clips.table["pid"])                # messages name a pid
+        sampler = TrackletSampler(people, first, r["batch_size"], r["k"], cameras, seed=r["seed"], rank=rank,
                                   world_size=world_size)
         sampler.set_epoch(n_pass, advance)
         return sampler
@@ -250,7 +284,8 @@ def loss(self: VideoFineTuning, model, batch, accelerator):
     spec = self.modules["model"].input
     features, logits = model(clip_input(batch["pixels"], batch["boxes"], batch["noise"], spec, r["erasing_fill"]))
     cross_entropy = F.cross_entropy(logits.float(), pid, label_smoothing=r["label_smoothing"])
-    triplet = batch_hard_triplet(features, pid, r["margin"], r["distance"])
+    everybody = (of_all_ranks(x, accelerator) for x in (features, pid))    # a process may hold one person's clips
+    triplet = batch_hard_triplet(*everybody, r["margin"], r["distance"])
     told = dict(cross_entropy=cross_entropy.detach(), triplet=triplet.detach(),
                 accuracy=(logits.argmax(1) == pid).float().mean())
     return cross_entropy + r["triplet_weight"] * triplet, told
@@ -299,11 +334,11 @@ def save_clip_model(
         save_backbone(encoder, folder / "backbone.safetensors", **card)
         weights = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
     with atomic(folder / "clips.safetensors") as tmp: save_file(weights, tmp)
-    spec = encoder.input.asdict()
-    names = ("method", "frames", "memory", "taps", "stripes", "width", "blocks", "heads", "step")
-    built = {name: r[name] for name in names} | dict(n_ids=model.classifier.out_features, name=encoder.name, input=spec,
-                                                     overlap=encoder.overlap)
-    write_json(folder / "clips.json", built | card)
+    built = {name: r[name] for name in ("method", "frames", *_OF_DECODER)}
+    built |= dict(n_ids=model.classifier.out_features, name=encoder.name, input=encoder.input.asdict())
+    write_json(folder / "clips.json", built | dict(overlap=encoder.overlap) | card)
+
+_OF_DECODER = ("memory", "taps", "stripes", "width", "blocks", "heads", "step")
 
 def load_clip_model(
     folder: str | Path,   # of a finished run of `video_reid`
@@ -311,12 +346,13 @@ def load_clip_model(
     "A trained clip model back. FileNotFoundError or ValueError naming what the folder lacks."
     folder = Path(folder)
     card = read_json(folder / "clips.json")
-    needed = ("method", "frames", "n_ids", "name", "input")
+    needed = ("method", "frames", "n_ids", "name", "input") + (() if card.get("method") == "mean" else _OF_DECODER)
     if lacks := [name for name in needed if name not in card]:
         raise ValueError(f"{folder / 'clips.json'} is no card that save_clip_model wrote: it lacks {', '.join(lacks)}")
     model = _built(folder, card)
     if card["method"] == "mean": fill_module(model, folder / "clips.safetensors", elsewhere="backbone.")
     else: fill_module(model, folder / "clips.safetensors")
+    model.card = card
     return model.eval()
 
 def _built(folder, card):
@@ -335,7 +371,10 @@ def check_video_reid(
     refuse_unknown("method", recipe["method"], METHODS)
     check_tested(recipe)
     _check_start(recipe)
-    check_batch(recipe["batch_size"], [recipe["k"]])
+    batch, k = recipe["batch_size"], recipe["k"]
+    if batch % k or batch < 2 * k:
+        raise ValueError(f"batch_size={batch} and k={k}: a batch holds at least two people with k tracklets each; make "
+                         f"batch_size a multiple of {k}, {2 * k} or more")
 
 def video_reid(
     recipe: dict,   # as `recipe("video_reid", ...)` wrote it; the run in `weights` must be done
@@ -361,4 +400,5 @@ def _tested(task, run, recipe) -> dict:
     save_clip_model(model, run.folder, recipe, recipe=recipe, run=run.name, licence=licence(recipe), data=trained,
                     scores=score.asdict())
     counts = dict(parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    if recipe["test_data"] is None: counts["people_in_both"] = people_in_both(run, task.samples.pid, score)
     return score.asdict() | trained | counts | dict(load_report=str(task.load_report) if task.load_report else None)

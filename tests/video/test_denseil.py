@@ -200,7 +200,7 @@ def test_every_family_has_levels(name):
 
 @pytest.mark.parametrize("changes, said", [
     (dict(variant="sparse"), "variant='sparse': choose one of dense"), (dict(memory="none"), "memory='none'"),
-    (dict(step="learned"), "kind='learned'"), (dict(d=30), "d=30 is no multiple of heads=4"),
+    (dict(step="learned"), "kind='learned'"), (dict(d=30), "d=30 .width=. is no multiple of heads=4"),
     (dict(P=3), "P=3 stripes do not divide level 1 of resnet10_tiny_ibn, which is 16 high for 64x32")])
 def test_what_cannot_be_built_is_refused(encoder, changes, said):
     with pytest.raises(ValueError, match=said): made(encoder, **changes)

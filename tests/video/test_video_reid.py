@@ -1,4 +1,6 @@
 """The stage of clips: two steps, what is frozen, what the triplets read, scores by tracklet, models that come back."""
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -108,7 +110,7 @@ def test_the_loss_is_cross_entropy_and_triplets_on_the_batchnorms_output(walkers
     model = task.modules["model"].train()
     batch = task.load(next(iter(task.sampler(0, 0, 0, 0, 1))), 0)
     assert sorted(np.bincount(batch["pid"], minlength=4)) == [2, 2, 2, 2]
-    loss, told = task.loss(model, batch, None)
+    loss, told = task.loss(model, batch, SimpleNamespace(num_processes=1))
     torch.manual_seed(0)
     seen = []
     model.neck.register_forward_hook(lambda module, args, out: seen.append(out))
