@@ -256,7 +256,8 @@ def test_known_tracks_are_cut_as_they_are(street, tmp_path):
     wide = truth[inside >= 12]
     assert len(samples) == len(wide) and samples["camid"].eq(2).all()
     assert samples.groupby("pid").size().to_dict() == wide.groupby("id").size().to_dict()
-    assert sorted(samples["tracklet"].unique()) == [0, 1, 2, 3] and samples.groupby("tracklet")["pid"].nunique().eq(1).all()
+    assert sorted(samples["tracklet"].unique()) == [0, 1, 2, 3]
+    assert samples.groupby("tracklet")["pid"].nunique().eq(1).all()
     for p in range(1, 5):
         row = samples[samples["pid"] == p].iloc[20]
         middle = np.asarray(T.open_image(tmp_path / "out" / row["path"]))[10:-10, 6:-6].mean((0, 1))[::-1]
