@@ -14,7 +14,7 @@ _DOORS = {
     "data.film": ["make_world", "render", "read_truth", "montage"],
     "data.feature_worlds": ["feature_world"],
     "data.detectors": ["HogDetector", "MotDetections", "OnnxDetector", "TorchvisionDetector"],
-    "data.tracking": ["track", "track_videos"],
+    "data.tracking": ["cut_tracks", "track", "track_videos"],
     "data.tracking_scores": ["tracking_scores"],
     "models.architectures": ["InputSpec", "list_backbones"],
     "models.checkpoints": ["load_backbone_weights"],

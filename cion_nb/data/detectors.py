@@ -261,7 +261,8 @@ def class_counts(classes) -> str:
 
 # %% ../../nbs/1_data/09_detectors.ipynb #a59e22b7
 class MotDetections:
-    "Detections read from a MOT file. `counts`: boxes in the file, and those left out by reason."
+    """Detections read from a MOT file. `counts`: boxes in the file, and those left out by reason; `table`: those that
+    stay, with their ids and corners."""
     uses_frames = False
     def __init__(self,
                  path,                  # MOT text file
@@ -277,7 +278,9 @@ class MotDetections:
         self.settings = dict(detector="mot", content=fingerprint(Path(path)))
         if classes is not None: self.settings["classes"] = np.atleast_1d(classes).tolist()
         if first_frame != 1: self.settings["first_frame"] = first_frame
-        boxes = np.column_stack([table["x"], table["y"], table["x"] + table["w"], table["y"] + table["h"]])
+        x, y, w, h = (table[c] for c in ("x", "y", "w", "h"))
+        self.table = table.assign(score=score, left=x, top=y, right=x + w, bottom=y + h).reset_index(drop=True)
+        boxes = self.table[["left", "top", "right", "bottom"]].to_numpy()
         self._of = {f: (boxes[i], score[i]) for f, i in table.groupby("frame").indices.items()}
 
     def detect(self, frames: Iterable[int]) -> list: return [self._of.get(int(f), no_boxes()) for f in frames]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'BOX_COLUMNS', 'create_tracker', 'detect', 'NothingLeft', 'track', 'check_tracking', 'track_videos',
-           'draw_tracks', 'contact_sheet']
+           'cut_tracks', 'draw_tracks', 'contact_sheet']
 
 # %% ../../nbs/1_data/10_tracking.ipynb #804d60d4
 import colorsys
@@ -32,7 +32,7 @@ from ..core.images import open_image
 from ..core.runs import BusyRun
 from ..core.samples import make_samples, read_samples, write_samples
 from ..core.settings import check_whole
-from .detectors import create_detector, no_boxes
+from .detectors import create_detector, MotDetections, no_boxes
 from .videos import image_sequence, named_few, opencv, optional, UnreadableVideo, Video
 
 # %% ../../nbs/1_data/10_tracking.ipynb #af7573f0
@@ -195,8 +195,8 @@ def _cut(
                 (out / path).parent.mkdir(parents=True, exist_ok=True)
                 _write_crop(out / path, picture()[t:b, l:r], settings["crop_quality"])
                 counts["crops_written"] += 1
-            parts.append((path, tracklet, number, l, t, r - l, b - t, score[row]))
-    table = pd.DataFrame(parts, columns=["path", "tracklet", "frame", "x", "y", "w", "h", "score"])
+            parts.append((path, tracklet, number, l, t, r - l, b - t, score[row], i))
+    table = pd.DataFrame(parts, columns=["path", "tracklet", "frame", "x", "y", "w", "h", "score", "id"])
     return table.sort_values(["tracklet", "frame"], ignore_index=True), counts | dict(tracklets=len(tracklets))
 
 # %% ../../nbs/1_data/10_tracking.ipynb #fc9d81ff
@@ -286,10 +286,7 @@ def track(
         crop_quality=crop_quality, fps=reader.info.fps)
     with _claimed(out, settings, resume) as finished:
         if finished is None: finished = _track(video, reader, detector, made, out, size, settings)
-    samples, report = finished
-    for note in (*report["notes"], *_broken_off(report["video"])): warnings.warn(f"{video}: {note}", stacklevel=2)
-    samples.attrs["counts"] = report["counts"]
-    return samples
+    return _handed_out(video, *finished)
 
 # %% ../../nbs/1_data/10_tracking.ipynb #e2ae126e
 def check_tracking(
@@ -309,6 +306,12 @@ def check_tracking(
     if tracker_settings is not None and not isinstance(tracker_settings, dict):
         raise ValueError(f"tracker_settings must be a dict of the tracker's settings, got {tracker_settings!r}")
     if not isinstance(resume, bool): raise ValueError(f"resume must be true or false, got {resume!r}")
+
+def _handed_out(video: Path, samples: pd.DataFrame, report: dict) -> pd.DataFrame:
+    "The table, after what there is to say of it."
+    for note in (*report["notes"], *_broken_off(report["video"])): warnings.warn(f"{video}: {note}", stacklevel=3)
+    samples.attrs["counts"] = report["counts"]
+    return samples
 
 def _broken_off(video: dict) -> list[str]:
     "What to say of a video that ends before its announced end."
@@ -353,8 +356,8 @@ _TOO_SMALL = ("all {} tracked boxes are lower than min_height={min_height}, narr
 def _finish(out: Path, rows: pd.DataFrame, settings: dict, video: dict, counts: dict, notes: list):
     "Table first, report last: a folder whose report says `finished` is whole."
     tracklet, frame = rows["tracklet"].to_numpy(), rows["frame"].to_numpy()
-    samples = make_samples(rows["path"].tolist(), camid=settings["camid"], video=settings["video_name"],
-                           tracklet=tracklet, frame=frame)
+    pid = rows["id"].to_numpy() if settings.get("are_people") else -1
+    samples = make_samples(rows["path"].tolist(), pid, settings["camid"], settings["video_name"], tracklet, frame)
     samples = samples.assign(**{c: rows[c].to_numpy(np.float32) for c in BOX_COLUMNS})
     write_samples(samples, out / "samples.parquet")
     versions = {p: metadata.version(p) for p in ("opencv-python", "trackers", "numpy")}
@@ -455,6 +458,67 @@ def _called(video) -> str:
     try: images = image_sequence(path)
     except UnreadableVideo: images = None
     return images.name if images else path.stem
+
+# %% ../../nbs/1_data/10_tracking.ipynb #87b1d73e
+def cut_tracks(
+    video,                      # as in `track`
+    out,                        # folder for this video's crops and table
+    tracks,                     # MOT file with an id a box, a truth or a tracker's result; or its `MotDetections`
+    are_people: bool = False,   # the ids are people, as in a truth: the table's `pid` too
+    stride: int = 1, min_height: int = 48, min_width: int = 12, min_score: float = 0.1, # as in `track`
+    video_name: str | None = None, camid: int = -1, first_tracklet: int = 0, crop_quality: int = 95, # as in `track`
+    frame_rate: float | None = None, resume: bool = True, # as in `track`
+) -> pd.DataFrame:              # samples as of `track`
+    """Cut known tracks out of a video. Errors and warnings as of `track`, and ValueError for a box without an id and
+    for an id that stands twice in a frame."""
+    check_tracking(stride, min_height, min_width, min_score, crop_quality, None, frame_rate, resume)
+    for name, value, least in (("camid", camid, -1), ("first_tracklet", first_tracklet, 0)):
+        check_whole(name, value, least)
+    video, out = resolve(video), resolve(out)
+    found = tracks if isinstance(tracks, MotDetections) else MotDetections(tracks)
+    kept = _with_ids(found.table, min_score)
+    reader = Video(video, frame_rate)
+    settings = dict(
+        video=reader.content, video_name=reader.name if video_name is None else video_name, tracks=found.settings,
+        are_people=are_people, stride=stride, min_height=min_height, min_width=min_width, min_score=min_score,
+        camid=camid, first_tracklet=first_tracklet, crop_quality=crop_quality, fps=reader.info.fps)
+    with _claimed(out, settings, resume) as finished:
+        if finished is None: finished = _cut_known(reader, found, kept, out, settings)
+    return _handed_out(video, *finished)
+
+# %% ../../nbs/1_data/10_tracking.ipynb #c071cc4a
+def _with_ids(table: pd.DataFrame, min_score: float) -> pd.DataFrame:
+    "The boxes to cut. ValueError where one has no id, or an id stands twice in a frame."
+    kept = table[table["score"] >= min_score].reset_index(drop=True)
+    for wrong, what in ((kept["id"] < 0, "has no id: these are detections, which `track` joins"),
+                        (kept.duplicated(["frame", "id"]), "has an id that stands in this frame before")):
+        if wrong.any():
+            row = kept[wrong].iloc[0]
+            raise ValueError(f"{wrong.sum()} of {len(kept)} boxes, the first in frame {row['frame'] + 1} (from 1) with "
+                             f"id {row['id']}: each {what}")
+    return kept
+
+def _known(boxes: pd.DataFrame, walk: Iterator) -> Iterator:   # as of `_tracked`
+    "Every frame with its boxes and their ids."
+    rows_of, ids, none = boxes.groupby("frame").indices, boxes["id"].to_numpy(), np.zeros(0, np.int64)
+    for number, picture in walk:
+        rows = rows_of.get(number, none)
+        yield number, picture, rows, ids[rows]
+
+def _cut_known(reader: Video, found: MotDetections, kept: pd.DataFrame, out: Path, settings: dict):
+    "Compare with the video and cut, in a folder that is claimed: the table and its report."
+    stride, size = settings["stride"], (reader.info.height, reader.info.width)
+    notes = reader.notes + _check_boxes(found.table, size, "tracks")
+    total = -(-reader.info.frames // stride) or None
+    walk = progress(reader.frames(stride), total=total, desc=f"cut {reader.path.name}", unit="frame")
+    rows, counts = _cut(_known(kept, walk), kept, out, _folder(settings["video_name"]), size, settings)
+    said, unused = _check_frames(found, reader, stride)
+    why = _TOO_SMALL.format(counts["tracked"], **settings)
+    notes += said + _some_left(counts["tracked"], len(rows), counts["frames"], why) + reader.uneven
+    counts |= dict(found=len(found.table), below_score=len(found.table) - len(kept), in_missing_frames=unused)
+    counts |= {f"file_{k}": n for k, n in found.counts.items()}
+    told = dict(file=reader.path.name, **asdict(reader.info), read=reader.read)
+    return _finish(out, rows, settings, told, counts, notes)
 
 # %% ../../nbs/1_data/10_tracking.ipynb #b253daca
 def _colour(i: int) -> tuple:

@@ -8,6 +8,7 @@ __all__ = ['ARCHITECTURES', 'FAMILIES', 'InputSpec', 'Architecture', 'list_backb
 
 # %% ../../nbs/2_models/00_architectures.ipynb #4c99a2ce
 import difflib
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Callable
@@ -376,13 +377,14 @@ class _Counter(TorchDispatchMode):
         return out
 
 def count_gflops(
-    name: str,                 # one of `list_backbones().name`
-    image_size: tuple = (256, 128), # (height, width) in pixels
-) -> float:                    # giga multiply-adds for one image
+    name: str | nn.Module,     # one of `list_backbones().name`; or a network that says its `input`
+    image_size: tuple = (256, 128), # (height, width) in pixels, for a name
+) -> float:                    # giga multiply-adds for one image, or one clip
     "What one image costs, counted on the meta device by fvcore's rule."
     with torch.device("meta"):
-        model, image = build_backbone(name, image_size).eval(), torch.empty(1, 3, *image_size)
-    with torch.no_grad(), _Counter() as counter: model(image)
+        if isinstance(name, str): model, x = build_backbone(name, image_size), torch.empty(1, 3, *image_size)
+        else: model, x = deepcopy(name).to("meta"), torch.empty(1, *name.input.shape)
+    with torch.no_grad(), _Counter() as counter: model.eval()(x)
     return counter.total / 1e9
 
 # %% ../../nbs/2_models/00_architectures.ipynb #a4d0b6c3

@@ -9,6 +9,7 @@ __all__ = ['VARIANTS', 'MEMORIES', 'ppool', 'StepEmbedding', 'Block', 'default_t
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
@@ -70,17 +71,21 @@ class Block(nn.Module):
 
     def look(self, z: Tensor, bias: Tensor = None) -> Tensor:   # (n, tokens, d) -> Z'
         x = self.norm1(z)
-        return z + self.attention(x, x, x, attn_mask=_mask(bias, z), need_weights=False)[0]
+        return z + _attend(self.attention, x, x, bias)
 
     def read(self, z: Tensor, memory: Tensor, bias: Tensor = None) -> Tensor:   # memory (n, m, d) -> Z''
-        mask = _mask(bias, z)
-        return z + self.memory(self.norm2(z), memory, memory, attn_mask=mask, need_weights=False)[0]
+        return z + _attend(self.memory, self.norm2(z), memory, bias)
 
     def think(self, z: Tensor) -> Tensor: return z + self.feedforward(self.norm3(z))
 
-def _mask(bias, z):
-    "A bias a head (heads, tokens, m) for every clip of a batch, as PyTorch's attention takes it."
-    return None if bias is None else bias.repeat(z.shape[0], 1, 1)      # `len` would fix the batch of an exported file
+def _attend(of: nn.MultiheadAttention, z: Tensor, memory: Tensor, bias: Tensor | None) -> Tensor:
+    "`of(z, memory, memory, attn_mask=bias)[0]`, a bias (heads, tokens, m) for all clips; fewer copies of tokens."
+    d = z.shape[-1]
+    weights, shifts = of.in_proj_weight.split([d, 2 * d]), of.in_proj_bias.split([d, 2 * d])
+    query, (key, value) = F.linear(z, weights[0], shifts[0]), F.linear(memory, weights[1], shifts[1]).split(d, -1)
+    query, key, value = (x.unflatten(-1, (of.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    seen = F.scaled_dot_product_attention(query, key, value, None if bias is None else bias.to(query.dtype))
+    return of.out_proj(seen.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/6_video/01_denseil.ipynb #4f184f06
 def default_taps(
@@ -177,7 +182,12 @@ def levels(self: DenseIL, clips: Tensor) -> list[Tensor]:   # (n, T, 3, h, w) ->
         raise ValueError(f"clips of {T} frames, and the model was made for T={self.T}: its table of positions has no "
                          "others")
     with torch.no_grad(): maps = tap(self.encoder, clips.flatten(0, 1), self.taps)
-    stripes = [ppool(m, self.P).unflatten(0, (n, T)) for m in maps]
+    return self.tokens(maps, n)
+
+@patch
+def tokens(self: DenseIL, maps: list[Tensor], n: int) -> list[Tensor]:   # (n * T, C, H, W) each -> as `levels`
+    "The same from maps of the encoder."
+    stripes = [ppool(m, self.P).unflatten(0, (n, self.T)) for m in maps]
     return [self.step(project(s)) for project, s in zip(self.project, stripes)]
 
 @patch

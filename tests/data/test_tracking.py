@@ -236,3 +236,52 @@ def test_crops_are_a_tracklet_folder(street, tmp_path):
     assert ("crops/" + again["path"]).tolist() == samples["path"].tolist()
     assert (again[["tracklet", "frame"]].to_numpy() == samples[["tracklet", "frame"]].to_numpy()).all()
     assert (again["video"] == samples["video"]).all()
+
+
+# ---------------------------------------------------------------- tracks that are known
+
+def mot(truth, path):
+    "A truth with frames from 0 as a MOT file."
+    truth.assign(frame=truth["frame"] + 1).to_csv(path, header=False, index=False)
+    return path
+
+
+def test_known_tracks_are_cut_as_they_are(street, tmp_path):
+    truth = street[1]
+    samples = T.cut_tracks(street[0], tmp_path / "out", mot(truth, tmp_path / "gt.txt"), are_people=True,
+                           min_height=20, camid=2)
+    pd.testing.assert_frame_equal(samples, as_samples(samples))
+    pd.testing.assert_frame_equal(samples, read_samples(tmp_path / "out/samples.parquet"))
+    inside = (truth["x"] + truth["w"]).clip(upper=W) - truth["x"].clip(lower=0)
+    wide = truth[inside >= 12]
+    assert len(samples) == len(wide) and samples["camid"].eq(2).all()
+    assert samples.groupby("pid").size().to_dict() == wide.groupby("id").size().to_dict()
+    assert sorted(samples["tracklet"].unique()) == [0, 1, 2, 3]
+    assert samples.groupby("tracklet")["pid"].nunique().eq(1).all()
+    for p in range(1, 5):
+        row = samples[samples["pid"] == p].iloc[20]
+        middle = np.asarray(T.open_image(tmp_path / "out" / row["path"]))[10:-10, 6:-6].mean((0, 1))[::-1]
+        assert np.abs(middle - COLOURS[p - 1]).max() < 25
+
+
+def test_known_tracks_of_somebody_else_name_nobody_and_leave_out_what_is_flagged(street, tmp_path):
+    truth = street[1].assign(score=np.where(street[1]["id"] == 2, 0, 1))
+    samples = T.cut_tracks(street[0], tmp_path / "out", mot(truth, tmp_path / "result.txt"), min_height=20, stride=5)
+    assert samples["pid"].eq(-1).all() and samples["tracklet"].nunique() == 3 and (samples["frame"] % 5 == 0).all()
+    assert samples.attrs["counts"]["below_score"] == (truth["id"] == 2).sum()
+    before = {p: (tmp_path / "out" / p).stat().st_mtime_ns for p in samples["path"]}
+    assert T.cut_tracks(street[0], tmp_path / "out", tmp_path / "result.txt", min_height=20, stride=5).equals(samples)
+    assert before == {p: (tmp_path / "out" / p).stat().st_mtime_ns for p in samples["path"]}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.assign(id=-1), "has no id: these are detections"),
+    (lambda t: t.assign(id=t["id"].replace(2, 1)), "has an id that stands in this frame before"),
+    (lambda t: t.assign(x=t["x"] + 2 * W), "lie outside of the picture"),
+    (lambda t: t.assign(frame=t["frame"] + N), "lie in frames that .* lacks"),
+], ids=["no ids", "twice", "another resolution", "another video"])
+def test_tracks_that_do_not_fit_are_refused(street, tmp_path, change, message):
+    file = mot(change(street[1]), tmp_path / "gt.txt")
+    with pytest.raises(ValueError, match=message):
+        T.cut_tracks(street[0], tmp_path / "out", file, min_height=20)
+    assert not (tmp_path / "out/samples.parquet").exists()

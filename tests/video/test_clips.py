@@ -17,6 +17,7 @@ from cion_nb.video.clips import (
     clip_input,
     Clips,
     ClipTransform,
+    cut_in_time,
     restricted_random,
     tracklet_table,
     TrackletSampler,
@@ -272,3 +273,27 @@ def test_people_with_one_tracklet_repeat_it_and_are_told(crops):
     ([0, 1], [3, 3], "tracklet 3 has two labels"), ([0, 1], [3], "one each"), ([0, 1], [0, 1], "smaller batch_size")])
 def test_bad_samplers(labels, tracklets, says):
     with pytest.raises(ValueError, match=says): TrackletSampler(labels, tracklets, batch_size=8, k=2)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_pieces_of_time_partition_their_tracklets(parts):
+    rng = np.random.default_rng(parts)
+    lengths = rng.integers(1, 30, 12)
+    tracklet = np.repeat(100 + 7 * np.arange(12), lengths)
+    frame = np.concatenate([np.sort(rng.choice(99, n, replace=False)) for n in lengths])
+    samples = make_samples([f"{i}.png" for i in range(len(frame))], pid=tracklet // 7, tracklet=tracklet, frame=frame)
+    samples = samples.sample(frac=1, random_state=0).reset_index(drop=True)
+    cut = cut_in_time(samples, parts)
+    assert cut.path.tolist() == samples.path.tolist() and cut.pid.equals(samples.pid)
+    for (_, rows), n in zip(cut.groupby(samples.tracklet), lengths):
+        by_time = rows.sort_values("frame")
+        assert by_time.tracklet.is_monotonic_increasing and np.array_equal(by_time.tracklet % parts, by_time.part)
+        want = [(i + 1) * n // parts - i * n // parts for i in range(parts)]
+        assert np.bincount(rows.part, minlength=parts).tolist() == want
+    assert cut.groupby("tracklet").pid.nunique().eq(1).all()
+
+
+def test_a_half_belongs_to_whom_most_of_it_shows():
+    "A tracker's switch in the middle of a track leaves two halves of one person each."
+    samples = make_samples([f"{i}.png" for i in range(6)], pid=[1, 1, 1, 2, 2, 1], tracklet=4, frame=np.arange(6))
+    assert tracklet_table(cut_in_time(samples), mixed="most").pid.tolist() == [1, 2]
