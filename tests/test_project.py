@@ -82,7 +82,7 @@ WITH_TIMM = """models/architectures models/backbones models/checkpoints models/f
 retrieval/inspection training/views training/samplers training/pretrain training/finetune training/cluster_contrast
 video/clips video/denseil video/video_reid companion/score companion/reproduce
 companion/choices companion/arms companion/experiments companion/publishing companion/drawings companion/evidence
-companion/comparisons companion/families companion/adaptation companion/mechanism""".split()
+companion/comparisons companion/families companion/adaptation companion/mechanism companion/clip_pages""".split()
 # Each module is imported in a fork of one process that holds torch already, and then timm, for those that import it
 # anyway: starting a Python for each took a minute. A room that begins to import timm shows: its fork lacks it.
 PROBE = """
