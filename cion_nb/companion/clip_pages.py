@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'DATA_SETS', 'METHODS', 'RANKS', 'clip_statistics', 'statistics_rows', 'splits_of', 'denseil_table1',
            'oddities', 'clip_recipes', 'clip_row', 'denseil_table2', 'leads', 'gains', 'own_results',
-           'clip_claims_rows', 'variants_table', 'clip_scores', 'ranking', 'first_of', 'plot_ranked', 'ranked_picture']
+           'clip_claims_rows', 'variants_table', 'clip_scores', 'order_accuracy', 'order_table', 'ranking', 'first_of',
+           'plot_ranked', 'ranked_picture']
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #9d42f887
 import numpy as np
 import pandas as pd
+import torch
 from IPython.display import Markdown
+from torch import nn
 
 from . import experiments
 from .arms import ARMS, CLAIMS, CLIP_CLAIMS, clip_world
@@ -27,9 +30,11 @@ from ..core.store import Features
 from ..data.datasets import data_sets, read_data
 from ..data.facts import facts_of
 from ..data.film import make_world
+from ..models.backbones import create_backbone
 from ..retrieval.evaluate import evaluate
 from ..retrieval.protocols import sides, tracklet_features
 from ..video.clips import tracklet_table
+from ..video.denseil import DenseIL
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #874958b9
 STATISTICS = ("identities", "sequences", "boxes", "frames_per_sequence_avg", "cameras")
@@ -241,6 +246,48 @@ def clip_scores(page: Page, done: dict):   # of `clip_recipes`
     by_seed = rows.groupby(["method", "seed"], sort=False)[["mAP", "rank1"]].mean()
     parts = by_seed.groupby(level=0, sort=False)
     return pd.DataFrame({name: {k: show_interval(part[k]) for k in ("mAP", "rank1")} for name, part in parts}).T
+
+# %% ../../nbs/9_companion/15_clip_pages.ipynb #451f9f07
+def order_accuracy(
+    step: str | None,   # STEP-Emb of the decoder
+    seed: int = 0,
+    steps: int = 50,   # of training, 64 sequences each
+    T: int = 4,         # frames: one half A, one half B
+) -> float:             # share of 200 test sequences that are told right
+    "Whether a dense decoder tells A then B from B then A."
+    torch.manual_seed(seed)
+    model = DenseIL(create_backbone("resnet10_tiny_ibn", (64, 32)), T=T, P=2, d=32, blocks=1, heads=4, step=step)
+    head, kinds = nn.Linear(32, 2), [torch.randn(2, part[0].in_features) for part in model.project]
+    parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, 3e-3)
+    for _ in range(steps):
+        maps, labels = _sequences(kinds, 32, T)
+        loss = nn.functional.cross_entropy(head(model.decode(model.tokens(maps, 64))), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        maps, labels = _sequences(kinds, 100, T)
+        chances = head(model.decode(model.tokens(maps, 200))).diff(dim=1).flatten().round(decimals=3)
+    is_equal = chances == chances.roll(100)                # a sequence and its mirror image: half a point each
+    right = torch.where(is_equal, .5, ((chances > 0) == (labels == 1)).float())
+    return float(right.mean())
+
+def _sequences(kinds, n: int, T: int):
+    "Maps (2n T, C, 2, 1) of every level, and labels: n sequences A then B with noise, then the same backwards."
+    of, maps = torch.arange(T) * 2 // T, []
+    for kind in kinds:
+        one = kind[of] + .5 * torch.randn(n, T, kind.shape[1])
+        maps.append(torch.cat([one, one.flip(1)]).flatten(0, 1)[..., None, None].expand(-1, -1, 2, 1))
+    return maps, torch.arange(2).repeat_interleave(n)
+
+# %% ../../nbs/9_companion/15_clip_pages.ipynb #a1b320b6
+def order_table(seeds: int = 3) -> pd.DataFrame:   # a row a kind of STEP-Emb: lowest, mean and highest of the seeds
+    "`order_accuracy` in per cent."
+    found = {str(step or "none"): [100 * order_accuracy(step, seed) for seed in range(seeds)]
+             for step in (None, "absolute", "relative")}
+    table = pd.DataFrame({name: dict(lowest=min(v), mean=np.mean(v), highest=max(v)) for name, v in found.items()}).T
+    return table.round(1).rename_axis("STEP-Emb")
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #cf518c5d
 def ranking(

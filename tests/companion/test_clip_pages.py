@@ -139,3 +139,9 @@ def test_pages_without_rows_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(C, "results_folder", lambda: tmp_path)
     monkeypatch.setattr(C, "plot_ranked", lambda **k: None)
     assert "not here" in C.ranked_picture(SimpleNamespace(profile="smoke")).data
+
+
+def test_the_order_of_frames_is_learned_with_step_embeddings_and_never_without():
+    for seed in (0, 1):
+        assert C.order_accuracy(None, seed) == .5
+        assert C.order_accuracy("absolute", seed) >= .95 and C.order_accuracy("relative", seed) >= .95
