@@ -251,7 +251,7 @@ def clip_scores(page: Page, done: dict):   # of `clip_recipes`
 def order_accuracy(
     step: str | None,   # STEP-Emb of the decoder
     seed: int = 0,
-    steps: int = 50,   # of training, 64 sequences each
+    steps: int = 100,   # of training, 64 sequences each
     T: int = 4,         # frames: one half A, one half B
 ) -> float:             # share of 200 test sequences that are told right
     "Whether a dense decoder tells A then B from B then A."
