@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'DATA_SETS', 'METHODS', 'RANKS', 'clip_statistics', 'statistics_rows', 'splits_of', 'denseil_table1',
            'oddities', 'clip_recipes', 'clip_row', 'denseil_table2', 'leads', 'gains', 'own_results',
-           'clip_claims_rows', 'variants_table', 'clip_scores', 'order_accuracy', 'order_table', 'ranking', 'first_of',
-           'plot_ranked', 'ranked_picture']
+           'clip_claims_rows', 'variants_table', 'trained_parameters', 'how_they_were_made', 'clip_scores',
+           'order_accuracy', 'order_table', 'ranking', 'first_of', 'plot_ranked', 'ranked_picture']
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #9d42f887
 import numpy as np
@@ -35,6 +35,7 @@ from ..retrieval.evaluate import evaluate
 from ..retrieval.protocols import sides, tracklet_features
 from ..video.clips import tracklet_table
 from ..video.denseil import DenseIL
+from ..video.video_reid import draw_clip_model
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #874958b9
 STATISTICS = ("identities", "sequences", "boxes", "frames_per_sequence_avg", "cameras")
@@ -81,12 +82,14 @@ def denseil_table1(
     found = {}
     with page.trying(data or "embedded world"): found = statistics_rows(data, data_root, page.profile)
     def line(values): return {name.replace("_avg", "").replace("_", " "): values.get(name, "") for name in STATISTICS}
-    shown = {(name, "printed"): line(printed.loc[name]) | dict(boxes_by=printed.loc[name, "detector"])
+    def as_printed(row): return {k: f"{int(v):,}" if v.isdigit() else v for k, v in row.items()}
+    shown = {(name, "printed"): line(as_printed(printed.loc[name])) | dict(boxes_by=printed.loc[name, "detector"])
              for name in ("MARS", "DukeV", "iLIDS-VID")}
     def text(name, value): return f"{value:.1f}" if name.endswith("avg") else f"{value:,}"
     told = {name: {k: text(k, v) for k, v in values.items()} for name, values in found.items()}
     shown |= {(name, "counted here"): line(values) for name, values in told.items()}
-    table = pd.DataFrame(shown).T.rename(columns=dict(boxes_by="boxes by")).sort_index(sort_remaining=False, level=0)
+    order = sorted(shown, key=lambda key: [*paper("denseil_table1")["dataset"].unique(), key[0]].index(key[0]))
+    table = pd.DataFrame({key: shown[key] for key in order}).T.rename(columns=dict(boxes_by="boxes by"))
     table = table.astype(object).where(table.notna(), "").rename_axis(["data set", "from"]).reset_index("from")
     rows = [dict(data=name) | values for name, values in found.items()]
     return dict(rows=rows, table=table, notes=oddities(), shown=[_counted(found)], measured=False)
@@ -95,7 +98,8 @@ def _counted(found: dict) -> str:
     if not found: return "nothing was counted here"
     of = ", ".join(f"{name} ({counted(v['sequences'], 'tracklet')}, {counted(v['boxes'], 'image')})"
                    for name, v in found.items())
-    return f"counted here: {of}; the printed numbers disagree with themselves in {counted(len(oddities()), 'place')}"
+    n = len(oddities()) - 1                                    # the last is about the released files
+    return f"counted here: {of}; the printed numbers disagree with themselves in {counted(n, 'place')}"
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #a827dbbb
 _RELEASED = dict(train=8_298, query=1_980, gallery=9_330, junk=870)     # tracklets of MARS's files
@@ -173,7 +177,7 @@ def denseil_table2(
     columns = pd.MultiIndex.from_tuples([("", "network"), ("", "venue"), *_COLUMNS])
     table = pd.DataFrame(lines).T.reindex(columns=columns)
     table = table.astype(object).where(table.notna(), "").rename_axis("method")
-    return dict(rows=rows, verdicts=[*leads(), _ours_said(rows, page.profile)], notes=gains(), table=table)
+    return dict(rows=rows, verdicts=[*leads(), _ours_said(rows, page.profile, data)], notes=gains(), table=table)
 
 def _mine(part: pd.DataFrame, data: str) -> dict:
     "A row of our runs: the mean over splits, then over seeds."
@@ -182,7 +186,8 @@ def _mine(part: pd.DataFrame, data: str) -> dict:
     where = DATA_SETS.get(data, data)
     return {column: show_interval(by_seed[keys[column[1]]]) for column in _COLUMNS if column[0] == where}
 
-def _ours_said(rows, profile) -> str:
+def _ours_said(rows, profile, data) -> str:
+    if not len(rows) and data: return f"our rows: none of {data} is there (what failed is named below)"
     if not len(rows): return "our rows: not run; they need MARS or iLIDS-VID (`data`, `data_root`)"
     return f"our rows: {counted(len(rows), 'run')} at {profile}"
 
@@ -192,9 +197,10 @@ def leads() -> list[str]:
     printed = paper("denseil_table2")
     scores = [key for key in _COLUMNS.values()]
     beside = exceptions(printed.fillna(-1), scores, [])
-    said = ", ".join(f"{e.method} in {e.score} ({e.theirs:g} and {e.ours:g})" for e in beside.itertuples())
+    names = {key: " ".join(column) for column, key in _COLUMNS.items()}
+    said = ", ".join(f"{e.method} in {names[e.score]} ({e.theirs:g} and {e.ours:g})" for e in beside.itertuples())
     return [f"DenseIL leads in {len(scores) - beside['score'].nunique()} of {len(scores)} printed columns"
-            + (f"; as good or better: {said}" if said else "")]
+            + (f"; as good: {said}" if said else "")]
 
 def gains() -> list[str]:
     "The gains that the text states, from the table: over the best other method."
@@ -235,8 +241,31 @@ def variants_table(profile: str = "small") -> pd.DataFrame:   # a row an arm
     stored = experiments.of_today(experiments.read_results(profile), profile)
     begun = [claim for claim in CLIP_CLAIMS if experiments.has_begun(claim, stored)]
     if not begun: return pd.DataFrame(columns=["mAP", "rank-1", "worlds"])
-    table = pd.concat([arms_table(claim, profile) for claim in begun])
-    return table[~table.index.duplicated()][["mAP", "rank-1", "worlds"]]
+    sizes = {ARMS[arm].label: trained_parameters(arm, profile) for claim in begun for arm in claim.arms}
+    parts = [arms_table(claim, profile).rename(index=lambda arm, c=claim: c.prefix + arm) for claim in begun]
+    table = pd.concat(parts)
+    table = table[~table.index.duplicated()][["mAP", "rank-1", "worlds"]]
+    return table.assign(**{"trained parameters": [f"{sizes[name]:,}" for name in table.index]})
+
+def trained_parameters(arm: str, profile: str) -> int:
+    "What learns in world A, the classifier left out."
+    asked = ARMS[arm].recipe(profile, 1)
+    if asked["stage"] != "video_reid": return 0
+    model = draw_clip_model(asked, 1)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - model.classifier.weight.numel()
+
+def how_they_were_made(profile: str = "small") -> Markdown:
+    "Encoder and budgets, from the recipes."
+    made, least = ARMS["clip_mark_dense"].recipe(profile, 1), ARMS["clip_mark_self"].recipe(profile, 1)
+    first, values = made["weights"], made["data"]["values"]
+    def steps(r): return f"{r['epochs'] * r['images_per_epoch'] // r['batch_size']:,} steps"
+    height, width = made["image_size"]
+    return Markdown(
+        f"The encoder: `{made['backbone']}`, {height}x{width}, {steps(first)} on clips of world B. Each decoder: "
+        f"{steps(made)} of {made['batch_size']} clips of {made['frames']} frames, {made['blocks']} blocks "
+        f"(self-attention {least['blocks']}, which are as large). A decoder sees {made['frames']} of a test tracklet's "
+        f"{values['clip_frames']} frames, the means see all. {values['train_people']} people to learn from and "
+        f"{values['test_people']} to find, {values['cameras_per_person']} walks each.")
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #4f683d5e
 def clip_scores(page: Page, done: dict):   # of `clip_recipes`

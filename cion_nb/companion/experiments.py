@@ -186,7 +186,7 @@ def costs(
 ) -> pd.DataFrame:         # a row a claim: worlds, to do, trainings, minutes of one core (NaN: not known)
     "What is left to compute, before it is. An arm that two claims need is counted with the first."
     stored, counted, rows = read_results(profile, folder), set(), []
-    minutes = stored["seconds"].median() / 60
+    pace = stored.groupby(stored["run"].str.split("-").str[0])["seconds"].median() / 60       # by stage
     for claim in _chosen(claims):
         left = {world: missing(claim, profile, world, folder) for world in range(1, claim.worlds + 1)}
         runs = {run_name(r) for arms in left.values() for r in arms.values() if r["stage"] in TRAININGS} - counted
@@ -195,7 +195,7 @@ def costs(
         to_do = sum(map(bool, left.values())) if is_known else claim.worlds
         rows.append(dict(claim=claim.name, worlds=claim.worlds, to_do=to_do,
                          trainings=len(runs) if is_known else np.nan,
-                         minutes=len(runs) * minutes if is_known else np.nan))
+                         minutes=sum(pace.get(run.split("-")[0], np.nan) for run in runs) if is_known else np.nan))
     return pd.DataFrame(rows).set_index("claim")
 
 def named(text: str | None) -> list[str] | None:
@@ -281,8 +281,8 @@ def differences(
     if claim.score == "seconds": return _inside(exponents(results[results["world"] <= claim.worlds]))
     by_arm = results[results["world"] <= claim.worlds].pivot(index="world", columns="arm", values=score)
     by_arm = by_arm.reindex(columns=list(ARMS))
-    return {f"{ARMS[better].label} over {ARMS[worse].label}":
-            (100 * (by_arm[better] - by_arm[worse])).dropna().tolist() for better, worse in claim.comparisons}
+    return {claim.said(better, worse): (100 * (by_arm[better] - by_arm[worse])).dropna().tolist()
+            for better, worse in claim.comparisons}
 
 LINEAR = .9, 1.1   # exponents that are called linear
 
@@ -328,7 +328,7 @@ def claims_table(
 def _given_up(claim: Claim, comparison: str) -> str:
     "Of a comparison whose network was given up."
     for better, worse in claim.comparisons:
-        if ARMS[better].presentations or f"{ARMS[better].label} over {ARMS[worse].label}" != comparison: continue
+        if ARMS[better].presentations or claim.said(better, worse) != comparison: continue
         try: lost = bool(ARMS[better].backbone) and learned_at(ARMS[better].backbone) is None
         except LookupError: lost = False
         if lost: return f"does not learn in {MOST_SECONDS / 60:.0f} core-minutes"

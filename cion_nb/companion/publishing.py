@@ -48,9 +48,9 @@ def arms_table(
         spread = f" ± {scale * part[key].std():.{digits}f}" if len(part) > 1 else ""
         return told | {main: told[main] + spread, "worlds": len(part)}
     parts = {arm: results[results["arm"] == arm] for arm in claim.arms}
-    table = pd.DataFrame({ARMS[arm].label: line(part) for arm, part in parts.items() if len(part)}).T
+    table = pd.DataFrame({claim.label(arm): line(part) for arm, part in parts.items() if len(part)}).T
     table = table.reindex(columns=[*shown, "worlds"]).astype(object)
-    table = table.where(table.notna(), "").rename_axis("learned from")
+    table = table.where(table.notna(), "").rename_axis("arm")
     return table.loc[:, (table != "").any()]                             # not what no arm of the claim has
 
 # %% ../../nbs/9_companion/07_publishing.ipynb #cf177485
@@ -69,7 +69,7 @@ def plot_arms(
     ax.barh(at, 100 * table.mean(), .62, color="#c6dbef")
     for world, scores in table.iterrows():
         ax.plot(100 * scores, at, "o-", ms=4, lw=.7, color="0.25", alpha=.7)
-    ax.set_yticks(at, [ARMS[arm].label for arm in claim.arms], fontsize=10)
+    ax.set_yticks(at, [claim.label(arm) for arm in claim.arms], fontsize=10)
     what = "mAP of frozen features" if claim.score == "frozen" else f"mAP, {claim.score}"
     ax.set_xlabel(f"{what}, on people nobody trained on, per cent", fontsize=9)
     ax.invert_yaxis()
@@ -249,9 +249,9 @@ PREFACE = """# What came out
 *Written by `cion_nb reproduce --profile small --only claims` and `make results` from the data in [results](results/); \
 do not edit.*
 
-Ours: an embedded, generated world of people and a small network; features of 128x64 images, frozen after pre- \
-training, or of tracklets of 64x32 (DenseIL), scored on people nobody trained on. A replicate is a world, drawn anew \
-with people, videos and denoising. Intervals are corrected for the comparisons of a claim (Holm, 95 %); a claim \
+Ours: an embedded, generated world of people and a small network; features of 128x64 images, frozen after \
+pre-training, or of tracklets of 64x32 (DenseIL), scored on people nobody trained on. A replicate is a world, drawn \
+anew with people, videos and denoising. Intervals are corrected for the comparisons of a claim (Holm, 95 %); a claim \
 *holds* where the interval is wholly above zero. The same comparison under two claims has two intervals, since each \
 is corrected with the others of its claim. An order that holds here is evidence for the method, not for the paper's \
 scores; those are data in [paper](paper/).
@@ -290,6 +290,7 @@ def publish(
         with atomic(folder / "tables" / f"{name}.csv") as tmp: table.to_csv(tmp)
         with atomic(folder / "tables" / f"{name}.tex") as tmp: tmp.write_text(latex(table), encoding="utf-8")
     for claim in begun:
-        with atomic(folder / f"{profile}_{claim.file}.png") as tmp: plot_arms(claim, profile, folder).savefig(tmp)
+        figure = plot_arms(claim, profile, folder)
+        with atomic(folder / f"{profile}_{claim.file}.png") as tmp: figure.savefig(tmp, bbox_inches="tight")
     with atomic(folder.parent / "README.md") as tmp: tmp.write_text(results_text(profile, folder), encoding="utf-8")
     return folder.parent / "README.md"

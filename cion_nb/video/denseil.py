@@ -142,12 +142,24 @@ class DenseIL(nn.Module):
         if variant == "dense" and memory == "channel": self.join = nn.Linear(len(widths) * d, d)
         self.norm = nn.LayerNorm(d)
         self.encoder.requires_grad_(False)
+        for level, part in enumerate(self.project): part.requires_grad_(level in self.read_levels)    # others rest
         self.train()
 
     def train(self, mode: bool = True):
         super().train(mode)
         self.encoder.eval()                                # its statistics stay
         return self
+
+    @property
+    def read_levels(self) -> set[int]:
+        "Levels that the decoder reads: the top one, and what its memory holds."
+        n = len(self.project)
+        if self.variant != "dense": return {n - 1}
+        return set(range(n)) if self.kind != "mixed" else {n - 1, *map(self.level_of, range(len(self.blocks)))}
+
+    def level_of(self, block: int) -> int:
+        "The level that a block of the mixed memory reads: from the lowest to the top, evenly; some may be left out."
+        return round(block * (len(self.project) - 1) / max(len(self.blocks) - 1, 1))
 
     def forward(self, clips: Tensor) -> Tensor: return self.decode(self.levels(clips))
 
@@ -206,6 +218,5 @@ def _memory(self: DenseIL, number, z, flat, bias):
     "What a block reads, and the bias of its logits: a level's tokens have the positions of their frames and stripes."
     if self.variant == "cross": return flat[-1], bias
     if self.kind == "channel": return self.join(torch.cat(flat, -1)), bias
-    last = max(len(self.blocks) - 1, 1)
-    parts = flat if self.kind == "all" else [z, flat[round(number * (len(flat) - 1) / last)]]
+    parts = flat if self.kind == "all" else [z, flat[self.level_of(number)]]
     return torch.cat(parts, 1), None if bias is None else bias.repeat(1, 1, len(parts))

@@ -228,3 +228,16 @@ def test_the_decoder_costs_little_beside_its_encoder():
     share = count_gflops(model) / (8 * count_gflops("resnet50")) - 1
     assert count_gflops(alone) == count_gflops("resnet50")
     assert .01 < share < .03
+
+
+@pytest.mark.parametrize("variant, memory, resting", [
+    ("dense", "all", []), ("dense", "channel", []), ("dense", "mixed", [1]), ("cross", "all", [0, 1, 2]),
+    ("self", "all", [0, 1, 2])])
+def test_whatever_learns_has_a_gradient(encoder, variant, memory, resting):
+    "A parameter without one stops a training of several processes."
+    model = made(encoder, variant=variant, memory=memory, blocks=3).train()
+    model(clips()).square().sum().backward()
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert [level for level, part in enumerate(model.project) if not part[0].weight.requires_grad] == resting
+    assert model.read_levels == {0, 1, 2, 3} - set(resting)

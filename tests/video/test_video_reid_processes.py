@@ -63,6 +63,7 @@ def test_two_processes_have_the_clips_the_loss_and_the_gradient_of_one(asked, tm
 
 @pytest.mark.slow("starts processes")
 def test_two_processes_end_in_one_run(asked, tmp_path):
+    asked |= dict(method="self")                              # of which levels rest
     (tmp_path / "recipe.json").write_text(json.dumps(asked))
     p = forked.run_ranks(2, ["-m", "cion_nb", "video_reid", "--recipe", tmp_path / "recipe.json"],
                          env=os.environ | RANKS)
