@@ -15,11 +15,20 @@ import torch
 from IPython.display import Markdown
 from torch import nn
 
-from . import experiments
 from .arms import ARMS, CLAIMS, CLIP_CLAIMS, clip_world
 from .claims import exceptions, paper, show_interval
 from .comparisons import columns_of, seeds_of
-from .experiments import results_folder
+from cion_nb.companion.experiments import (
+    claims_table,
+    compute as compute_worlds,
+    has_begun,
+    of_today,
+    read_results,
+    results_folder,
+    said,
+    with_worlds,
+    without_worlds,
+)
 from .publishing import arms_table, publish
 from .report import report_folder
 from .reproduce import Page
@@ -221,25 +230,25 @@ def own_results(
 ):                               # a table of the profile's own verdicts; a sentence where there is none
     "Compute at `small` what its claims lack; at another profile what is asked for, kept beside that profile's report."
     if profile == "small":
-        experiments.compute("small", names, worlds)
+        compute_worlds("small", names, worlds)
         publish("small")
     folder = report_folder(profile) / "worlds"
-    if compute and profile != "small": experiments.compute(profile, names, worlds or 2, folder)
-    table = experiments.with_worlds(experiments.claims_table(profile, names, folder))
+    if compute and profile != "small": compute_worlds(profile, names, worlds or 2, folder)
+    table = with_worlds(claims_table(profile, names, folder))
     return table if len(table) else Markdown("*Nothing was computed at this profile.*")
 
 def clip_claims_rows(names: list[str]) -> tuple[pd.DataFrame, list[str]]:   # stored rows and what is said of them
     "What `small` found."
-    stored = experiments.of_today(experiments.read_results("small"), "small")
+    stored = of_today(read_results("small"), "small")
     arms = [arm for name in names for arm in CLAIMS[name].arms]
-    table = experiments.claims_table("small", names)
-    said = [*experiments.said("small", names, begun=True), experiments.without_worlds(table)]
-    return stored[stored["arm"].isin(arms)], [line for line in said if line]
+    table = claims_table("small", names)
+    lines = [*said("small", names, begun=True), without_worlds(table)]
+    return stored[stored["arm"].isin(arms)], [line for line in lines if line]
 
 def variants_table(profile: str = "small") -> pd.DataFrame:   # a row an arm
     "All arms on clips that have a row."
-    stored = experiments.of_today(experiments.read_results(profile), profile)
-    begun = [claim for claim in CLIP_CLAIMS if experiments.has_begun(claim, stored)]
+    stored = of_today(read_results(profile), profile)
+    begun = [claim for claim in CLIP_CLAIMS if has_begun(claim, stored)]
     if not begun: return pd.DataFrame(columns=["mAP", "rank-1", "worlds"])
     sizes = {ARMS[arm].label: trained_parameters(arm, profile) for claim in begun for arm in claim.arms}
     parts = [arms_table(claim, profile).rename(index=lambda arm, c=claim: c.prefix + arm) for claim in begun]
@@ -346,7 +355,7 @@ def plot_ranked(
     arms=("clip_mark_mean", "clip_mark_dense"),
     profile: str = "small",
     world: int = 1,
-    queries: int = 4,      # evenly spaced among all
+    queries: int = 3,      # evenly spaced among all
 ):                         # None: where these runs are not here
     "Queries, and what each network ranks first."
     import matplotlib.pyplot as plt

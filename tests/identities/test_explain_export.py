@@ -130,15 +130,13 @@ def test_export_refuses(world, tmp_path):
 
 
 @pytest.mark.slow("a hundred thousand images")
-def test_ten_thousand_rows_and_ten_times_that(tmp_path):
+def test_a_hundred_thousand_rows_come_back(tmp_path):
     n = 100_000
     samples = make_samples([f"v{i // 1000}/{i}.jpg" for i in range(n)], video=[f"v{i // 1000}" for i in range(n)],
                            tracklet=np.arange(n) // 10, frame=np.arange(n) % 10)
     labels = np.arange(n) // 30
-    start = time.perf_counter()
     assert (read_cion_al(export(labels, samples, tmp_path / "a.json").path).pid.to_numpy() == labels).all()
     assert (read_csv(export(labels, samples, tmp_path / "a.csv", "csv").path).pid.to_numpy() == labels).all()
-    assert time.perf_counter() - start < 15
     # CION-AL's two keys and no other
     assert set(json.loads((tmp_path / "a.json").read_text())[0]) == {"id", "file_path"}
 
