@@ -262,11 +262,11 @@ CLAIMS = {claim.name: claim for claim in (
 
 # %% ../../nbs/9_companion/05_arms.ipynb #bc6b95d5
 CLIP_CLAIMS = (
-    Claim("DenseIL mark", "a decoder that reads all levels sees what the top level lost", "DenseIL, Fig. 1",
+    Claim("DenseIL mark", "a decoder that reads all levels sees what the top level lost", "Fig. 1",
           (("clip_mark_dense", "clip_mark_cross"), ("clip_mark_dense", "clip_mark_mean"),
            ("clip_mark_dense", "clip_mark_denoised")),
           ("clip_mark_self",), score="of tracklets", of="DenseIL"),
-    Claim("DenseIL gait", "the place in time and space (STEP-Emb) tells what is first", "DenseIL, abstract",
+    Claim("DenseIL gait", "the place in time and space (STEP-Emb) tells what is first", "abstract",
           (("clip_gait_dense", "clip_gait_no_step"),), ("clip_gait_mean",), score="of tracklets", of="DenseIL"),
     Claim("DenseIL control", "ordinary people gain nothing from lower levels (a control)", "no claim of the paper",
           (("clip_plain_dense", "clip_plain_cross"), ("clip_plain_dense", "clip_plain_mean"),
