@@ -9,6 +9,8 @@ __all__ = ['STATISTICS', 'DATA_SETS', 'METHODS', 'RANKS', 'clip_statistics', 'st
            'order_accuracy', 'order_table', 'ranking', 'first_of', 'plot_ranked', 'ranked_picture']
 
 # %% ../../nbs/9_companion/15_clip_pages.ipynb #9d42f887
+from io import BytesIO
+
 import numpy as np
 import pandas as pd
 import torch
@@ -33,6 +35,7 @@ from .publishing import arms_table, publish
 from .report import report_folder
 from .reproduce import Page
 from ..core.files import counted
+from ..core.images import Picture
 from ..core.runs import Run
 from ..core.settings import recipe
 from ..core.store import Features
@@ -395,9 +398,16 @@ def ranked_picture(page: Page):
     "The picture drawn anew where the runs are here, and kept; else the kept one."
     from IPython.display import Image
     drawn = next((fig for fig in map(_ranked_at, ("small", page.profile)) if fig is not None), None)
-    if drawn is not None: return page.save(drawn, "denseil_ranked")
+    if drawn is not None: return _as_picture(page.save(drawn, "denseil_ranked"))
     kept = results_folder() / "pages" / "denseil_ranked.png"
     return Image(filename=str(kept)) if kept.exists() else Markdown("*The runs it is drawn from are not here.*")
+
+def _as_picture(fig) -> Picture:
+    "Kept as JPEG by a notebook: streets make a PNG large."
+    from PIL import Image
+    stored = BytesIO()
+    fig.savefig(stored, dpi=80, bbox_inches="tight")
+    return Picture(Image.open(stored).convert("RGB"))
 
 def _ranked_at(profile: str):
     try: return plot_ranked(profile=profile)

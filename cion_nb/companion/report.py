@@ -240,7 +240,7 @@ ABOUT |= dict(
     "alone, or than the mean? Generated twins ask: they are alike but for a small mark, or but for their gait.",
     denseil_table1="Before tracklets are compared, what is in the data? The printed statistics stand beside what is "
     "counted in a folder, and where the printed numbers disagree with themselves is computed.",
-    denseil_table2="25 methods on three video data sets, as DenseIL's supplement prints them, unknown cells left "
+    denseil_table2="Many methods on three video data sets, as DenseIL's supplement prints them, unknown cells left "
     "empty. Our rows need the data sets, which everybody must ask their owners for.",
 )
 

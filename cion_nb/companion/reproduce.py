@@ -738,7 +738,7 @@ def lanes(profile: str) -> int:
     if torch.cuda.is_available() or profile == "paper" or os.environ.get("CION_NB_JOBS"): return 1
     return min(processors(), 2)
 
-def _pages(names, profile, parameters, everything):
+def _pages(names, profile, parameters, everything=False):
     "Entries of `run_notebook` as they come. What one page computes another waits for: a run is locked."
     n, said = lanes(profile), dict.fromkeys(names)
     def make(name):
