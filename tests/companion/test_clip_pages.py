@@ -1,6 +1,7 @@
 """DenseIL's pages: what is printed stays as printed, what is counted is counted, and what was not run is empty."""
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +13,12 @@ from cion_nb.companion.reproduce import Page
 from cion_nb.core.samples import make_samples
 from cion_nb.retrieval.evaluate import evaluate
 from cion_nb.retrieval.protocols import sides
+
+
+@pytest.fixture(autouse=True)
+def settings_of_pictures():
+    "A page changes how pictures are saved; the next test shall not see it."
+    with matplotlib.rc_context(): yield
 
 
 def tracklets(*pids, frames=3, camids=None):
