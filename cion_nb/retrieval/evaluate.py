@@ -230,9 +230,10 @@ class RetrievalScore:
     per_query: pd.DataFrame  # a row a query: path, pid, camid, matches, AP, first (rank), INP; NaN without a match
     unmatched: list          # names (paths) of the queries without a match, left out of the means
     protocol: str
-    n_gallery: int           # gallery images, junk left out
+    n_gallery: int           # of the gallery, junk left out
     unreadable: list = field(default_factory=list) # names of test images that could not be read: they are in no mean
     trapezoid: bool = False  # AP averages neighbouring precisions
+    of: str = "images"       # what a row of the gallery is: images, or tracklets
 
     def rank(self, k: int) -> float:
         "Share of queries with a match among the first `k`."
@@ -263,7 +264,7 @@ def _as_line(score: RetrievalScore) -> str:
     if score.trapezoid: scores = scores.replace("mAP", "mAP (trapezoid)")
     lost = f", {said['n_unmatched']:,} queries without a match left out" if said["n_unmatched"] else ""
     lost += f", {said['n_unreadable']:,} images could not be read" if said["n_unreadable"] else ""
-    return (f"{scores} % ({said['n_query']:,} queries, {said['n_gallery']:,} gallery images, "
+    return (f"{scores} % ({said['n_query']:,} queries, {said['n_gallery']:,} gallery {score.of}, "
             f"{score.protocol} protocol{lost})")
 
 # %% ../../nbs/4_retrieval/00_evaluate.ipynb #ce681c62
@@ -284,7 +285,8 @@ def _score(ranks: np.ndarray, answers: Answers, query: pd.DataFrame, gallery: pd
     kept = len(gallery) - len(answers.junk)
     cmc = np.searchsorted(np.sort(first), np.arange(1, min(max_rank, kept) + 1), side="right") / len(first)
     return RetrievalScore(float(AP.mean()), float(INP.mean()), cmc, per_query.astype({"first": "Int64"}),
-                          names_of(query, np.flatnonzero(~has)), protocol, kept, trapezoid=trapezoid)
+                          names_of(query, np.flatnonzero(~has)), protocol, kept, trapezoid=trapezoid,
+                          of="tracklets" if "n_frames" in gallery else "images")
 
 def _between(j: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     "The mean of the precisions before and at each match, which is match `j` of its query; before rank 1 it is 1."

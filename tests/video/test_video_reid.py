@@ -57,6 +57,7 @@ def test_a_decoder_trains_is_scored_and_comes_back_over_a_network_that_stays(wal
     x, (query, gallery) = np.asarray(stored.x, np.float32), sides(stored.samples)
     score = evaluate(x[query], x[gallery], stored.samples.iloc[query], stored.samples.iloc[gallery])
     assert run.result["mAP"] == pytest.approx(score.mAP) and len(stored) == 16
+    assert f"{score.n_gallery} gallery tracklets" in str(score)
     assert {"cross_entropy", "triplet", "accuracy"} <= set(pd.DataFrame(run.read_log()))
 
 
