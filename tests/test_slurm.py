@@ -19,6 +19,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+from PIL import Image
 from places import ROOT
 
 import cion_nb as cion
@@ -187,12 +188,9 @@ def test_a_job_of_two_nodes_is_stopped_requeued_and_ends_as_if_it_was_not(cluste
     through = tmp_path / "through"
     through.mkdir()
     for world in runs.glob("world-*"): (through / world.name).symlink_to(world)
-    port, = free_ports(1)
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                        str(port), "-m", "cion_nb", "pretrain", "--recipe", str(run.folder / "recipe.json")], cwd=ROOT,
-                       env=os.environ | dict(CION_NB_RUNS=str(through), PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true",
-                                             OMP_NUM_THREADS="1", CION_NB_PROGRESS="0"),
-                       capture_output=True, text=True, timeout=200)
+    p = forked.run_ranks(2, ["-m", "cion_nb", "pretrain", "--recipe", str(run.folder / "recipe.json")],
+                         os.environ | dict(CION_NB_RUNS=str(through), PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true",
+                                           OMP_NUM_THREADS="1", CION_NB_PROGRESS="0"), 200)
     assert p.returncode == 0, p.stderr[-3000:]
     assert (run.folder / "backbone.safetensors").read_bytes() == (
         through / run.name / "backbone.safetensors").read_bytes()
@@ -212,7 +210,7 @@ def test_denoising_is_three_jobs_and_gives_the_labels_of_one_process(cluster, tm
     features, samples = cion.feature_world(900, dim=16, images=6)
     np.save(tmp_path / "features.npy", features)
     cion.write_samples(samples, tmp_path / "samples.parquet")
-    env = dict(PYTHON=sys.executable, PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
+    env = dict(PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
                SHARDS="2", SBATCH=f"sbatch --mem=1G --cpus-per-task=1 --output={tmp_path}/%x-%A_%a.out")
     said = cluster.call("bash", "slurm/denoise.sh", str(tmp_path / "features.npy"), str(tmp_path / "samples.parquet"),
                         str(tmp_path / "found"), "half_width=100", "measure=false", **env)
@@ -225,12 +223,15 @@ def test_denoising_is_three_jobs_and_gives_the_labels_of_one_process(cluster, tm
 
 @pytest.mark.slow("starts processes")
 def test_features_by_one_job(cluster, tmp_path):
-    world = tmp_path / "world"
-    cion.render(cion.make_world("tiny", 0, pretrain_people=2, train_people=2, test_people=2, distractors=0), world)
-    samples = cion.read_samples(world / "reid.parquet")
+    world, rng = tmp_path / "world", np.random.default_rng(0)
+    world.mkdir()
+    names = [f"{i}.png" for i in range(20)]
+    for name in names: Image.fromarray(rng.integers(0, 256, (64, 32, 3), np.uint8)).save(world / name)
+    samples = cion.make_samples(names, pid=range(20))
+    cion.write_samples(samples, world / "reid.parquet")
     model = cion.create_backbone("resnet10_tiny", (64, 32)).eval()
     file = cion.save_backbone(model, tmp_path / "backbone.safetensors")
-    env = dict(PYTHON=sys.executable, PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
+    env = dict(PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
                DEVICE="cpu", SBATCH=f"sbatch --parsable --mem=2G --cpus-per-task=1 --output={tmp_path}/extract.out")
     job = cluster.call("bash", "slurm/extract.sh", str(world / "reid.parquet"), "--model", str(file), "--out",
                        str(tmp_path / "features"), "--set", "batch_size=16", **env).strip()
