@@ -210,8 +210,9 @@ def test_denoising_is_three_jobs_and_gives_the_labels_of_one_process(cluster, tm
     features, samples = cion.feature_world(900, dim=16, images=6)
     np.save(tmp_path / "features.npy", features)
     cion.write_samples(samples, tmp_path / "samples.parquet")
-    env = dict(PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
-               SHARDS="2", SBATCH=f"sbatch --mem=1G --cpus-per-task=1 --output={tmp_path}/%x-%A_%a.out")
+    env = dict(PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"),
+               OMP_NUM_THREADS="1", SHARDS="2",
+               SBATCH=f"sbatch --mem=1G --cpus-per-task=1 --output={tmp_path}/%x-%A_%a.out")
     said = cluster.call("bash", "slurm/denoise.sh", str(tmp_path / "features.npy"), str(tmp_path / "samples.parquet"),
                         str(tmp_path / "found"), "half_width=100", "measure=false", **env)
     jobs = re.findall(r"(?:videos|links|merge) (\d+)", said)
@@ -231,8 +232,9 @@ def test_features_by_one_job(cluster, tmp_path):
     cion.write_samples(samples, world / "reid.parquet")
     model = cion.create_backbone("resnet10_tiny", (64, 32)).eval()
     file = cion.save_backbone(model, tmp_path / "backbone.safetensors")
-    env = dict(PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"), OMP_NUM_THREADS="1",
-               DEVICE="cpu", SBATCH=f"sbatch --parsable --mem=2G --cpus-per-task=1 --output={tmp_path}/extract.out")
+    env = dict(PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS=str(tmp_path / "none.sh"),
+               OMP_NUM_THREADS="1", DEVICE="cpu",
+               SBATCH=f"sbatch --parsable --mem=2G --cpus-per-task=1 --output={tmp_path}/extract.out")
     job = cluster.call("bash", "slurm/extract.sh", str(world / "reid.parquet"), "--model", str(file), "--out",
                        str(tmp_path / "features"), "--set", "batch_size=16", **env).strip()
     ended(cluster, [job], tmp_path)
