@@ -1,8 +1,9 @@
 """All tests: nbdev's checks, every notebook's cells, pytest, the pages that have a profile through papermill.
 
 Last line: `N passed, N failed, N skipped`. Two jobs run side by side with one torch thread each: two jobs of two
-threads would fight for the cores. Long jobs start first, so that no core waits at the end; how long each takes is
-known from `.ci/seconds.json` (a new measure is left in runs/test/seconds.json: copy it there when they have drifted).
+threads would fight for the cores. A third runs the tests that mostly wait. Long jobs start first, so that no core waits
+at the end; how long each takes is known from `.ci/seconds.json` (a new measure is left in runs/test/seconds.json: copy
+it there when they have drifted).
 
 FAST=1 (`make test FAST=1`) leaves out what is marked slow, and every notebook that is no quick library page: an answer
 in three minutes. What was left out is said.
@@ -33,6 +34,7 @@ PART = 300                                    # seconds of tests in one pytest p
 BATCH = 60                                    # seconds of notebooks in one process
 QUICK = 4                                     # seconds of a library notebook that FAST=1 still runs
 UNKNOWN = 10                                  # seconds of what was never measured
+WAITING = "tests/test_slurm.py"               # its daemons and jobs wait for one another
 
 
 # ---- what there is, and how long it takes
@@ -206,10 +208,16 @@ def plan(seconds: dict, kernel: str) -> tuple[list, list]:
     tests = {f: both[0] if FAST else sum(both) for f, both in quick_and_slow.items()}
     for function, takes, length in ((pytest, tests, PART), (notebooks, books, BATCH)):
         n = 4 if FAST else max(2, round(sum(takes.values()) / length))
-        for number, part in enumerate(parts_of(takes, n), 1):
+        for number, part in enumerate(parts_of({f: s for f, s in takes.items() if name_of(f) != WAITING}, n), 1):
             jobs.append((sum(takes[f] for f in part), function, (part, number)))
     jobs.sort(key=lambda job: (job[1] is not pytest, -job[0]))
     return jobs, left
+
+
+def waiting_jobs(seconds: dict) -> list:
+    "What runs beside all others."
+    quick, slow = seconds.get(WAITING, [UNKNOWN, 0])
+    return [(quick if FAST else quick + slow, pytest, ([ROOT / WAITING], 0))]
 
 
 def tell(name: str, result: Result, seconds: float) -> None:
@@ -257,8 +265,10 @@ def main() -> int:
     linting = time.time()
     told.append(("make lint", one(*call_apart([".ci/lint.py"], 120)), time.time() - linting))
     tell(*told[1])
-    with ThreadPoolExecutor(2) as pool:
-        for job in as_completed([pool.submit(function, *arguments) for _, function, arguments in jobs]):
+    with ThreadPoolExecutor(2) as pool, ThreadPoolExecutor(1) as beside:
+        begun = [there.submit(function, *arguments) for there, those in ((beside, waiting_jobs(seconds)), (pool, jobs))
+                 for _, function, arguments in those]
+        for job in as_completed(begun):
             for row in job.result():
                 told.append(row)
                 tell(*row)
