@@ -75,6 +75,14 @@ def test_parameter_notebooks(path):
     assert not any(re.search(left_out, source(c)) for c in cells(path)), "papermill runs every cell"
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if any(
+    source(cell).startswith("check_parameters(globals())") for cell in cells(p))], ids=called)
+def test_pages_that_check_parameters_have_a_cell_tagged_so(path):
+    "Without the tag papermill puts its values first, and the page refuses every run with one."
+    tags = [cell["metadata"].get("tags", []) for cell in cells(path)]
+    assert sum("parameters" in tag for tag in tags) == 1, f"{called(path)}: tag its cell of parameters"
+
+
 def test_readme_map_names_every_room():
     readme = (ROOT / "README.md").read_text()
     for p in NOTEBOOKS:
