@@ -66,12 +66,14 @@ def plot_arms(
     table = results.pivot(index="world", columns="arm", values="mAP").reindex(columns=claim.arms)
     fig, ax = plt.subplots(figsize=(6.5, .6 + .42 * len(claim.arms)), dpi=90)
     at = np.arange(len(claim.arms))
-    ax.barh(at, 100 * table.mean(), .62, color="#c6dbef")
+    n = table.notna().sum()
+    ax.barh(at, 100 * table.mean().where(n == len(table)), .62, color="#c6dbef")       # of other worlds: another mean
     for world, scores in table.iterrows():
         ax.plot(100 * scores, at, "o-", ms=4, lw=.7, color="0.25", alpha=.7)
-    ax.set_yticks(at, [claim.label(arm) for arm in claim.arms], fontsize=10)
+    some = {arm: "" if k == len(table) else f" ({k} of {len(table)} worlds)" for arm, k in n.items()}
+    ax.set_yticks(at, [claim.label(arm) + some[arm] for arm in claim.arms], fontsize=10)
     what = "mAP of frozen features" if claim.score == "frozen" else f"mAP, {claim.score}"
-    ax.set_xlabel(f"{what}, on people nobody trained on, per cent", fontsize=9)
+    ax.set_xlabel(f"{what}, on held-out people, per cent", fontsize=9)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
