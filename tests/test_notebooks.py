@@ -2,6 +2,7 @@
 import json
 import re
 
+import papermill
 import pytest
 from places import ROOT
 
@@ -81,6 +82,9 @@ def test_pages_that_check_parameters_have_a_cell_tagged_so(path):
     "Without the tag papermill puts its values first, and the page refuses every run with one."
     tags = [cell["metadata"].get("tags", []) for cell in cells(path)]
     assert sum("parameters" in tag for tag in tags) == 1, f"{called(path)}: tag its cell of parameters"
+    lines = next(source(cell) for cell, tag in zip(cells(path), tags) if "parameters" in tag).splitlines()
+    known = [line.split(":")[0].split("=")[0].strip() for line in lines if "=" in line.split("#")[0]]
+    assert list(papermill.inspect_notebook(str(path))) == known, "papermill reads one = a line, comments included"
 
 
 def test_readme_map_names_every_room():
