@@ -95,7 +95,7 @@ def test_a_damaged_table_of_trials_is_refused_by_name(tmp_path, text, said):
 def test_a_search_judges_people_that_nobody_trained_on_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(reproduce, "make_world", partial(reproduce.make_world, crop=(64, 32)))
-    monkeypatch.setattr(C, "TRIES", dict(pretrain=PRETRAIN[:2], finetune=TUNE[:1]))
+    monkeypatch.setattr(C, "TRIES", dict(pretrain=PRETRAIN[:2], finetune=TUNE[:2]))
     monkeypatch.setattr(C, "RUNGS", (96,))
     monkeypatch.setattr(C, "LADDER", ("dino", "cion_true"))
     network = "resnet10_tiny_ibn"
@@ -106,7 +106,7 @@ def test_a_search_judges_people_that_nobody_trained_on_and_is_not_repeated(tmp_p
     table = C.read_choices(tmp_path)
     counts = table.groupby(["part", "start"]).size().to_dict()
     assert counts == {("pretrain", "dino"): 2, ("pretrain", "cion"): 2, ("pretrain", "cion_true"): 1,
-                      ("pretrain", "untrained"): 1, ("finetune", "scratch"): 1, ("finetune", "cion"): 1}
+                      ("pretrain", "untrained"): 1, ("finetune", "scratch"): 2, ("finetune", "cion"): 2}
     for row in table[table["start"] == "dino"].itertuples():
         tries = [Run(C.trial_pretraining(network, "dino", 96, profile="smoke", **s)) for s in PRETRAIN[:2]]
         run = next(run for run in tries if run.name == row.run)

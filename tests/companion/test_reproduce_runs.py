@@ -164,7 +164,7 @@ def test_how_many_at_once_is_checked(said, monkeypatch):
 
 # From nothing to a file that leaves, for every backbone
 
-ROAD = table5().arch.tolist() if os.environ.get("CION_NB_ROAD_ALL") else ["edgenext_x_small"]
+ROAD = table5().arch.tolist() if os.environ.get("CION_NB_ROAD_ALL") else ["ghostnet_0_5", "edgenext_x_small"]
 
 
 @pytest.mark.slow("trains networks")
