@@ -144,9 +144,9 @@ tracking() {
 }
 
 case $stage in
-    pretrain|finetune|usl|uda|video_reid) training "$@" ;;
+    pretrain|finetune|usl|uda|video_reid|idfree) training "$@" ;;
     denoise) denoising "$@" ;;
     track) tracking "$@" ;;
-    extract) single "$@" ;;
-    *) echo "stage.sh: no stage $stage: pretrain, finetune, usl, uda, video_reid, denoise, track or extract" >&2; exit 2 ;;
+    extract|find) single "$@" ;;
+    *) echo "stage.sh: no stage $stage: pretrain, finetune, usl, uda, video_reid, idfree, denoise, track, extract or find" >&2; exit 2 ;;
 esac

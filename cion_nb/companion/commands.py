@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PATHS', 'Command', 'command', 'setting_value', 'read_settings', 'settings_for', 'check_kind', 'from_here',
            'shard_of', 'track', 'extract', 'open_features', 'calibrate', 'denoise', 'recipe_of', 'pretrain', 'finetune',
-           'usl', 'uda', 'video_reid', 'score', 'export', 'reproduce', 'runs', 'make_parser', 'main']
+           'usl', 'uda', 'video_reid', 'idfree', 'find', 'score', 'export', 'reproduce', 'runs', 'make_parser', 'main']
 
 # %% ../../nbs/9_companion/08_commands.ipynb #ce42634d
 import argparse
@@ -424,11 +424,13 @@ def _check_network(recipe: dict) -> None:
     "The method's network can be built over this backbone."
     from cion_nb.training.cluster_contrast import ClusterNet
     from cion_nb.training.finetune import make_backbone, make_model
+    from cion_nb.detection.idfree import draw_pointid
     from cion_nb.video.video_reid import draw_clip_model
     random = recipe | dict(weights=None)
     if recipe["stage"] == "finetune": make_model(random, n_ids=2, n_cameras=1)
     if recipe["stage"] in ("usl", "uda"): ClusterNet(make_backbone(random)[0], recipe["pooling"])
     if recipe["stage"] == "video_reid": draw_clip_model(recipe, n_ids=2)
+    if recipe["stage"] == "idfree": draw_pointid(recipe)
 
 def _check_files(recipe: dict) -> None:
     "What a recipe reads is there: its folders and files."
@@ -445,6 +447,7 @@ def _check_data(recipe: dict) -> None:
     from cion_nb.data.datasets import read_data, refuse_no_world
     data, is_tested = recipe["data"], recipe["stage"] != "pretrain"
     if isinstance(data, dict): refuse_no_world(data)
+    if recipe["stage"] in ("find", "idfree"): return isinstance(data, str) and read_data(recipe, "frames") and None
     if data == "cion_al" and not (recipe["data_root"] and recipe.get("annotation")):
         what = "the folder of the images, and the JSON list of {id, file_path}"
         raise ValueError(f"data 'cion_al' needs data_root= and annotation=: {what}")
@@ -488,6 +491,30 @@ def uda(args): return _train("uda", args)
          "video_reid --profile paper --set data=mars data_root=/data/MARS method=dense weights=runs/video_reid-mean-…",
          _training_arguments)
 def video_reid(args): return _train("video_reid", args)
+
+@command("Train a detector that embeds (PointID) on person boxes without identities (method=image), then on videos (video).",
+         "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos",
+         "a run's folder with pointid.safetensors, log, checkpoints, result.json; resumes, or opens what is done",
+         "idfree --profile paper --set data=coco,crowdhuman data_root=/data/det method=image", _training_arguments)
+def idfree(args): return _train("idfree", args)
+
+# %% ../../nbs/9_companion/08_commands.ipynb #e636ef82
+def _find_arguments(parser):
+    add = parser.add_argument
+    add("--recipe", metavar="FILE", help="a recipe.json; the other arguments then change it")
+    add("--profile", help=f"one of {', '.join(PROFILES)} (default: tiny, or the recipe's own)")
+    add("--check", action="store_true", help="only see whether the settings make sense, and print the recipe")
+    _set(parser, "settings of the recipe: data, data_root, model, frames, image_size, min_score")
+
+@command("Find every person of every frame, with a feature, by a trained PointID.",
+         "frames (as `idfree`); a run of idfree in model=",
+         "a run's folder: features.npy and samples.parquet, a row a box; goes on where it was killed",
+         "find --profile paper --set data=prw data_root=/data/PRW frames=test model=runs/idfree-…", _find_arguments)
+def find(args):
+    from cion_nb.detection.find import find
+    asked = recipe_of("find", args)
+    if args.check: return _check(asked)
+    print(find(asked).folder)
 
 # %% ../../nbs/9_companion/08_commands.ipynb #21f80db3
 def _score_arguments(parser):

@@ -37,6 +37,8 @@ from ..core.settings import PROFILES, recipe, refuse_unknown, TRAININGS
 from ..core.store import Features
 from ..data.datasets import read_data
 from ..data.film import make_world, render
+from ..detection.find import find
+from ..detection.idfree import idfree
 from ..identities.denoise import denoise
 from ..models.backbones import load_backbone
 from ..models.features import extract
@@ -116,6 +118,8 @@ STAGES = dict(
     usl=usl,
     uda=uda,
     video_reid=video_reid,
+    find=find,
+    idfree=idfree,
 )
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRANSFORMS', 'DEGREES', 'SHARE', 'COLOUR', 'PATCH', 'LARGE', 'PAPER_HEIGHT', 'BLUR', 'QUALITY', 'ORDERS', 'NUMBERS',
            'OF_A_BOX', 'scale', 'rotation', 'zoom', 'mirror', 'move_boxes', 'Draws', 'draws_of', 'patch_of',
-           'change_colour', 'motion_kernel', 'Pair', 'ScenePairs', 'motion', 'look', 'cut_at']
+           'change_colour', 'motion_kernel', 'Pair', 'ScenePairs', 'fitted', 'motion', 'look', 'cut_at']
 
 # %% ../../nbs/7_detection/00_scene_pairs.ipynb #bcd448e0
 from dataclasses import dataclass
@@ -165,12 +165,20 @@ class ScenePairs:
         epoch: int = 0,      # number of the pass
     ) -> Pair:
         "The same of (seed, epoch, row), in any process."
-        boxes = self._checked(image, boxes)
-        both = [self._view(image, boxes, self._draws(row, epoch, view, len(boxes))) for view in range(2)]
+        both = [self.view(image, boxes, row, epoch, which) for which in range(2)]
         images, moved, visible = (np.stack(parts) for parts in zip(*both))
         return Pair(images, moved, visible, (visible >= self.least).all(0))
 
 # %% ../../nbs/7_detection/00_scene_pairs.ipynb #67eaa61c
+@patch
+def view(self: ScenePairs,
+    image: np.ndarray, boxes: np.ndarray, row: int, epoch: int = 0,   # as in a call
+    which: int = 0,      # 0 or 1
+) -> tuple:              # (h, w, 3) picture, (n, 4) boxes in it, (n,) share of each that is left
+    "One of the two views; of a video, each may be of another frame."
+    boxes = self._checked(image, boxes)
+    return self._view(image, boxes, self._draws(row, epoch, which, len(boxes)))
+
 @patch
 def _draws(self: ScenePairs, row: int, epoch: int, view: int, n: int) -> Draws:
     "Number 2 row + view has its own stream: what a view draws does not depend on the other, nor on who makes it."
@@ -189,9 +197,8 @@ def _checked(self: ScenePairs, image, boxes) -> np.ndarray:
 @patch
 def _view(self: ScenePairs, image, boxes, drawn: Draws) -> tuple: # picture, moved boxes, visible shares
     cv2, (H, W), (h0, w0) = opencv(), self.size, image.shape[:2]
-    fit = min(H / h0, W / w0)
-    h, w = max(1, round(h0 * fit)), max(1, round(w0 * fit))
-    image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if fit < 1 else cv2.INTER_LINEAR)
+    image = fitted(image, self.size)
+    h, w = image.shape[:2]
     boxes = move_boxes(scale(w / w0, h / h0), boxes)
     for box, how in zip(boxes, drawn.patches):
         if how and min(box[2:]) > LARGE * H / PAPER_HEIGHT:
@@ -202,6 +209,17 @@ def _view(self: ScenePairs, image, boxes, drawn: Draws) -> tuple: # picture, mov
     pixels = scale(1, 1, -.5, -.5) @ matrix @ scale(1, 1, .5, .5)          # a pixel's middle is at .5 of a box's edge
     image = cv2.warpAffine(image, pixels[:2], (W, H), flags=cv2.INTER_LINEAR, borderValue=self.fill)
     return look(image, drawn, H / PAPER_HEIGHT), *cut_at(move_boxes(matrix, boxes), (*at, w, h))
+
+
+# %% ../../nbs/7_detection/00_scene_pairs.ipynb #a82dc596
+def fitted(
+    image: np.ndarray,   # (h, w, 3) uint8
+    size: tuple,         # height, width
+) -> np.ndarray:         # the largest that fits into `size`
+    "A frame resized with its aspect kept."
+    fit = min(size[0] / image.shape[0], size[1] / image.shape[1])
+    h, w = (max(1, round(side * fit)) for side in image.shape[:2])
+    return opencv().resize(image, (w, h), interpolation=opencv().INTER_AREA if fit < 1 else opencv().INTER_LINEAR)
 
 def motion(drawn: Draws, w: float, h: float) -> np.ndarray:
     "(3, 3): rotation, mirror and zoom of a w x h frame, in this order."
