@@ -584,6 +584,7 @@ def read_data(
     subset: str,    # one of `SUBSETS`
 ) -> tuple[pd.DataFrame, Path]:  # samples, and the root their paths start from
     "The images that a recipe's `data` names."
+    if subset == "frames" and isinstance(recipe["data"], dict): return _of_world(recipe["data"], subset)
     if subset not in SUBSETS: raise ValueError(f"subset {subset!r}: choose one of {', '.join(SUBSETS)}")
     data = recipe["data"]
     if isinstance(data, dict):
@@ -602,12 +603,13 @@ def read_data(
 
 # %% ../../nbs/1_data/01_datasets.ipynb #da7a5002
 def _of_world(data: dict, subset: str) -> tuple[pd.DataFrame, Path]:
-    "The table of a world's run that holds a subset. ValueError where it was made without clips."
+    "The table of a world's run that holds a subset, or its frames' table. ValueError where it was made without them."
     refuse_no_world(data)
     root = Run(data).require().folder
-    name = "tracklets" if subset == "tracklets" else "clips" if subset.startswith("clips") else "reid"
-    if name == "clips" and not (root/"clips.parquet").exists():
-        raise ValueError(f"{root} is a world without clips; ask for one with them: values=dict(clip_frames=12)")
+    name = subset if subset in ("tracklets", "frames") else "clips" if subset.startswith("clips") else "reid"
+    asked = dict(clips="clip_frames=12", frames="frames=40").get(name)
+    if asked and not (root/f"{name}.parquet").exists():
+        raise ValueError(f"{root} is a world without {name}; ask for one with them: values=dict({asked})")
     return read_samples(root/f"{name}.parquet"), root
 
 def _read_known(data, recipe):

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from PIL import Image
 from ..core.files import atomic, fingerprint, progress, read_json, write_json
 from ..core.images import Picture, tile
 from ..core.runs import processors
-from ..core.samples import make_samples, read_samples, write_samples
+from ..core.samples import make_samples, read_samples, stamp, write_samples
 from ..core.settings import Seed, setting, Settings
 from .cameras import Camera, Canvas, jittered, project, stream
 from cion_nb.data.people import (
@@ -38,6 +39,7 @@ from cion_nb.data.people import (
     random_person,
     seen_from,
     stand,
+    TURN,
     TWINS,
     twins_of,
     Walk,
@@ -47,7 +49,9 @@ from .scenery import cameras, expose, make_thing, MARGIN, put_sprite, scenery, S
 # %% ../../nbs/1_data/06_film.ipynb #905b0e19
 _LATER = dict(                        # values that came later, as worlds were before: `world.json` leaves those out
     clip_frames=0, clip_stride=2,     # frames of a clip, and every how many of the video; 0: no clips
-    twins="")                         # "mark" or "gait": people come in pairs that differ in nothing else
+    twins="",                         # "mark" or "gait": people come in pairs that differ in nothing else
+    frames=0,                         # frames of every video that are drawn whole, with their boxes; 0: none
+    turns=0.)                         # share of the walks that change direction
 _COMMON = dict(
     _LATER, bank="A", cameras=6,
     lookalikes=.15,                   # share of people who have look-alikes
@@ -102,6 +106,7 @@ class World:
     tracklets: pd.DataFrame # rows of `tracklets.parquet` before rendering
     reid: pd.DataFrame      # rows of `reid.parquet` before rendering
     clips: pd.DataFrame | None = None # rows of `clips.parquet` before rendering; None where clip_frames is 0
+    frames: pd.DataFrame | None = None # `frames.parquet`, a row a person box; None where there are no frames
 
     @property
     def tables(self) -> dict:
@@ -121,9 +126,14 @@ class World:
         return (f"World({self.profile!r}, seed={self.seed}, bank={self.values['bank']}: {len(self.people)} people, "
                 f"{len(self.cameras)} cameras, {len(self.videos)} videos, {len(self.tracklets)} tracklet images, "
                 f"{len(self.reid)} ReID images" + (f", {len(self.clips)} clip images" if "clips" in self.tables else "")
-                + ")")
+                + (f", {self.frames.path.nunique()} frames" if "frames" in self.tables else "") + ")")
 
-def _tables_of(values: dict) -> tuple: return ("tracklets", "reid", "clips")[:3 if values["clip_frames"] else 2]
+def _tables_of(values: dict) -> tuple:
+    asked = dict(tracklets=True, reid=True, clips=values["clip_frames"], frames=values["frames"])
+    return tuple(name for name, is_there in asked.items() if is_there)
+
+def _tables_of_crops(world: World) -> dict:
+    return {name: t for name, t in world.tables.items() if name != "frames"}
 
 # %% ../../nbs/1_data/06_film.ipynb #a357cda5
 def _people(seed: int, values: dict) -> tuple:
@@ -148,27 +158,57 @@ def _pairs(rng, n: int, by: str) -> tuple:
     return tuple(p for pair in pairs for p in pair)
 
 # %% ../../nbs/1_data/06_film.ipynb #e793aa53
+def _edge(cam: Camera, y):
+    "Metres to the side at which somebody `y` metres away is out of the view, or at a wall."
+    out, wall = y * cam.size[0] / 2 / cam.focal + .5, SCENES[cam.scene]["side"]
+    return np.minimum(out, wall - .6) if wall else out
+
 def _walk(rng, cam: Camera, who: int, person: Person, start: int) -> Walk:
     "Somebody crosses the view from side to side, comes towards the camera or walks away from it."
-    near, far, side_wall = cam.near, cam.far, SCENES[cam.scene]["side"]
-    def edge(y):
-        out = y * cam.size[0] / 2 / cam.focal + .5
-        return min(out, side_wall - .6) if side_wall else out
+    near, far = cam.near, cam.far
     y = rng.uniform(near, far, 2)
     style = rng.choice(["cross", "come", "go"], p=[.56, .22, .22])
     if style == "cross":
         y[1] = np.clip(y[0] + rng.normal(0, 2.5), near, far)
         side = rng.choice([-1, 1])
-        a, c = (-side * edge(y[0]), y[0]), (side * edge(y[1]), y[1])
+        a, c = (-side * _edge(cam, y[0]), y[0]), (side * _edge(cam, y[1]), y[1])
     else:
-        a = (rng.uniform(-.8, .8) * edge(far), far + .5)
-        c = (rng.uniform(-.6, .6) * edge(near), near - 1.2)
+        a = (rng.uniform(-.8, .8) * _edge(cam, far), far + .5)
+        c = (rng.uniform(-.6, .6) * _edge(cam, near), near - 1.2)
         if style == "go": a, c = c, a
     b = (np.array(a) + c) / 2 + rng.normal(0, [.8, .9])
     b = (b[0], np.clip(b[1], near - .5, far + .5))
     path = tuple((float(q[0]), float(q[1])) for q in (a, b, c))
     return Walk(who, start, path, float(person.speed * rng.uniform(.9, 1.1)), float(rng.uniform(0, 2 * np.pi)))
 
+# %% ../../nbs/1_data/06_film.ipynb #7c530b81
+_ANGLES = np.pi / 3, np.pi * 5 / 6     # radians of a turn
+_SEEN = 2.                             # metres that are walked at least before a turn, and after it
+
+def _way_out(cam: Camera, start, heading: float) -> float:
+    "Metres straight on from `start` (2,) to where the view ends at its side or at the camera; 0: at its far end."
+    s = np.arange(0, 40, .05)
+    x, y = start[:, None] + s * np.array([[np.cos(heading)], [np.sin(heading)]])
+    is_out = (np.abs(x) > _edge(cam, y)) | (y < cam.near - 1.2)
+    first = int(np.argmax(is_out | (y > cam.far)))
+    return float(s[first]) if is_out[first] else 0.
+
+def _with_a_turn(rng, cam: Camera, walk: Walk) -> Walk | None:
+    "The walk with a turn; None where there was no room for one in twelve tries."
+    length, arc = walk.length, TURN * walk.speed
+    for _ in range(12):
+        before, angle = float(rng.uniform(.2, .8) * length), float(rng.choice([-1, 1]) * rng.uniform(*_ANGLES))
+        bent = replace(walk, turn=(before, angle, 0.))
+        place, heading, _ = bent.where(np.array([before, bent.length]) / walk.speed)
+        x, y = place.T
+        is_seen = (np.abs(x) < _edge(cam, y) - 1) & (cam.near < y) & (y < cam.far)
+        after = _way_out(cam, place[1], heading[1])
+        share = (before + arc / 2) / (before + arc + after)
+        if is_seen.all() and 1 / 3 <= share <= 2 / 3 and min(before, after) >= _SEEN:
+            return replace(walk, turn=(before, angle, after))
+    return None
+
+# %% ../../nbs/1_data/06_film.ipynb #1b98eb87
 def _beside(rng, walk: Walk, who: int) -> Walk:
     "A companion: the same way at the same speed, half a metre aside."
     (ax, ay), _, (cx, cy) = walk.path
@@ -184,11 +224,12 @@ def _metres_of_a_clip(v: dict) -> float:
     "How long a walk must be for a clip of it, whoever walks; 0 without clips."
     return v["clip_frames"] * v["clip_stride"] / v["fps"] * _QUICKEST + _AT_THE_EDGE * (v["clip_frames"] > 0)
 
-def _long_walk(rng, cam: Camera, who: int, person: Person, start: int, least: float) -> Walk:
-    "A walk of `least` metres or more."
-    longest = 0.
+def _long_walk(rng, cam: Camera, who: int, person: Person, start: int, least: float, turns: float = 0.) -> Walk:
+    "A walk of `least` metres or more, with a turn in a share of `turns`."
+    longest, is_bent = 0., turns > 0 and rng.random() < turns
     for _ in range(200):
         walk = _walk(rng, cam, who, person, start)
+        if is_bent and (walk := _with_a_turn(rng, cam, walk)) is None: continue
         if walk.length >= least: return walk
         longest = max(longest, walk.length)
     raise ValueError(f"a clip needs a walk of {least:.1f} m, and none in 200 of camera {cam.name} is longer than "
@@ -196,14 +237,14 @@ def _long_walk(rng, cam: Camera, who: int, person: Person, start: int, least: fl
 
 # %% ../../nbs/1_data/06_film.ipynb #b0857f9a
 def _video(rng, name: str, cam: Camera, role: str, who: list, people, fps: int, gap: float, company: float,
-           least: float = 0.) -> Video:
+           least: float = 0., turns: float = 0.) -> Video:
     "A recording in which the people `who` (indices) walk by, `least` metres at least, now and then in company."
     walks, start = [], int(rng.integers(0, fps))
     for i in who:
         if walks and rng.random() < company:
             walks.append(_beside(rng, walks[-1], i))
             continue
-        walks.append(_long_walk(rng, cam, i, people[i], start, least))
+        walks.append(_long_walk(rng, cam, i, people[i], start, least, turns))
         start += int(rng.exponential(gap * fps)) + fps // 3
     last = max(w.start + w.length / w.speed * fps for w in walks)
     return Video(name, cam.camid, role, int(last) + 1, tuple(walks))
@@ -293,12 +334,13 @@ def truth_boxes(
     video = world.video(video) if isinstance(video, str) else video
     return _truth_boxes(world.cameras[video.camid - 1], video, world.people, world.values["fps"], stride)
 
-def _truth_boxes(cam: Camera, video: Video, people, fps: int, stride: int) -> pd.DataFrame:
-    "`truth_boxes` for a world that is only half described."
+def _truth_boxes(cam: Camera, video: Video, people, fps: int, stride: int, at=None) -> pd.DataFrame:
+    "`truth_boxes` for a world that is only half described; of the frames `at` (any array) where that is given."
     parts = []
     for k, walk in enumerate(video.walks):
         frames, person = _times(video, walk, fps, stride), people[walk.person]
-        if not len(frames): continue
+        if at is not None: frames = np.intersect1d(frames, at)
+        if not len(frames) and parts: continue
         pose = _pose(person, walk, frames, fps)
         x0, y0, x1, y1 = _boxes(cam, person, pose).T
         parts.append(pd.DataFrame(dict(frame=frames, walk=k, true_pid=person.pid, x=x0, y=y0, w=x1 - x0, h=y1 - y0,
@@ -623,6 +665,42 @@ def _track_clips(world: World) -> pd.DataFrame:
     only_found = [int(rng.choice(tracklets)) for tracklets in asked]
     return t.assign(split=t.split.mask(t.tracklet.isin(only_found), "gallery"))
 
+# %% ../../nbs/1_data/06_film.ipynb #d4cdba4d
+def _chosen(video: Video, n: int) -> np.ndarray:
+    "`n` frames of a video, the first and the last among them; all of them where there are no more."
+    n = min(n, video.frames)
+    return np.arange(n) * (video.frames - 1) // max(n - 1, 1)
+
+def _scenes_of(world: World, video: Video) -> pd.DataFrame:
+    "The person boxes of a video's frames, and a row for each frame without any."
+    v, cam = world.values, world.camera(video)
+    frames = _chosen(video, v["frames"])
+    t = _truth_boxes(cam, video, world.people, v["fps"], 1, frames)
+    t[["x", "y", "w", "h"]] = _clip(t[["x", "y", "w", "h"]].to_numpy(), cam.size)
+    t["turned"] = np.array([video.walks[r.walk].has_turned((r.frame - video.walks[r.walk].start) / v["fps"])
+                            for r in t.itertuples()], int)
+    t = t.assign(visibility=(t.inside * t.clear).astype(np.float32), ignored=np.minimum(t.inside, t.clear) < .25)
+    nobody = dict(walk=-1, true_pid=-1, x=0., y=0., w=0., h=0., turned=0, visibility=np.float32(0), ignored=True)
+    empty = pd.DataFrame(dict(frame=np.setdiff1d(frames, t.frame), **nobody))
+    return pd.concat([t[empty.columns], empty], ignore_index=True).sort_values(["frame", "walk"], ignore_index=True)
+
+# %% ../../nbs/1_data/06_film.ipynb #b23e799d
+def _all_scenes(world: World) -> pd.DataFrame:
+    "The samples table of all frames."
+    splits, first, tables = dict(pretrain="", train="train", test="gallery"), 0, []
+    for video in world.videos:
+        t = _scenes_of(world, video)
+        pid, tracklet = t.true_pid if video.role != "pretrain" else -1, t.walk.where(t.walk < 0, t.walk + first)
+        said = dict(video=video.name, camid=video.camid, split=splits[video.role])
+        tables.append(t.assign(pid=pid, tracklet=tracklet, **said))
+        first += len(video.walks)
+    t = pd.concat(tables or [_NOBODY.assign(turned=0, visibility=np.float32(0), ignored=True)], ignore_index=True)
+    paths = [f"frames/{video}/{frame:05d}.jpg" for video, frame in zip(t.video, t.frame)]
+    columns = {c: t[c].to_numpy() for c in ("pid", "camid", "video", "tracklet", "frame", "split")}
+    box = {c: t[c].to_numpy(np.float32) for c in "xywh"}
+    said = {c: t[c].to_numpy() for c in ("true_pid", "turned", "visibility", "ignored")}
+    return stamp(make_samples(paths, **columns, **box, score=np.ones(len(t), np.float32), **said), "world")
+
 # %% ../../nbs/1_data/06_film.ipynb #c297b4fb
 def _videos(seed: int, v: dict, people, cams) -> tuple:
     "Pre-training videos (several a camera), and one train and one test video a camera, each with its people."
@@ -630,7 +708,7 @@ def _videos(seed: int, v: dict, people, cams) -> tuple:
     def add(label, role, cam, who):
         crowd = (v["gap"], v["company"]) if role == "pretrain" else (v["reid_gap"], v["company"] / 4)
         rng, least = stream(seed, v["bank"], label), _metres_of_a_clip(v) * (role != "pretrain")
-        if who: out.append(_video(rng, label, cams[cam], role, who, people, v["fps"], *crowd, least))
+        if who: out.append(_video(rng, label, cams[cam], role, who, people, v["fps"], *crowd, least, v["turns"]))
     a, b = v["pretrain_people"], v["pretrain_people"] + v["train_people"]
     count = max(-(-a * v["appearances"] // v["walks_per_video"]), v["appearances"])
     for k, who in enumerate(_deal(rng, a, count, v["appearances"], np.arange(count) % n)):
@@ -664,6 +742,7 @@ def make_world(
     nothing = pd.Series(dtype=int)
     world.tracklets, world.reid = (_paths(t, nothing) for t in (_track_all(world), _sample_reid(world)))
     if values["clip_frames"]: world.clips = _paths(_track_clips(world), world.reid.video.value_counts())
+    if values["frames"]: world.frames = _all_scenes(world)
     return world
 
 def _cast(profile: str, seed: int, values: dict) -> World:
@@ -674,7 +753,7 @@ def _cast(profile: str, seed: int, values: dict) -> World:
 # %% ../../nbs/1_data/06_film.ipynb #55eb4270
 def _check_values(v: dict) -> None:
     "Rates and counts a world can have."
-    for k, hi in dict(switch=.3, background=.3, drift=.5, lookalikes=.9).items():
+    for k, hi in dict(switch=.3, background=.3, drift=.5, lookalikes=.9, turns=1.).items():
         if not 0 <= v[k] <= hi: raise ValueError(f"{k}={v[k]} must lie in [0, {hi}]")
     if not 1 <= v["fragments"] <= 8:
         raise ValueError(f"fragments={v['fragments']} is the mean number of tracklets a walk is broken into, 1 to 8")
@@ -684,9 +763,10 @@ def _check_values(v: dict) -> None:
     _check_clips(v)
 
 def _check_clips(v: dict) -> None:
-    "Clips and twins a world can have."
+    "Clips, frames and twins a world can have."
     for k, odd, meant in (("clip_frames", 1, "0 for no clips, or a whole number of frames from 2 on"),
-                          ("clip_stride", 0, "a whole number from 1 on: every how many frames of the video")):
+                          ("clip_stride", 0, "a whole number from 1 on: every how many frames of the video"),
+                          ("frames", -1, "0 for none, or how many frames of every video are drawn")):
         if type(v[k]) is not int or v[k] < 0 or v[k] == odd: raise ValueError(f"{k}={v[k]!r}: {meant}")
     if v["twins"] not in TWINS: raise ValueError(f"twins={v['twins']!r}: choose {', '.join(map(repr, TWINS))}")
     for k in ("pretrain_people", "train_people", "test_people"):
@@ -858,31 +938,64 @@ def read_truth(
     return Truth(**out) if out else _no_truth(0, 0, 0)
 
 # %% ../../nbs/1_data/06_film.ipynb #1f934bbe
-def _render_video(world: World, video: Video, root: Path, tick=lambda n: None) -> None:
-    "Crops and truth of one video; `tick` is told of crops done."
-    rows = pd.concat([t[t.video == video.name] for t in world.tables.values()])
-    done, tmp = root / "crops" / video.name, root / "crops" / f".{video.name}.{os.getpid()}"
-    if done.exists():
-        tick(len(rows))
-        return
+@contextmanager
+def _whole(done: Path):
+    "A folder to write into, which is `done` when the block has ended."
+    tmp = done.with_name(f".{done.name}.{os.getpid()}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    H, W = world.values["crop"]
-    stage, quality, n = _Stage(world, video, rows.frame.unique()), world.camera(video).quality, len(rows)
-    truth = _no_truth(n, H, W)
-    for i, r in enumerate(rows.itertuples()):
-        crop = _cut(stage, r.frame, r.walk, r.x, r.y, r.w, r.h)
-        Image.fromarray(crop.image).resize((W, H), Image.BICUBIC).save(tmp / f"{i:05d}.jpg", quality=quality)
-        truth.parts[i] = np.asarray(Image.fromarray(crop.parts).resize((W, H), Image.NEAREST))
-        truth.joints[i] = crop.joints * [W / r.w, H / r.h]
-        truth.seen[i], truth.visibility[i] = crop.seen, crop.visibility
-        if i % 20 == 19: tick(20)
-    tick(n % 20)
-    np.savez_compressed(tmp / "truth.npz", **vars(truth))
+    yield tmp
     try: os.rename(tmp, done)
     except OSError:                        # another process was faster; its pixels are the same
         if not done.exists(): raise
         shutil.rmtree(tmp)
+
+def _render_crops(world: World, video: Video, done: Path, tick) -> None:
+    "Crops and truth of one video; `tick` is told of crops done."
+    rows = pd.concat([t[t.video == video.name] for t in _tables_of_crops(world).values()])
+    H, W = world.values["crop"]
+    stage, quality, n = _Stage(world, video, rows.frame.unique()), world.camera(video).quality, len(rows)
+    truth = _no_truth(n, H, W)
+    with _whole(done) as folder:
+        for i, r in enumerate(rows.itertuples()):
+            crop = _cut(stage, r.frame, r.walk, r.x, r.y, r.w, r.h)
+            Image.fromarray(crop.image).resize((W, H), Image.BICUBIC).save(folder / f"{i:05d}.jpg", quality=quality)
+            truth.parts[i] = np.asarray(Image.fromarray(crop.parts).resize((W, H), Image.NEAREST))
+            truth.joints[i] = crop.joints * [W / r.w, H / r.h]
+            truth.seen[i], truth.visibility[i] = crop.seen, crop.visibility
+            if i % 20 == 19: tick(20)
+        tick(n % 20)
+        np.savez_compressed(folder / "truth.npz", **vars(truth))
+
+# %% ../../nbs/1_data/06_film.ipynb #789a67cc
+def _render_frames(world: World, video: Video, done: Path, tick) -> None:
+    "Whole frames of one video; `tick` is told of frames done."
+    frames = world.frames.frame[world.frames.video == video.name].unique().tolist()
+    stage = _Stage(world, video, frames)
+    with _whole(done) as folder:
+        for frame in frames:
+            Image.fromarray(_frame(stage, frame)[0]).save(folder / f"{frame:05d}.jpg", quality=95)
+            tick(1)
+
+# %% ../../nbs/1_data/06_film.ipynb #57861667
+_DRAWERS = dict(crops=_render_crops, frames=_render_frames)     # by the folder that they fill
+_EFFORT = pd.Series(dict(crops=1, frames=10))                   # of a picture, about
+
+def _pictures(world: World) -> pd.DataFrame:
+    "How many there are of each video (its name is the index) in each folder (a column)."
+    of = dict(crops=pd.concat([t[["video", "path"]] for t in _tables_of_crops(world).values()]))
+    if world.frames is not None: of["frames"] = world.frames
+    count = {folder: t.groupby("video").path.nunique() for folder, t in of.items()}
+    return pd.DataFrame(count, [v.name for v in world.videos]).fillna(0).astype(int)
+
+def _missing(world: World, video: Video, root: Path) -> list:
+    "The folders in which a video is not there yet."
+    folders = ["crops"] if world.frames is None else ["crops", "frames"]
+    return [folder for folder in folders if not (root / folder / video.name).exists()]
+
+def _render_video(world: World, video: Video, root: Path, tick=lambda n: None) -> None:
+    "What is missing of one video; `tick` is told of pictures done."
+    for folder in _missing(world, video, root): _DRAWERS[folder](world, video, root / folder / video.name, tick)
 
 # %% ../../nbs/1_data/06_film.ipynb #d231fd42
 def _work(root: str) -> None:
@@ -910,7 +1023,7 @@ def _spawn(root: Path, videos: list, bar) -> tuple:
 
 # %% ../../nbs/1_data/06_film.ipynb #7e2cab3e
 def _shares(videos: list, size: pd.Series, workers: int) -> list:
-    "Lists of videos, one a worker, a camera's videos together; `size` is crops a video."
+    "Lists of videos, one a worker, a camera's videos together; `size` is the work of a video, in crops."
     shares = [[] for _ in range(workers)]
     load = lambda share: sum(size.get(v.name, 0) for v in share)
     for video in sorted(videos, key=lambda v: (v.camid, -size.get(v.name, 0))):
@@ -921,13 +1034,13 @@ def _shares(videos: list, size: pd.Series, workers: int) -> list:
 # %% ../../nbs/1_data/06_film.ipynb #cefdc785
 def _render_all(world: World, root: Path, workers: int, bar) -> None:
     "All videos, by `workers` processes (1: this one)."
-    todo = [v for v in world.videos if not (root / "crops" / v.name).exists()]
-    size = pd.concat([t.video for t in world.tables.values()]).value_counts()
-    bar.update(int(sum(size.get(v.name, 0) for v in world.videos if v not in todo)))
+    pictures, missing = _pictures(world), {v.name: _missing(world, v, root) for v in world.videos}
+    todo = [v for v in world.videos if missing[v.name]]
+    bar.update(int(pictures.sum().sum() - sum(pictures.loc[name, folders].sum() for name, folders in missing.items())))
     if workers <= 1 or len(todo) < 2:
         for v in todo: _render_video(world, v, root, bar.update)
         return
-    jobs = [_spawn(root, share, bar) for share in _shares(todo, size, workers)]
+    jobs = [_spawn(root, share, bar) for share in _shares(todo, (pictures * _EFFORT).sum(axis=1), workers)]
     try:
         for worker, thread, errors in jobs:
             if code := worker.wait():
@@ -961,9 +1074,9 @@ def render(
     world: World,
     root: str | Path,           # a folder; made if it is not there
     workers: int | None = None, # processes; None: one a core, 8 at most
-) -> dict:                      # "tracklets", "reid" and, where clip_frames is not 0, "clips": samples tables
-    """Draw a world: crops, truth, `tracklets.parquet`, `reid.parquet`, `clips.parquet` where it has clips,
-    `world.json`. Goes on where an earlier call was stopped; a finished world is only read."""
+) -> dict:                      # samples tables: "tracklets", "reid" and, where asked for, "clips" and "frames"
+    """Draw a world: crops, truth, `tracklets.parquet`, `reid.parquet`, `clips.parquet` and `frames.parquet` where it
+    has clips and frames, `world.json`. Goes on where an earlier call was stopped; a finished world is only read."""
     root = Path(root).resolve()
     told = _describe(world)
     root.mkdir(parents=True, exist_ok=True)
@@ -981,16 +1094,18 @@ def _render(world: World, root: Path, workers: int, told: dict) -> None:
     write_json(root / "world.json", told)
     tables = world.tables
     for name, t in tables.items(): write_samples(t, root / f".{name}.parquet")              # for the workers
-    n = sum(map(len, tables.values()))
-    with progress(total=n, desc=f"render {world.values['bank']} {world.profile}", unit="crop") as bar:
+    n = _pictures(world).sum()
+    with progress(total=int(n.sum()), desc=f"render {world.values['bank']} {world.profile}", unit="picture") as bar:
         _render_all(world, root, workers, bar)
-    for name, t in tables.items():
+    for name, t in _tables_of_crops(world).items():
         table = t.assign(visibility=read_truth(root, t).visibility).drop(columns="walk")
         table.attrs = dict(dataset="world_clips" if name == "clips" else "world")           # whose pid 0 is nobody
         write_samples(table, root / f"{name}.parquet")
-    for left in (root / "crops").glob(".*"): shutil.rmtree(left, ignore_errors=True)        # of killed workers
+    if world.frames is not None: write_samples(world.frames, root / "frames.parquet")
+    for folder in n.index:
+        for left in (root / folder).glob(".*"): shutil.rmtree(left, ignore_errors=True)     # of killed workers
     for left in (*root.glob(".*.parquet"), *root.glob(".worker*.log")): left.unlink(missing_ok=True)
-    write_json(root / "finished.json", dict(crops=n, fingerprint=told["fingerprint"]))
+    write_json(root / "finished.json", dict(n.astype(int).to_dict(), fingerprint=told["fingerprint"]))
 
 # %% ../../nbs/1_data/06_film.ipynb #8c52c7b4
 def _codec(path: Path):
