@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BoxFilter', 'assign', 'looks', 'EmbeddingTracker']
 
-# %% ../../nbs/1_data/10_association.ipynb #7572ac55
+# %% ../../nbs/1_data/10_association.ipynb #4fe67316
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from .detectors import box_iou
 
-# %% ../../nbs/1_data/10_association.ipynb #234386b0
+# %% ../../nbs/1_data/10_association.ipynb #dce8436b
 def _noise(height: np.ndarray, share: float, aspect: float) -> np.ndarray: # (n,) -> (n, 4)
     "Variances of x, y, aspect, height: a share of the height, and a constant for the aspect."
     out = np.repeat((share * height[:, None]) ** 2, 4, axis=1)
@@ -49,18 +49,18 @@ class BoxFilter:
         "Squared Mahalanobis distance of every measurement from every place that is expected."
         return ((z[None] - mean[:, None, 0]) ** 2 / self.spread(mean, var)[:, None]).sum(-1)
 
-# %% ../../nbs/1_data/10_association.ipynb #8323faca
+# %% ../../nbs/1_data/10_association.ipynb #743f4bbc
 def assign(
     cost: np.ndarray,  # (n, m), infinite where a pair is out of the question
     limit: float,      # a pair costs less
 ) -> tuple[np.ndarray, np.ndarray]:  # rows and columns of the pairs
-    "The matching with the least sum of costs, where staying alone costs half the limit for each (lapjv's `cost_limit`)."
+    "The matching of least cost, where who stays alone costs half the limit (lapjv's `cost_limit`)."
     gain = np.minimum(cost - limit, 0)
     rows, columns = linear_sum_assignment(gain)
     paired = gain[rows, columns] < 0
     return rows[paired], columns[paired]
 
-# %% ../../nbs/1_data/10_association.ipynb #d0c7dce6
+# %% ../../nbs/1_data/10_association.ipynb #10716948
 @dataclass
 class _Tracks:
     "Tracks as arrays, a row a track."
@@ -86,7 +86,7 @@ def _measured(boxes: np.ndarray) -> np.ndarray: # (n, 4) left, top, right, botto
 
 def _unit(x: np.ndarray) -> np.ndarray: return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-# %% ../../nbs/1_data/10_association.ipynb #a79b19de
+# %% ../../nbs/1_data/10_association.ipynb #31e8954e
 def looks(
     detections,               # of `supervision`, their vectors in `data["embedding"]`
     width: int | None = None, # of the vectors before
@@ -108,7 +108,7 @@ def looks(
                          "leave such boxes out (`track` does), or mend the model")
     return _unit(x)
 
-# %% ../../nbs/1_data/10_association.ipynb #2a36d41a
+# %% ../../nbs/1_data/10_association.ipynb #dacb6d3d
 class EmbeddingTracker:
     """FairMOT's solver with Id-Free's threshold (supplement, section 7). ValueError for a setting that cannot be
     meant, and for embeddings that are missing or of no use while `appearance` is above 0."""
@@ -116,7 +116,7 @@ class EmbeddingTracker:
         frame_rate: float = 30.,      # updates per second
         keep: float = .4,             # boxes with a lower score are not looked at (FairMOT)
         birth: float = .6,            # least score of a box that begins a track (Id-Free; FairMOT: .4)
-        appearance: float = .98,      # weight of the cosine distance, the rest weighs the Mahalanobis distance (FairMOT)
+        appearance: float = .98,      # weight of the cosine distance; the rest is Mahalanobis' (FairMOT); 0: IoU
         match: float = .4,            # a pair by appearance costs less (FairMOT)
         overlap: float = .5,          # then 1 - IoU of a pair is less (FairMOT)
         young: float = .7,            # 1 - IoU for a track that does not count yet (FairMOT)
@@ -144,7 +144,7 @@ class EmbeddingTracker:
         self._frame, self._next, self._width = 0, 0, None
         self._tracks = self._begun(np.zeros((0, 4)), np.zeros((0, 0)))
 
-# %% ../../nbs/1_data/10_association.ipynb #9ba8db7b
+# %% ../../nbs/1_data/10_association.ipynb #90fda24a
 def _check_solver(settings: dict) -> None:
     "ValueError for a number that has no meaning."
     for name, value in settings.items():
@@ -159,7 +159,7 @@ def _check_solver(settings: dict) -> None:
     if settings["birth"] < settings["keep"]:
         raise ValueError(f"birth={settings['birth']} is below keep={settings['keep']}: such boxes are never looked at")
 
-# %% ../../nbs/1_data/10_association.ipynb #13ab2da8
+# %% ../../nbs/1_data/10_association.ipynb #e825c11f
 @patch
 def _matched(self: EmbeddingTracker, tracks: _Tracks, boxes, z, look) -> np.ndarray: # (n,)
     "The box of each track, -1 where it has none."
@@ -179,7 +179,7 @@ def _matched(self: EmbeddingTracker, tracks: _Tracks, boxes, z, look) -> np.ndar
     join(~counted, overlap, self.young)
     return of
 
-# %% ../../nbs/1_data/10_association.ipynb #39faef39
+# %% ../../nbs/1_data/10_association.ipynb #00adf3cf
 @patch
 def _expected(self: EmbeddingTracker) -> _Tracks:
     "The tracks where they are expected now. Lost ones do not grow, young ones have no pace yet (FairMOT)."
@@ -210,10 +210,10 @@ def _new_ids(self: EmbeddingTracker, n: int) -> np.ndarray:
     self._next += n
     return np.arange(self._next - n, self._next)
 
-# %% ../../nbs/1_data/10_association.ipynb #c0ab69ed
+# %% ../../nbs/1_data/10_association.ipynb #629082ff
 @patch
 def _is_copy(self: EmbeddingTracker, tracks: _Tracks) -> np.ndarray: # (n,)
-    "Tracks that lie on an older one, of two one lost; where they are as old as each other the lost one stays (FairMOT)."
+    "Tracks that lie on an older one where one of the two is lost; of equal ones the lost one stays (FairMOT)."
     lost, age = tracks.last < self._frame, tracks.last - tracks.first
     out, boxes = np.zeros(len(tracks), bool), tracks.boxes
     here, gone = np.flatnonzero(~lost), np.flatnonzero(lost)
@@ -232,7 +232,7 @@ def _used(self: EmbeddingTracker, detections) -> tuple[np.ndarray, np.ndarray, n
     best = np.argsort(-score[rows], kind="stable")[:self.most]
     return boxes, score, np.sort(rows[best])
 
-# %% ../../nbs/1_data/10_association.ipynb #9d27ad7d
+# %% ../../nbs/1_data/10_association.ipynb #c1f11edb
 @patch
 def update(self: EmbeddingTracker,
     detections,    # of `supervision`: boxes, scores (none: all 1), vectors (n, D) in `data["embedding"]`
