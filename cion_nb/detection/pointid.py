@@ -25,7 +25,7 @@ from .scene_pairs import fitted
 from ..models.architectures import InputSpec
 from ..models.backbones import create_backbone
 from ..models.features import model_hash
-from ..video.denseil import default_taps, tap
+from ..video.denseil import default_taps, n_levels, tap
 
 # %% ../../nbs/7_detection/02_pointid.ipynb #9e83bceb
 STRIDE = 4                 # pixels of a cell
@@ -111,6 +111,7 @@ def decode(
 def _people_of(maps, i: int, cells: Tensor, scores: Tensor) -> tuple:
     w = maps["heat"].shape[-1]
     sides, offset, x = (maps[name][i].flatten(1)[:, cells].T.float() for name in ("box", "offset", "embedding"))
+    sides = sides.clamp_min(0)                                             # a middle lies in its box
     if sides.shape[1] == 2: sides = torch.cat([sides, sides], 1) / 2
     middle = torch.stack([cells % w, cells // w], 1) + offset
     boxes = torch.cat([middle - sides[:, :2], middle + sides[:, 2:]], 1) * STRIDE
@@ -147,7 +148,7 @@ class Trunk(nn.Module):
             self.input = InputSpec(*size)
         else:
             self.net = create_backbone(name, tuple(size), weights)
-            self.input, self.taps = self.net.input, default_taps(self.net)
+            self.input, self.taps = self.net.input, default_taps(self.net, min(4, n_levels(self.net)))
         self.widths = self._look(size)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -196,8 +197,8 @@ class PointID(nn.Module):
         y = levels.pop()
         for conv, finer in zip(reversed(self.down), reversed(levels)):
             y = conv(_enlarged(y, finer.shape[-2:]) + finer)
-        y = _enlarged(y, (ph // STRIDE, pw // STRIDE))[..., :-(-h // STRIDE), :-(-w // STRIDE)]
-        return {name: head(y) for name, head in self.heads.items()}
+        y = _enlarged(y, (ph // STRIDE, pw // STRIDE))
+        return {name: head(y)[..., :-(-h // STRIDE), :-(-w // STRIDE)] for name, head in self.heads.items()}
 
 def padded(size) -> tuple:
     "Height and width that 32 divides."
