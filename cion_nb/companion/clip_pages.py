@@ -228,7 +228,7 @@ def gains() -> list[str]:
 def own_results(
     profile: str,
     names: list[str],            # of claims
-    compute: bool = False,       # whether missing worlds are computed, 2 where `worlds` says nothing
+    compute: bool = False,       # whether missing worlds are computed, 2 where `worlds` says nothing; at tiny of one claim
     worlds: int | None = None,
 ):                               # a table of the profile's own verdicts; a sentence where there is none
     "Compute at `small` what its claims lack; at another profile what is asked for, kept beside that profile's report."
@@ -236,9 +236,11 @@ def own_results(
         compute_worlds("small", names, worlds)
         publish("small")
     folder = report_folder(profile) / "worlds"
-    if compute and profile != "small": compute_worlds(profile, names, worlds or 2, folder)
+    if compute and profile != "small": compute_worlds(profile, names[:_SO_MANY.get(profile)], worlds or 2, folder)
     table = with_worlds(claims_table(profile, names, folder))
     return table if len(table) else Markdown("*Nothing was computed at this profile.*")
+
+_SO_MANY = dict(tiny=1)     # claims that a reader waits for, the first ones: minutes; all of them would be half an hour
 
 def clip_claims_rows(names: list[str]) -> tuple[pd.DataFrame, list[str]]:   # stored rows and what is said of them
     "What `small` found."

@@ -742,6 +742,10 @@ def lanes(profile: str) -> int:
     if torch.cuda.is_available() or profile == "paper" or os.environ.get("CION_NB_JOBS"): return 1
     return min(processors(), 2)
 
+def _alone(name: str, everything: bool) -> bool:
+    "Whether a page is made after all others: its seconds count, or it has trainings for all cores."
+    return name in TIMED or everything and name in SISTERS
+
 def _pages(names, profile, parameters, everything=False):
     "Entries of `run_notebook` as they come. What one page computes another waits for: a run is locked."
     n, said = lanes(profile), dict.fromkeys(names)
@@ -749,8 +753,9 @@ def _pages(names, profile, parameters, everything=False):
         tqdm.write(f"[{list(said).index(name) + 1}/{len(names)}] {TITLES[name]}")
         own = dict(compute=True) if everything and name in SISTERS else {}
         return run_notebook(name, profile, **parameters | own)
-    beside = [name for name in names if name not in TIMED] if n > 1 else []
-    with _beside(CION_NB_LANES=str(n if beside else 1)), ThreadPoolExecutor(n) as pool:
+    beside = [name for name in names if not _alone(name, everything)] if n > 1 else []
+    n = min(n, len(beside) or 1)
+    with _beside(CION_NB_LANES=str(n)), ThreadPoolExecutor(n) as pool:
         for done in as_completed([pool.submit(make, name) for name in beside]): yield done.result()
     for name in names:
         if name not in beside: yield make(name)
@@ -773,7 +778,8 @@ def plan_text(names: list[str], profile: str, everything: bool = False) -> str:
     file = project_root() / "reports/bench/pages.csv"
     if profile != "tiny" or not file.exists(): return said
     on, weights = pd.read_csv(file)["on"].iloc[0], expected(names, profile, everything)
-    minutes = sum(s if name in TIMED else s / 2 for name, s in weights.items()) / 60      # measured two at a time
+    n = 2 if sum(not _alone(name, everything) for name in names) > 1 else 1                # measured two at a time
+    minutes = sum(s if _alone(name, everything) else s / n for name, s in weights.items()) / 60
     return f"{said}\nabout {max(minutes, 1):.0f} min where nothing is computed yet (as measured on {on})"
 
 # %% ../../nbs/9_companion/03_reproduce.ipynb #44ba0e24

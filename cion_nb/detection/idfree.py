@@ -229,7 +229,10 @@ def spread(
     size: int,           # rows of a batch
 ) -> Iterator[np.ndarray]:
     "Batches in which no group stands twice, as long as that many are left; the last, incomplete one is dropped."
-    waiting, left = deque(), deque(order.tolist())
+    place = pd.Series(np.arange(len(order))).groupby(group[order]).cumcount().to_numpy()        # each group's first, …
+    alone = group[order] < 0
+    place = np.where(alone, np.arange(len(order)) * (place[~alone].max(initial=0) + 1) // max(len(order), 1), place)
+    waiting, left = deque(), deque(order[np.argsort(place, kind="stable")].tolist())
     while len(waiting) + len(left) >= size:
         batch, seen, skipped = [], set(), deque()
         while len(batch) < size and (waiting or left):

@@ -2,6 +2,7 @@
 is run whole."""
 import ast
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,6 +240,21 @@ def test_two_pages_at_once_and_timed_ones_alone(monkeypatch, tmp_path):
         if n == 1: assert made == names
         else: assert set(made[-2:]) == set(room.TIMED)
         for name, beside in seen: assert name not in room.TIMED or beside == {name}
+
+
+def test_a_page_that_trains_alone_has_all_cores(monkeypatch):
+    "One page that is asked for by itself, and a sister system's that computes: neither leaves a core for another page."
+    seen = {}
+    def run(name, profile, **parameters):
+        seen[name] = os.environ.get("CION_NB_LANES", "1"), parameters.get("compute", False)
+        return dict(name=name, seconds=.02, error=None, failed=[])
+    monkeypatch.setattr(room, "run_notebook", run)
+    monkeypatch.setattr(room, "lanes", lambda profile: 2)
+    assert len(list(room._pages(["road"], "tiny", {}))) == 1 and seen == dict(road=("1", False))
+    made = [entry["name"] for entry in room._pages(["denseil_variants", "road", "table1"], "tiny", {}, everything=True)]
+    assert made[-1] == "denseil_variants"
+    assert seen == dict(road=("2", False), table1=("2", False), denseil_variants=("1", True))
+    assert "about" in room.plan_text(["denseil_variants"], "tiny", True)
 
 
 def test_the_plan_says_what_and_how_long(monkeypatch):
