@@ -979,7 +979,7 @@ def _render_frames(world: World, video: Video, done: Path, tick) -> None:
 
 # %% ../../nbs/1_data/06_film.ipynb #57861667
 _DRAWERS = dict(crops=_render_crops, frames=_render_frames)     # by the folder that they fill
-_EFFORT = pd.Series(dict(crops=1, frames=10))                   # of a picture, about
+_EFFORT = pd.Series(dict(crops=1, frames=7))                    # of a picture, about
 
 def _pictures(world: World) -> pd.DataFrame:
     "How many there are of each video (its name is the index) in each folder (a column)."

@@ -88,11 +88,11 @@ def test_crops_are_the_same_beside_frames(tmp_path):
         render(make_world("tiny", 3, **people, **more), tmp_path / name, workers=1)
     plain, more = files(tmp_path / "plain"), files(tmp_path / "more")
     new = {name for name in more if name.startswith("frames")}
-    assert set(more) - new == set(plain) and len(new) == 2 * 2 + 1
+    assert set(more) - new == set(plain) and len(new) == 4 * 2 + 1
     told = {"world.json", "finished.json"}
     assert all(more[name] == plain[name] for name in set(plain) - told) and len(plain) > 20
     assert list(json.loads(plain["finished.json"])) == ["crops", "fingerprint"]
-    assert json.loads(more["finished.json"])["frames"] == 4
+    assert json.loads(more["finished.json"])["frames"] == 8
 
 
 # --- the table
