@@ -14,8 +14,10 @@ _DOORS = {
     "data.film": ["make_world", "render", "read_truth", "montage"],
     "data.feature_worlds": ["feature_world"],
     "data.detectors": ["HogDetector", "MotDetections", "OnnxDetector", "TorchvisionDetector"],
+    "data.association": ["EmbeddingTracker"],
     "data.tracking": ["cut_tracks", "track", "track_videos"],
     "data.tracking_scores": ["tracking_scores"],
+    "data.scenes": ["read_coco", "read_crowdhuman", "read_mot_sequence", "read_cuhk_sysu", "read_prw"],
     "models.architectures": ["InputSpec", "list_backbones"],
     "models.checkpoints": ["load_backbone_weights"],
     "models.backbones": ["create_backbone", "load_backbone", "save_backbone"],
@@ -38,6 +40,10 @@ _DOORS = {
     "video.clips": ["extract_clips"],
     "video.denseil": ["DenseIL"],
     "video.video_reid": ["video_reid"],
+    "detection.pointid": ["PointDetector"],
+    "detection.find": ["find"],
+    "detection.idfree": ["idfree"],
+    "detection.embedded": ["EmbeddedDetector"],
     "companion.score": ["load_model", "score", "score_splits"],
 }
 

@@ -228,7 +228,7 @@ def gains() -> list[str]:
 def own_results(
     profile: str,
     names: list[str],            # of claims
-    compute: bool = False,       # whether missing worlds are computed, 2 where `worlds` says nothing; at tiny of one claim
+    compute: bool = False,       # whether missing worlds are computed, 2 where `worlds` says nothing
     worlds: int | None = None,
 ):                               # a table of the profile's own verdicts; a sentence where there is none
     "Compute at `small` what its claims lack; at another profile what is asked for, kept beside that profile's report."

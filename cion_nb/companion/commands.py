@@ -422,9 +422,9 @@ def _check(recipe: dict) -> None:
 
 def _check_network(recipe: dict) -> None:
     "The method's network can be built over this backbone."
+    from cion_nb.detection.idfree import draw_pointid
     from cion_nb.training.cluster_contrast import ClusterNet
     from cion_nb.training.finetune import make_backbone, make_model
-    from cion_nb.detection.idfree import draw_pointid
     from cion_nb.video.video_reid import draw_clip_model
     random = recipe | dict(weights=None)
     if recipe["stage"] == "finetune": make_model(random, n_ids=2, n_cameras=1)
@@ -492,7 +492,7 @@ def uda(args): return _train("uda", args)
          _training_arguments)
 def video_reid(args): return _train("video_reid", args)
 
-@command("Train a detector that embeds (PointID) on person boxes without identities (method=image), then on videos (video).",
+@command("Train a detector that embeds (PointID): on boxes without identities (method=image), then on videos (video).",
          "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos",
          "a run's folder with pointid.safetensors, log, checkpoints, result.json; resumes, or opens what is done",
          "idfree --profile paper --set data=coco,crowdhuman data_root=/data/det method=image", _training_arguments)

@@ -184,8 +184,8 @@ def labelled_boxes(
         labels = np.where(ignored | (pid[rows] < 0), -1, place - int((names < 0).sum()))
         if (labels < 0).all():
             many = counted(len(rows), "box", "boxes")
-            raise ValueError(f"{r['data']}: labels=pid (method={r['method']}), and nobody in {many} has an identity: use "
-                             "method=image, or memory with labels=box")
+            raise ValueError(f"{r['data']}: labels=pid (method={r['method']}), and nobody in {many} has an identity: "
+                             "use method=image, or memory with labels=box")
     return Labelled(frames, by_frame.box, labels, ignored, root, dict(train_boxes=int((~ignored).sum())))
 
 # %% ../../nbs/7_detection/04_idfree.ipynb #e38a6174
@@ -200,16 +200,16 @@ def _pseudo_labelled(r: dict) -> Labelled:
     lengths = (frames.groupby("video")["frame"].max() + 1).to_dict()
     made = pseudo_labels(store.x, store.samples, r["eps"], r["min_samples"], r["min_span"], r["min_score"], lengths)
     if not (made.labels >= 0).any():
-        raise ValueError(f"no trajectory was kept in any of {counted(made.videos, 'video')} ({made}): lower min_span or "
-                         "min_score, raise eps, or train the first model longer")
+        raise ValueError(f"no trajectory was kept in any of {counted(made.videos, 'video')} ({made}): lower min_span "
+                         "or min_score, raise eps, or train the first model longer")
     place = pd.Index(frames["path"]).get_indexer(store.samples["path"])
     order, count = np.argsort(place, kind="stable"), np.bincount(place, minlength=len(frames))
     frames = frames.assign(first=np.cumsum(count) - count, count=count)
     labels, boxes = made.labels[order], store.samples[["x", "y", "w", "h"]].to_numpy(np.float32)[order]
     return Labelled(frames, boxes, labels, labels < 0, root, {f"pseudo_{name}": n for name, n in made.counts.items()})
 
-_NO_FOUND = ("method=video takes its pseudo-labels from a run of find, and its network from the one before it: name that "
-             "run of idfree in weights")
+_NO_FOUND = ("method=video takes its pseudo-labels from a run of find, and its network from the one before it: name "
+             "that run of idfree in weights")
 
 def partners(frames: pd.DataFrame, labels: np.ndarray) -> list[np.ndarray]:
     "For each frame the others that show one of its people again."
@@ -439,8 +439,8 @@ def make_pointid(r: dict) -> PointID:
     old = load_pointid(start)
     for name, value in named.items():
         if old.settings[name] != value:
-            raise ValueError(f"{name}={value!r}, but the network in weights has {old.settings[name]!r}: use the same, or "
-                             "another run")
+            raise ValueError(f"{name}={value!r}, but the network in weights has {old.settings[name]!r}: use the same, "
+                             "or another run")
     net = PointID(**named, size=tuple(r["image_size"]))
     net.load_state_dict(old.state_dict())
     return net

@@ -20,7 +20,6 @@ from torch import nn, Tensor
 
 from ..core.files import atomic, first_few, read_json, resolve, write_json
 from ..core.weights import fill_module
-from ..data.videos import opencv
 from .scene_pairs import fitted
 from ..models.architectures import InputSpec
 from ..models.backbones import create_backbone

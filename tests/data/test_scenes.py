@@ -14,8 +14,19 @@ from cion_nb.core.samples import make_samples, write_samples
 from cion_nb.data.datasets import data_sets, read_data, reader_of
 from cion_nb.data.facts import DATASETS
 from cion_nb.data.scenes import (
-    as_scenes, BOX, boxes_in, frames_of, join_scenes, make_scenes, read_crowdhuman, read_mot_sequence, read_scenes,
-    read_scenes_table, SCENE_READERS, scene_sets_of)
+    as_scenes,
+    BOX,
+    boxes_in,
+    frames_of,
+    join_scenes,
+    make_scenes,
+    read_crowdhuman,
+    read_mot_sequence,
+    read_scenes,
+    read_scenes_table,
+    SCENE_READERS,
+    scene_sets_of,
+)
 from cion_nb.data.tracking import BOX_COLUMNS
 
 

@@ -9,7 +9,6 @@ from scene_sets import expected, pictures, rows_of, write_coco, write_crowdhuman
 
 from cion_nb.data.scenes import BOX, frames_of, read_coco, read_crowdhuman, read_mot_sequence
 
-
 # ---- COCO -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(4))

@@ -27,7 +27,9 @@ def street(tmp_path_factory):
             Image.fromarray(picture.astype(np.uint8)).save(root / name)
             common = dict(video=f"v{v}", camid=v % 2, frame=2 * f, split="gallery" if v >= 4 else "train")
             if (v, f) == (1, 0): parts.append(make_scenes([name], np.zeros((1, 4)), True, **common))
-            else: parts.append(make_scenes([name] * 2, boxes, pid=[2 * v, 2 * v + 1], tracklet=[2 * v, 2 * v + 1], **common))
+            else:
+                who = [2 * v, 2 * v + 1]
+                parts.append(make_scenes([name] * 2, boxes, pid=who, tracklet=who, **common))
             if v == 0: parts.append(make_scenes([name], [[80, 0, 14, 60]], True, **common))
     write_samples(pd.concat(parts, ignore_index=True), root / "frames.parquet")
     return root / "frames.parquet"

@@ -1,4 +1,4 @@
-"""The stage that trains PointID: what a batch says, who is whom, what must not reach it, losses, resume, what it leaves."""
+"""The stage that trains PointID: what a batch says, who is whom, what must not reach it, losses, resume, refusals."""
 import json
 
 import numpy as np
@@ -13,7 +13,15 @@ from cion_nb.core.store import Features
 from cion_nb.data.scenes import boxes_in, frames_of
 from cion_nb.detection.find import find
 from cion_nb.detection.idfree import (
-    average_precision, FrameSampler, IdFree, idfree, labelled_boxes, METHODS, partners, spread)
+    average_precision,
+    FrameSampler,
+    IdFree,
+    idfree,
+    labelled_boxes,
+    METHODS,
+    partners,
+    spread,
+)
 from cion_nb.detection.pointid import load_pointid
 from cion_nb.identities.pseudo_labels import pseudo_labels
 from cion_nb.training.engine import fit
@@ -112,7 +120,8 @@ def saved(run): return (run.folder / "pointid.safetensors").read_bytes()
 @pytest.mark.parametrize("method", ["image", "video"])
 def test_no_identity_reaches_a_training(street, first, tmp_path, method):
     "With pid and tracklet permuted, or absent, the network is equal to the bit."
-    def permuted(t): return t.assign(pid=np.where(t.pid < 0, -1, (t.pid * 7 + 3) % 12), tracklet=np.where(t.tracklet < 0, -1, (t.tracklet * 5 + 1) % 12))
+    def mixed(ids): return np.where(ids < 0, -1, (ids * 7 + 3) % 12)
+    def permuted(t): return t.assign(pid=mixed(t.pid), tracklet=mixed(t.tracklet))
     def absent(t): return t.assign(pid=-1, tracklet=-1)
     found = []
     for name, change in (("as it is", lambda t: t), ("permuted", permuted), ("absent", absent)):
@@ -154,6 +163,7 @@ def test_each_method_has_its_loss_and_its_gradient(street, runs, changes):
     task.after_step(0.)
     loss, told = task.loss(model, batch, Alone)
     loss.backward()
+    told = {k: float(v) for k, v in told.items()}
     lost = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not lost and torch.isfinite(loss)
     out = model(batch)
@@ -175,7 +185,8 @@ def test_each_method_has_its_loss_and_its_gradient(street, runs, changes):
         for i in range(len(x)):
             P = [j for j in range(len(x)) if j != i and labels[j] == labels[i] >= 0]
             far = sum(torch.exp(x[i] @ x[j] / .1) for j in range(len(x)) if labels[j] >= 0 and labels[j] != labels[i])
-            if P: terms.append(-sum(torch.log(e / (e + far)) for e in (torch.exp(x[i] @ x[j] / .1) for j in P)) / len(P))
+            near = [torch.exp(x[i] @ x[j] / .1) for j in P]
+            if P: terms.append(-sum(torch.log(e / (e + far)) for e in near) / len(P))
         want = torch.stack(terms).mean()
     assert float(told["identity"]) == pytest.approx(float(want), rel=1e-4)
     detection = told["heat"] + .1 * told["box"] + told["offset"]

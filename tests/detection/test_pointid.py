@@ -1,4 +1,4 @@
-"""PointID's maps against loops, there and back for any boxes, over trunks of all families, given boxes, and as a detector."""
+"""PointID's maps against loops, there and back, over trunks of all families, for given boxes, and as a detector."""
 import math
 
 import numpy as np
@@ -8,8 +8,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from cion_nb.detection.pointid import (
-    at_cells, decode, detection_loss, encode, load_pointid, OVERLAP, padded, PointDetector, PointID, radius_of, save_pointid,
-    STRIDE, Trunk)
+    at_cells,
+    decode,
+    detection_loss,
+    encode,
+    load_pointid,
+    OVERLAP,
+    padded,
+    PointDetector,
+    PointID,
+    radius_of,
+    save_pointid,
+    STRIDE,
+    Trunk,
+)
 from cion_nb.models.architectures import list_backbones
 
 SIZE = (96, 160)
@@ -125,7 +137,8 @@ def test_gradients_reach_heads_by_what_is_asked(net):
     targets = encode(some_boxes(3, 4), SIZE)
     g = torch.Generator().manual_seed(1)
     h, w = targets.heat.shape
-    maps = {name: torch.randn(1, n, h, w, generator=g).requires_grad_() for name, n in dict(heat=1, box=4, offset=2).items()}
+    numbers = dict(heat=1, box=4, offset=2)
+    maps = {name: torch.randn(1, n, h, w, generator=g).requires_grad_() for name, n in numbers.items()}
     batch = dict(heat=torch.tensor(targets.heat)[None], is_asked=torch.tensor(targets.is_asked)[None],
                  image=torch.zeros(len(targets.cell), dtype=torch.long), cell=torch.tensor(targets.cell),
                  sides=torch.tensor(targets.sides), offset=torch.tensor(targets.offset))
