@@ -139,14 +139,17 @@ def test_rooms_import_only_rooms_above():
 
 
 def test_rooms_that_are_imported_by_name():
-    """`core/settings` finds a stage's class in a room below it by the paths of STAGES, when a recipe asks for it:
-    no import statement."""
+    """`core/settings` finds a stage's class in a room below it by the paths of STAGES, when a recipe asks for it, and
+    `data/datasets` the readers of frames: no import statement."""
     from cion_nb.core.settings import STAGES
 
     assert set(STAGES.values()) <= set(MODULES)
     by_name = [m for m in MODULES
                if re.search(r"import_module\(f?\"cion_nb", (ROOT / "cion_nb" / f"{m}.py").read_text())]
     assert by_name == ["companion/commands", "core/settings"], "a room is imported by name only where STAGES is read"
+    asked = {m: re.findall(r"\broom\(\"([\w/]+)\"\)", (ROOT / "cion_nb" / f"{m}.py").read_text()) for m in MODULES}
+    assert {m: paths for m, paths in asked.items() if paths} == {"data/datasets": ["data/scenes"]}
+    assert "data/scenes" in MODULES
 
 
 def test_every_exported_module_has_its_notebook():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'STAGES', 'TRAININGS', 'Count', 'Whole', 'Seed', 'Positive', 'NotNegative', 'Share', 'PositiveShare',
-           'refuse_unknown', 'check_whole', 'setting', 'Settings', 'check_values', 'settings_class', 'recipe',
+           'refuse_unknown', 'check_whole', 'setting', 'Settings', 'check_values', 'room', 'settings_class', 'recipe',
            'as_before', 'describe', 'table5']
 
 # %% ../../nbs/0_core/01_settings.ipynb #6a8a3d04
@@ -165,11 +165,16 @@ def check_values(
     raise ValueError("; ".join(f"{stage} setting {name}={values[name]!r}: {said}" for name, said in told.items()))
 
 # %% ../../nbs/0_core/01_settings.ipynb #3df7eaa9
+def room(
+    path: str,  # "data/scenes"
+):              # its module
+    "A room by its path, imported now: for what is named in a recipe, and may stand below the room that reads it."
+    return import_module(f"cion_nb.{path.replace('/', '.')}")
+
 def settings_class(stage: str) -> type[Settings]:
     "The settings of a stage: `PretrainSettings` of room `training/pretrain`, imported now."
     refuse_unknown("stage", stage, STAGES)
-    room = import_module(f"cion_nb.{STAGES[stage].replace('/', '.')}")
-    return getattr(room, f"{''.join(part.capitalize() for part in stage.split('_'))}Settings")
+    return getattr(room(STAGES[stage]), f"{''.join(part.capitalize() for part in stage.split('_'))}Settings")
 
 def recipe(
     stage: str,             # one of `STAGES`

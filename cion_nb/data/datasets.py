@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import counted, first_few, read_json, read_text, resolve
+from ..core.files import counted, first_few, read_json, read_mat, read_text, resolve
 from ..core.images import list_images
 from ..core.runs import Run
 from cion_nb.core.samples import (
@@ -30,8 +30,8 @@ from cion_nb.core.samples import (
     stamp,
     with_our_names,
 )
-from ..core.settings import refuse_unknown
-from .facts import compared, DATASETS, find_home, homes, not_found, the_home
+from ..core.settings import refuse_unknown, room
+from .facts import compared, DATASETS, facts_of, find_home, homes, not_found, the_home
 
 # %% ../../nbs/1_data/01_datasets.ipynb #528e4af8
 def _images_in(folder: Path) -> list[str]:
@@ -402,14 +402,7 @@ def _refuse_ranges(first: np.ndarray, last: np.ndarray, n: int, what: str) -> No
 # %% ../../nbs/1_data/01_datasets.ipynb #45f5824e
 def _mat(file: Path, name: str) -> np.ndarray:
     "Whole numbers of a MATLAB file's variable; ValueError naming the file where it is damaged or has no such variable."
-    from scipy.io import loadmat
-    try: found = loadmat(file)
-    except Exception as e:
-        raise ValueError(f"{file} is no readable MATLAB file ({type(e).__name__}: {e}): unpack it again") from e
-    if name not in found:
-        others = ", ".join(k for k in found if not k.startswith("__")) or "nothing"
-        raise ValueError(f"{file} has no {name}, but {others}")
-    return found[name].astype(np.int64)
+    return read_mat(file, name).astype(np.int64)
 
 def _mars_queries(home: Path, test: pd.DataFrame) -> np.ndarray:
     "The rows of tracks that are queries, counted from 0. ValueError for one that is not there."
@@ -566,6 +559,9 @@ def reader_of(
     name: str,  # one of `data_sets`
 ):              # root -> samples; of cion_al: annotation, root -> samples
     "The reader of a data set: its own, or one made from its entry. ValueError for an unknown name, with the nearest."
+    if facts_of(name).shows == "frames":
+        raise ValueError(f"data set {name!r} holds whole frames with boxes, no crops of people: a stage that learns to "
+                         "find people reads it (subset frames)")
     refuse_unknown("data set", name, data_sets())
     return READERS[name] if name in READERS else partial(read_by_pattern, name)
 
@@ -586,6 +582,7 @@ def read_data(
     "The images that a recipe's `data` names."
     if subset not in SUBSETS: raise ValueError(f"subset {subset!r}: choose one of {', '.join(SUBSETS)}")
     data = recipe["data"]
+    if subset == "frames" and not isinstance(data, dict): return _read_frames(str(data), recipe)
     if isinstance(data, dict):
         samples, root = _of_world(data, subset)
     elif str(data).endswith(".parquet"):
@@ -620,3 +617,17 @@ def _read_known(data, recipe):
     if not recipe.get("annotation"):
         raise ValueError("data 'cion_al' needs annotation: the JSON list of {id, file_path}")
     return read_cion_al(resolve(recipe["annotation"]), root), root
+
+# %% ../../nbs/1_data/01_datasets.ipynb #db97ae38
+SUBSETS["frames"] = "whole frames with their boxes, of all splits"
+
+def _read_frames(data: str, recipe: dict) -> tuple[pd.DataFrame, Path]:
+    "Scenes and root of a scenes .parquet, or of data sets of frames by their names, joined by commas."
+    scenes, root = room("data/scenes"), recipe.get("data_root")
+    if data.endswith(".parquet"):
+        file = resolve(data)
+        return scenes.read_scenes_table(file), resolve(root or file.parent)
+    names = scenes.scene_sets_of(data)
+    if not root: raise ValueError(f"data {data!r} needs data_root: the folder that holds {' and '.join(names)}")
+    annotation = recipe.get("annotation")
+    return scenes.read_scenes(names, resolve(root), annotation and resolve(annotation)), resolve(root)

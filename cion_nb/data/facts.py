@@ -13,6 +13,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 # %% ../../nbs/1_data/00_facts.ipynb #e2b64740
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -34,6 +36,8 @@ class DatasetFacts:
     folders: tuple = ()           # of a set with a pattern: what its folder holds, by which it is found; (): not sought
     splits: dict|None = None      # of a set with a pattern: what {split} of a path means, as `read_folder` takes it
     word: str = ""                # of a set with a pattern: what its folder's name holds; "": its name in `DATASETS`
+    shows: str = "crops"          # an image is a person's crop; or "frames": a whole frame, `counts` are of frames
+    boxes: dict|None = None       # of a set of frames: split -> published boxes of people
 
     def __post_init__(self):
         if isinstance(self.folders, str): raise TypeError(f"folders={self.folders!r}: a tuple of names is needed")
@@ -129,6 +133,35 @@ DATASETS |= {
              "ten splits, of which the mean is told"),
 }
 
+# %% ../../nbs/1_data/00_facts.ipynb #c718a832
+DATASETS |= {
+    "coco": DatasetFacts(
+        "COCO 2017", dict(train=(118_287, None)),
+        "annotations/instances_train2017.json, train2017/000000000009.jpg",
+        "annotations CC BY 4.0; the images' own terms", "https://cocodataset.org", shows="frames",
+        note="64,115 of the training images show people, in 262,465 boxes, crowds among them (not compared)"),
+    "crowdhuman": DatasetFacts(
+        "CrowdHuman", dict(train=(15_000, None)),
+        "annotation_train.odgt, Images/273271,c9db000d5146c15.jpg",
+        "research and education, not commercial", "https://www.crowdhuman.org", shows="frames",
+        note="15,000 images for training, 4,370 for validation, 5,000 without annotation for the test; "
+             "about 340,000 people in train (not compared)"),
+    "cuhk_sysu": DatasetFacts(
+        "CUHK-SYSU", dict(train=(11_206, 5_532), gallery=(6_978, 2_900), query=(2_900, 2_900)),
+        "Image/SSM/s1.jpg, annotation/Images.mat, pool.mat, test/train_test/Train.mat, TestG100.mat",
+        "research use, on request", "http://www.ee.cuhk.edu.hk/~xgwang/PS/dataset.html", shows="frames",
+        boxes=dict(train=55_272, gallery=40_871),
+        note="a query is searched in the frames that TestG50.mat to TestG4000.mat list for it"),
+    "prw": DatasetFacts(
+        "PRW", dict(train=(5_704, None), gallery=(6_112, None), query=(2_057, None)),
+        "frames/c1s1_000151.jpg, annotations/c1s1_000151.jpg.mat, frame_train.mat, frame_test.mat, query_info.txt",
+        "research use", "https://zheng-lab.cecs.anu.edu.au/Project/project_prw.html", shows="frames",
+        note="932 people, 34,304 boxes with a number, six cameras (not compared)"),
+    "mot": DatasetFacts(
+        "MOTChallenge", {}, "a folder a sequence: img1/000001.jpg, gt/gt.txt, seqinfo.ini",
+        "CC BY-NC-SA 3.0", "https://motchallenge.net", shows="frames"),
+}
+
 # %% ../../nbs/1_data/00_facts.ipynb #10cbe760
 _READERS = re.compile(r"(viper|ilids_vid|prid2011)_\d|(prcc)_(?:same|other)")     # readers of parts of one data set
 
@@ -155,15 +188,22 @@ def count_differences(
     for split in dict.fromkeys([*facts.counts, *(facts.tracklets or {})]):
         rows = samples["split"] == split
         images, people = facts.counts.get(split, (None, None))
-        compare(f"{split}: ", int(rows.sum()), "images", images)
+        compare(f"{split}: ", *_images_of(samples[rows], split, facts), images)
         compare(f"{split}: ", samples["pid"][rows & is_person].nunique(), "people", people)
         is_junk = split == "junk"
         tracklets = samples.attrs.get("junk_tracklets") if is_junk else samples["tracklet"][rows].nunique()
         compare(f"{split}: ", tracklets, "tracklets", (facts.tracklets or {}).get(split))
+        boxes = int((rows & ~samples["ignored"]).sum()) if facts.boxes and "ignored" in samples else None
+        compare(f"{split}: ", boxes, "boxes", (facts.boxes or {}).get(split))
     junk = samples.attrs.get("junk")
     compare("", junk, f"junk image{'s' * (junk != 1)} (pid -1) dropped", facts.junk)
     compare("in all: ", len(samples) + (junk or 0), "images", facts.total)
     return out
+
+def _images_of(rows: pd.DataFrame, split: str, facts: DatasetFacts) -> tuple[int, str]:
+    "How many images a split's rows are of, and what these are called: in a set of frames a row is a box."
+    if facts.shows == "crops": return len(rows), "images"
+    return (len(rows), "queries") if split == "query" else (rows["path"].nunique(), "frames")
 
 def compared(samples):  # the same table
     "The table a reader made, after one warning where its counts are not the published ones."
