@@ -48,7 +48,7 @@ def frames_asked(
     "The frames that a recipe names; nothing of their boxes."
     scenes, root = read_data(r, "frames")
     table = frames_of(scenes)
-    is_test, is_question = table["split"] == "gallery", table["split"] == "query"      # asked in a frame that is there too
+    is_test, is_question = table["split"] == "gallery", table["split"] == "query"     # of a frame that is there too
     kept = dict(train=~is_test & ~is_question, test=is_test, all=~is_question)[r["frames"]]
     if not kept.any(): raise ValueError(f"{r['data']}: no frame of {len(table):,} is of frames={r['frames']!r}")
     return table[kept].reset_index(drop=True), root
@@ -79,8 +79,8 @@ def find_in(
 def _same_request(out: Path, request: dict) -> None:
     file = out / "request.json"
     if file.exists() and read_json(file) != request:
-        raise ValueError(f"{out} holds what another detector found, or the same with other settings, or in other frames: "
-                         "name an empty folder")
+        raise ValueError(f"{out} holds what another detector found, or the same with other settings, or in other "
+                         "frames: name an empty folder")
     if not file.exists(): write_json(file, request)
 
 def _is_whole(file: Path) -> bool:

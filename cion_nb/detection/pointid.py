@@ -286,8 +286,8 @@ def load_pointid(
     path = resolve(path)
     file = path / "pointid.safetensors" if path.is_dir() else path
     if not file.with_suffix(".json").is_file():
-        raise FileNotFoundError(f"{file.with_suffix('.json')} is missing: name the folder of a finished run of idfree, or "
-                                "the pointid.safetensors in one with its card beside it")
+        raise FileNotFoundError(f"{file.with_suffix('.json')} is missing: name the folder of a finished run of idfree, "
+                                "or the pointid.safetensors in one with its card beside it")
     card = read_json(file.with_suffix(".json"))
     if lacks := [name for name in ("settings", "input") if name not in card]:
         raise ValueError(f"{file.with_suffix('.json')} is no card that save_pointid wrote: it lacks {', '.join(lacks)}")
