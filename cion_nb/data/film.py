@@ -270,7 +270,7 @@ def _times(video: Video, walk: Walk, fps: int, stride: int = 1) -> np.ndarray:
 def _pose(person: Person, walk: Walk, frames, fps: int) -> tuple:
     "Position (n, 2), heading (n,), gait phase (n,) at those frames."
     position, heading, walked = walk.where((np.asarray(frames) - walk.start) / fps)
-    return position, heading, walk.phase + walked * 2 * np.pi / (person.stride * person.height)
+    return position, heading, walk.phase + walked * 2 * np.pi / (person.stride * person.height) * person.pace
 
 def _boxes(cam: Camera, person: Person, pose: tuple) -> np.ndarray:
     "(n, 4) x0, y0, x1, y1 of a whole person in frame pixels, not cut by the frame."

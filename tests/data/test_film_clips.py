@@ -199,8 +199,9 @@ def paces_are_apart(w):
     "Of a pair, the slowest walk of the quick one has more steps a second than the quickest of the slow one."
     steps = {}
     for walk in (q for v in w.videos for q in v.walks):
-        p = w.people[walk.person]
-        steps.setdefault((p.group, p.pace), []).append(walk.speed * p.pace / (p.stride * p.height))
+        p, fps = w.people[walk.person], w.values["fps"]
+        phase = P._pose(p, walk, walk.start + np.arange(12), fps)[2]              # what is drawn
+        steps.setdefault((p.group, p.pace), []).append((phase[6] - phase[0]) * fps / 6 / (2 * np.pi))
     slow, quick = sorted({pace for _, pace in steps})
     assert all(min(steps[g, quick]) > 1.2 * max(steps[g, slow]) for g in range(20))
     assert np.mean([max(steps[g, quick]) for g in range(20)]) * 2 * w.values["clip_stride"] / w.values["fps"] < 1, \
