@@ -119,7 +119,7 @@ def detect(
     cache,              # folder for the blocks; a folder per detector is made in it
     stride: int = 1,
     block: int = 64,    # frames a block
-) -> tuple:            # boxes (frame, left, top, right, bottom, score), frames in the file; from one that embeds (n, D) too
+) -> tuple:            # boxes (frame, left, top, right, bottom, score), frames in the file; (n, D) if it embeds
     "All boxes of a video; continues where an earlier call was stopped. What had to be assumed is warned of."
     reader = Video(video)
     for note in reader.notes: warnings.warn(f"{video}: {note}", stacklevel=2)
