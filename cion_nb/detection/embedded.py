@@ -66,12 +66,14 @@ class EmbeddedDetector:
         detector,                   # a detector, or a string that `create_detector` knows
         model,                      # a network, a training's folder, a file of `save_backbone`, or an .onnx file
         batch_size: int = 64,       # crops that go through the network together
+        min_score: float = .1,      # boxes below are left out, as `track` does by default, and cost nothing
         device: str | None = None,  # None: CUDA where there is one
         compute: str | None = None, # "float32", "bfloat16", "float16"; None: float32 on the CPU, float16 on a GPU
     ):
         check_whole("batch_size", batch_size, 1)
         self.detector, self.model = create_detector(detector), _opened(model)
-        self.batch_size, self.device = batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch_size, self.min_score = batch_size, min_score
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.compute = compute or ("float16" if self.device.startswith("cuda") else "float32")
         self.embed_dim, self.uses_frames = int(self.model.embed_dim), getattr(self.detector, "uses_frames", True)
         self.uses_numbers = not self.uses_frames
@@ -79,7 +81,7 @@ class EmbeddedDetector:
             if hasattr(self.detector, name): setattr(self, name, getattr(self.detector, name))
         takes = {k: list(v) if isinstance(v, tuple) else v for k, v in self.model.input.asdict().items()}
         self.settings = dict(detector="embedded", boxes=detector_settings(self.detector), model=model_hash(self.model),
-                             input=takes, compute=self.compute)
+                             input=takes, min_score=min_score, compute=self.compute)
 
 # %% ../../nbs/7_detection/02_embedded.ipynb #597d9b94
 @patch
@@ -88,9 +90,10 @@ def detect(self: EmbeddedDetector,
     numbers=None,        # of the frames, where the detector is a file of boxes
 ) -> list:               # (boxes (n, 4), scores (n,), embeddings (n, D)) of each frame
     "What the detector finds, and a feature of each box."
-    found = [one[:2] for one in self.detector.detect(frames if self.uses_frames else numbers)]
-    crops = [crop for frame, (boxes, _) in zip(frames, found) for crop in crops_of(frame, np.asarray(boxes))]
+    found = self.detector.detect(frames if self.uses_frames else numbers)
+    found = [(np.asarray(b, np.float32).reshape(-1, 4), np.asarray(s, np.float32)) for b, s, *_ in found]
+    found = [(b[~(s < self.min_score)], s[~(s < self.min_score)]) for b, s in found]
+    crops = [crop for frame, (boxes, _) in zip(frames, found) for crop in crops_of(frame, boxes)]
     x = embed(self.model, crops, self.batch_size, device=self.device, compute=self.compute)
     parts = np.split(x, np.cumsum([len(scores) for _, scores in found])[:-1]) if found else []
-    return [(np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(scores, np.float32), part)
-            for (boxes, scores), part in zip(found, parts)]
+    return [(*one, part) for one, part in zip(found, parts)]

@@ -138,6 +138,17 @@ def test_settings_tell_networks_and_detectors_apart(network):
     assert EmbeddedDetector(Boxes(), moved).settings != settings[0]
 
 
+def test_boxes_of_low_score_are_left_out(network, frames):
+    class Scored(Boxes):
+        def detect(self, frames): return [(b, np.array([.05, .9, .1, .3, np.nan])) for b, _ in super().detect(frames)]
+    (boxes, scores, x), = EmbeddedDetector(Scored(), network).detect(frames[:1])
+    (all_boxes, _, all_x), = EmbeddedDetector(Boxes(), network).detect(frames[:1])
+    assert np.array_equal(boxes, all_boxes[1:]) and len(scores) == 4
+    np.testing.assert_allclose(x, all_x[1:], atol=1e-5)
+    assert len(EmbeddedDetector(Scored(), network, min_score=.3).detect(frames[:1])[0][2]) == 3
+    assert EmbeddedDetector(Scored(), network, min_score=.3).settings != EmbeddedDetector(Scored(), network).settings
+
+
 def test_another_network_is_another_cache(network, street, tmp_path):
     other = create_backbone("resnet18_ibn", (64, 32))
     detector = ColourDetector()
