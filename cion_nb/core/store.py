@@ -63,11 +63,13 @@ def write_features(
         shape = (len(samples), request["embed_dim"])
         x = np.lib.format.open_memmap(tmp, mode="w+", dtype=np.dtype(precision), shape=shape)
         for rows, values in parts:
+            values = np.asarray(values)
             length = np.linalg.norm(np.asarray(values, np.float64), axis=1, keepdims=True)
             if not (length > 0).all() or not np.isfinite(length).all():
                 raise ValueError(f"{folder}: a feature is not finite or all zero, of {len(length)} rows from row "
                                  f"{rows[0]} on")
-            x[rows], done[rows] = values / length, True
+            is_unit = np.abs(length - 1) <= np.finfo(values.dtype).eps        # as it came from another store
+            x[rows], done[rows] = values / np.where(is_unit, 1, length), True
         if not done.all(): raise ValueError(f"{folder}: {(~done).sum()} of {len(done)} rows have no feature")
         x.flush()
         del x

@@ -41,7 +41,7 @@ class BoxFilter:
     def spread(self, mean, var): return var[:, 0] + _noise(mean[:, 0, 3], self.place, 1e-1)   # S, (n, 4)
 
     def correct(self, mean, var, z):
-        (P, C, V), S, off = var.swapaxes(0, 1), self.spread(mean, var), z - mean[:, 0]
+        P, C, S, off = var[:, 0], var[:, 1], self.spread(mean, var), z - mean[:, 0]
         mean = mean + np.stack([P / S * off, C / S * off], 1)
         return mean, var - np.stack([P * P / S, P * C / S, C * C / S], 1)
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['crops_of', 'EmbeddedDetector']
 
-# %% ../../nbs/7_detection/05_embedded.ipynb #12ee9111
+# %% ../../nbs/7_detection/05_embedded.ipynb #6a3b3302
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.files import resolve
 from ..core.settings import check_whole
@@ -21,7 +22,7 @@ from ..models.features import embed, model_hash, OnnxModel
 from ..training.cluster_contrast import load_clusternet
 from ..training.finetune import load_finetuned
 
-# %% ../../nbs/7_detection/05_embedded.ipynb #3131a40e
+# %% ../../nbs/7_detection/05_embedded.ipynb #a32cee93
 def _opened(model):
     "A model, opened where it is a path. TypeError for one that takes no single image; errors as of the readers."
     if isinstance(model, (str, os.PathLike)): model = _read(resolve(model))
@@ -44,7 +45,7 @@ def _read(path: Path):
                                 "and backbone.safetensors")
     return load_backbone(path / "backbone.safetensors" if path.is_dir() else path)
 
-# %% ../../nbs/7_detection/05_embedded.ipynb #584966be
+# %% ../../nbs/7_detection/05_embedded.ipynb #1027d375
 def crops_of(
     frame: np.ndarray,  # (h, w, 3) uint8, BGR
     boxes: np.ndarray,  # (n, 4) left, top, right, bottom
@@ -56,7 +57,7 @@ def crops_of(
     return [frame[top:max(bottom, top + 1), left:max(right, left + 1), ::-1]
             for left, top, right, bottom in zip(l, t, r, b)]
 
-# %% ../../nbs/7_detection/05_embedded.ipynb #cd548247
+# %% ../../nbs/7_detection/05_embedded.ipynb #f991c087
 class EmbeddedDetector:
     """Boxes of a detector with features of a network: `detect(frames)` -> [(boxes (n, 4), scores (n,), (n, D)), …],
     float32, features as the network gives them on the crops that `track` would cut, rows of length 1. TypeError for a
@@ -65,12 +66,14 @@ class EmbeddedDetector:
         detector,                   # a detector, or a string that `create_detector` knows
         model,                      # a network, a training's folder, a file of `save_backbone`, or an .onnx file
         batch_size: int = 64,       # crops that go through the network together
+        min_score: float = .1,      # boxes below are left out, as `track` does by default, and cost nothing
         device: str | None = None,  # None: CUDA where there is one
         compute: str | None = None, # "float32", "bfloat16", "float16"; None: float32 on the CPU, float16 on a GPU
     ):
         check_whole("batch_size", batch_size, 1)
         self.detector, self.model = create_detector(detector), _opened(model)
-        self.batch_size, self.device = batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch_size, self.min_score = batch_size, min_score
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.compute = compute or ("float16" if self.device.startswith("cuda") else "float32")
         self.embed_dim, self.uses_frames = int(self.model.embed_dim), getattr(self.detector, "uses_frames", True)
         self.uses_numbers = not self.uses_frames
@@ -78,16 +81,19 @@ class EmbeddedDetector:
             if hasattr(self.detector, name): setattr(self, name, getattr(self.detector, name))
         takes = {k: list(v) if isinstance(v, tuple) else v for k, v in self.model.input.asdict().items()}
         self.settings = dict(detector="embedded", boxes=detector_settings(self.detector), model=model_hash(self.model),
-                             input=takes, compute=self.compute)
+                             input=takes, min_score=min_score, compute=self.compute)
 
-    def detect(
-        self,
-        frames: list,   # (h, w, 3) uint8, BGR
-        numbers=None,   # of the frames; what a file of boxes goes by
-    ) -> list:
-        found = [one[:2] for one in self.detector.detect(frames if self.uses_frames else numbers)]
-        crops = [crop for frame, (boxes, _) in zip(frames, found) for crop in crops_of(frame, np.asarray(boxes))]
-        x = embed(self.model, crops, self.batch_size, device=self.device, compute=self.compute)
-        parts = np.split(x, np.cumsum([len(scores) for _, scores in found])[:-1]) if found else []
-        return [(np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(scores, np.float32), part)
-                for (boxes, scores), part in zip(found, parts)]
+# %% ../../nbs/7_detection/05_embedded.ipynb #597d9b94
+@patch
+def detect(self: EmbeddedDetector,
+    frames: list,        # (h, w, 3) uint8, BGR
+    numbers=None,        # of the frames, where the detector is a file of boxes
+) -> list:               # (boxes (n, 4), scores (n,), embeddings (n, D)) of each frame
+    "What the detector finds, and a feature of each box."
+    found = self.detector.detect(frames if self.uses_frames else numbers)
+    found = [(np.asarray(b, np.float32).reshape(-1, 4), np.asarray(s, np.float32)) for b, s, *_ in found]
+    found = [(b[~(s < self.min_score)], s[~(s < self.min_score)]) for b, s in found]
+    crops = [crop for frame, (boxes, _) in zip(frames, found) for crop in crops_of(frame, boxes)]
+    x = embed(self.model, crops, self.batch_size, device=self.device, compute=self.compute)
+    parts = np.split(x, np.cumsum([len(scores) for _, scores in found])[:-1]) if found else []
+    return [(*one, part) for one, part in zip(found, parts)]

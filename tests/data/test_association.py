@@ -87,7 +87,7 @@ def test_it_gives_the_ids_of_the_slow_tracker(appearance):
         happened += slow.happened
     wanted = ["first", "first again", "overlap", "young", "forgotten", "given up", "copies of lost",
               "copies of tracked"]
-    if not appearance: wanted.remove("overlap")                        # nearly all of these pairs are made in step 1
+    if not appearance: wanted = wanted[:-2]                            # a lost track takes what lies on it in step 1
     assert all(happened[what] > 5 for what in wanted), happened
 
 
@@ -136,7 +136,11 @@ def test_no_switch_through_an_occlusion_where_overlap_alone_switches():
 
 
 def test_no_switch_where_somebody_is_hidden_behind_the_other():
-    assert ids_of(run(EmbeddingTracker(), crossing())) == {0: [0], 1: [1]}
+    "She is farther away. Of the same size she would lie on him exactly, and be taken for a copy of him (FairMOT)."
+    far = [[(p, box(b[0], 120., 32., 80.) if p else b) for p, b in frame] for frame in crossing()]
+    assert ids_of(run(EmbeddingTracker(), far)) == {0: [0], 1: [1]}
+    assert ids_of(run(EmbeddingTracker(), crossing())) == {0: [0], 1: [1, 2]}
+    assert ids_of(run(EmbeddingTracker(duplicate=1.), crossing())) == {0: [0], 1: [1]}
 
 
 def test_a_tracker_that_does_not_look_at_embeddings_fails_here():
@@ -254,13 +258,13 @@ def test_frames_without_boxes_and_with_one():
 
 
 def test_rows_come_back_as_they_came_and_the_input_stays():
-    boxes = [box(300), box(20), box(20, w=0.), box(np.nan), box(100)]
+    boxes = [box(300), box(20), box(20, w=0.), box(90, h=-9.), box(100)]
     given = seen(boxes, one_hot([0, 1, 2, 3, 4]), [.9, .9, .9, .9, .3])
     given.data["row"] = np.arange(5)
     before, tracker = given.xyxy.copy(), EmbeddingTracker()
     out = tracker.update(given, frame=np.zeros((4, 4, 3), np.uint8))
     assert out.tracker_id.tolist() == [0, 1, -1, -1, -1] and out.data["row"].tolist() == [0, 1, 2, 3, 4]
-    assert given.tracker_id is None and np.array_equal(given.xyxy, before, equal_nan=True)
+    assert given.tracker_id is None and np.array_equal(given.xyxy, before)
     tracker.reset()
     assert tracker.update(given).tracker_id.tolist() == [0, 1, -1, -1, -1]
 

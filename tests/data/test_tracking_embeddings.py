@@ -57,7 +57,7 @@ def test_blocks_of_detectors_without_vectors_are_what_they_were(street, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == [name]
     (tmp_path / "old").mkdir()
     boxes, file = out[0][out[0]["frame"] < 64], tmp_path / "old/000000.npz"
-    np.savez(file, frame=boxes["frame"].to_numpy(np.int64), box=boxes.iloc[:, 1:5].to_numpy(np.float32),
+    np.savez(file, frame=boxes["frame"].to_numpy(np.int64), box=np.ascontiguousarray(boxes.iloc[:, 1:5], np.float32),
              score=boxes["score"].to_numpy(np.float32), end=np.int64(-1), next=np.int64(64), not_finite=np.int64(0))
     assert file.read_bytes() == (tmp_path / name / "000000.npz").read_bytes()
 
