@@ -101,6 +101,14 @@ def test_coco_files_that_broke_and_frames_that_are_lost(tmp_path):
     with pytest.raises(FileNotFoundError, match="b.jpg; it is there as b.png: another ending"): read("images/val")
 
 
+def test_an_entry_keeps_its_own_number_where_the_table_sorts_it(tmp_path):
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    entries = [dict(image_id=k, category_id=1, bbox=[1, 2, 3, side]) for k, side in ((2, 4), (2, 4), (1, float("inf")))]
+    (tmp_path / "coco.json").write_text(json.dumps(lists(annotations=entries)))
+    with pytest.raises(ValueError, match="coco.json, annotation 2: .*inf.* of a.jpg is no box"):
+        read_coco(tmp_path / "coco.json", tmp_path)
+
+
 def test_boxes_without_area_and_entries_that_say_ignore(tmp_path):
     pictures(tmp_path, "a.jpg", "b.jpg")
     (tmp_path / "coco.json").write_text(json.dumps(lists(**boxed([1, 2, 0, 4], [5, 6, 7, 8])) | dict(extra=1)))
