@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from examples import quiet, warned
 from PIL import Image
+from places import DATA
 from scene_sets import expected, pictures, rows_of, write_coco, write_crowdhuman, write_mot, write_sequence
 
 from cion_nb.data.scenes import BOX, frames_of, read_coco, read_crowdhuman, read_mot_sequence
@@ -247,3 +248,16 @@ def test_one_id_twice_in_a_frame(tmp_path):
     assert table.pid.tolist() == [0, -1, 0, -1] and table.ignored.tolist() == [False, False, False, True]
     assert len(said) == 1 and "1 box names a person who is named in that frame already: img1/000001.jpg" in said[0]
     assert np.array_equal(quiet(read_mot_sequence, tmp_path).tracklet, table.tracklet)
+
+
+@pytest.mark.parametrize("name, frames, people, boxes, ignored", [
+    ("PETS09-S2L1", 795, 19, 4476, 174), ("TUD-Campus", 71, 8, 359, 0)])
+def test_real_truth_is_read_whole(tmp_path, name, frames, people, boxes, ignored):
+    "Its people, its lines with flag 1 and with flag 0. The frames are black, for these clips are films."
+    truth = DATA / "video" / name / "gt/gt.txt"
+    if not truth.is_file(): pytest.skip("the folder with real clips is not here")
+    write_sequence(tmp_path / name, truth.read_text().strip().split("\n"), frames)
+    table = read_mot_sequence(tmp_path)
+    counts = table.attrs["counts"]
+    assert (counts["frames"], counts["boxes"], counts["ignored"]) == (frames, boxes, ignored)
+    assert table.pid[table.pid >= 0].nunique() == people
