@@ -131,7 +131,7 @@ def test_choices_of_settings_are_those_of_the_code():
 
     ranges = {(stage, name): set(text.split(", ")) for stage in STAGES
               for name, text in describe(stage).set_index("setting").range.items()}
-    for (stage, name), names in {("extract", "subset"): set(SUBSETS) - {"frames"},            # crops, no frames
+    for (stage, name), names in {("extract", "subset"): set(SUBSETS) - {"frames"},         # features are of crops
                                  ("world", "bank"): BANKS,
                                  ("world", "size"): WORLDS,
                                  ("denoise", "link"): LINKS,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from examples import quiet, warned
 from PIL import Image
+from places import DATA
 from scene_sets import expected, pictures, rows_of, write_coco, write_crowdhuman, write_mot, write_sequence
 
 from cion_nb.data.scenes import BOX, frames_of, read_coco, read_crowdhuman, read_mot_sequence
@@ -99,6 +100,14 @@ def test_coco_files_that_broke_and_frames_that_are_lost(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder .*gone to hold its frames"): read("gone")
     pictures(tmp_path / "images/val", "b.png")
     with pytest.raises(FileNotFoundError, match="b.jpg; it is there as b.png: another ending"): read("images/val")
+
+
+def test_an_entry_keeps_its_own_number_where_the_table_sorts_it(tmp_path):
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    entries = [dict(image_id=k, category_id=1, bbox=[1, 2, 3, side]) for k, side in ((2, 4), (2, 4), (1, float("inf")))]
+    (tmp_path / "coco.json").write_text(json.dumps(lists(annotations=entries)))
+    with pytest.raises(ValueError, match="coco.json, annotation 2: .*inf.* of a.jpg is no box"):
+        read_coco(tmp_path / "coco.json", tmp_path)
 
 
 def test_boxes_without_area_and_entries_that_say_ignore(tmp_path):
@@ -239,3 +248,16 @@ def test_one_id_twice_in_a_frame(tmp_path):
     assert table.pid.tolist() == [0, -1, 0, -1] and table.ignored.tolist() == [False, False, False, True]
     assert len(said) == 1 and "1 box names a person who is named in that frame already: img1/000001.jpg" in said[0]
     assert np.array_equal(quiet(read_mot_sequence, tmp_path).tracklet, table.tracklet)
+
+
+@pytest.mark.parametrize("name, frames, people, boxes, ignored", [
+    ("PETS09-S2L1", 795, 19, 4476, 174), ("TUD-Campus", 71, 8, 359, 0)])
+def test_real_truth_is_read_whole(tmp_path, name, frames, people, boxes, ignored):
+    "Its people, its lines with flag 1 and with flag 0. The frames are black, for these clips are films."
+    truth = DATA / "video" / name / "gt/gt.txt"
+    if not truth.is_file(): pytest.skip("the folder with real clips is not here")
+    write_sequence(tmp_path / name, truth.read_text().strip().split("\n"), frames)
+    table = read_mot_sequence(tmp_path)
+    counts = table.attrs["counts"]
+    assert (counts["frames"], counts["boxes"], counts["ignored"]) == (frames, boxes, ignored)
+    assert table.pid[table.pid >= 0].nunique() == people
