@@ -46,8 +46,10 @@ class BoxFilter:
         return mean, var - np.stack([P * P / S, P * C / S, C * C / S], 1)
 
     def distance(self, mean, var, z) -> np.ndarray: # (n, m)
-        "Squared Mahalanobis distance of every measurement from every place that is expected."
-        return ((z[None] - mean[:, None, 0]) ** 2 / self.spread(mean, var)[:, None]).sum(-1)
+        "Squared Mahalanobis distance of every measurement from every place that is expected, by products of matrices."
+        middle = z.mean(0) if len(z) else 0                                # small numbers lose no digits
+        w, m, z = 1 / self.spread(mean, var), mean[:, 0] - middle, z - middle
+        return np.maximum(w @ (z * z).T - 2 * (w * m) @ z.T + (w * m * m).sum(1, keepdims=True), 0)
 
 # %% ../../nbs/1_data/10_association.ipynb #743f4bbc
 def assign(
@@ -90,10 +92,10 @@ def _unit(x: np.ndarray) -> np.ndarray: return x / np.maximum(np.linalg.norm(x, 
 def looks(
     detections,               # of `supervision`, their vectors in `data["embedding"]`
     width: int | None = None, # of the vectors before
-) -> np.ndarray:              # (n, D) float64, rows of length 1
+) -> np.ndarray:              # (n, D) float32, rows of length 1
     "The embeddings of a frame. ValueError where there is none, of another width, not finite, or without a direction."
     n, x = len(detections), detections.data.get("embedding")
-    if not n: return np.zeros((0, width or 0))
+    if not n: return np.zeros((0, width or 0), np.float32)
     if x is None:
         raise ValueError('these detections have no data["embedding"]: take a detector that embeds (PointDetector, or '
                          "EmbeddedDetector(detector, model) around any other), or appearance=0")
@@ -106,7 +108,7 @@ def looks(
     if wrong.any():
         raise ValueError(f"{wrong.sum()} of {n} embeddings are not finite or all zero, first: box {wrong.argmax()}: "
                          "leave such boxes out (`track` does), or mend the model")
-    return _unit(x)
+    return _unit(x).astype(np.float32)
 
 # %% ../../nbs/1_data/10_association.ipynb #dacb6d3d
 class EmbeddingTracker:
@@ -142,7 +144,7 @@ class EmbeddingTracker:
     def reset(self) -> None:
         "Forget all tracks: for another video, or after a cut."
         self._frame, self._next, self._width = 0, 0, None
-        self._tracks = self._begun(np.zeros((0, 4)), np.zeros((0, 0)))
+        self._tracks = self._begun(np.zeros((0, 4)), np.zeros((0, 0), np.float32))
 
 # %% ../../nbs/1_data/10_association.ipynb #90fda24a
 def _check_solver(settings: dict) -> None:
@@ -240,7 +242,7 @@ def update(self: EmbeddingTracker,
 ):                 # the detections with `tracker_id`: from 0, and -1 for a box of no track that counts
     "One frame. ValueError for embeddings that are missing, of another width than before, or of no use."
     boxes, score, rows = self._used(detections)
-    look = looks(detections, self._width) if self.needs_embeddings else np.zeros((len(boxes), 0))
+    look = looks(detections, self._width) if self.needs_embeddings else np.zeros((len(boxes), 0), np.float32)
     if len(look): self._width = look.shape[1]
     self._frame += 1
     z, look, used = _measured(boxes[rows]), look[rows], boxes[rows]

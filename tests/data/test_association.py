@@ -109,7 +109,7 @@ def test_the_filter_is_the_library_s_of_8_by_8():
         for track in plain: track.predict()
         mean, var = filters.predict(mean, var)
         far = [[track.distance(b) for b in at] for track in plain]
-        np.testing.assert_allclose(filters.distance(mean, var, z), far, rtol=1e-9)
+        np.testing.assert_allclose(filters.distance(mean, var, z), far, rtol=1e-9, atol=1e-9)
         if t % 4 == 3: continue                                                              # nobody is seen
         for track, b in zip(plain, at):
             track.kf.measurement_noise = track.measure()
