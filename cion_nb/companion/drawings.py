@@ -49,9 +49,9 @@ def _arrow(ax, start, end, colour=GREY, curve=0., style="-|>", gid=None, **more)
 def as_image(
     figure,                # matplotlib Figure
 ) -> Image.Image:          # RGB
-    "The pixels of a figure, on white."
+    "The pixels of a figure, on white, at its own dots an inch whatever `savefig.dpi` says."
     data = BytesIO()
-    figure.savefig(data, format="png", facecolor="white")
+    figure.savefig(data, format="png", facecolor="white", dpi="figure")
     return Image.open(data).convert("RGB")
 
 def in_few_colours(

@@ -875,7 +875,7 @@ def show(self: Explorer):
 def _sheet_png(self: Explorer):
     sheet = identity_sheet(self.result, self.samples, self.root, rows=self.rows, columns=self.columns)
     data = BytesIO()
-    sheet.savefig(data, format="png")
+    sheet.savefig(data, format="png", dpi="figure")
     return data.getvalue()
 
 # %% ../../nbs/3_identities/09_explain.ipynb #afdf56cb

@@ -235,3 +235,11 @@ def test_words_are_large_enough_and_none_lies_on_another(figure):
 def test_pictures_fit_a_page(figure):
     image = in_few_colours(figure)
     assert image.mode == "P" and image.width <= 1000
+
+
+def test_a_picture_is_as_large_wherever_it_is_drawn(figure, monkeypatch):
+    "A page of the companion sets `savefig.dpi`; what was drawn after one had other pixels."
+    import matplotlib
+    here = in_few_colours(figure).size
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 160)
+    assert in_few_colours(figure).size == here
