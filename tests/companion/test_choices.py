@@ -1,6 +1,5 @@
 """Settings are chosen by one search for all, on training people of a world that no experiment uses."""
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -94,7 +93,9 @@ def test_a_damaged_table_of_trials_is_refused_by_name(tmp_path, text, said):
 @pytest.mark.slow("trains networks")
 def test_a_search_judges_people_that_nobody_trained_on_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setenv("CION_NB_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(reproduce, "make_world", partial(reproduce.make_world, crop=(64, 32)))
+    small = dict(crop=(64, 32), distractors=0, test_people=2, company=0)
+    draw = reproduce.make_world
+    monkeypatch.setattr(reproduce, "make_world", lambda *a, **asked: draw(*a, **asked | small))
     monkeypatch.setattr(C, "TRIES", dict(pretrain=PRETRAIN[:2], finetune=TUNE[:2]))
     monkeypatch.setattr(C, "RUNGS", (96,))
     monkeypatch.setattr(C, "LADDER", ("dino", "cion_true"))

@@ -13,7 +13,8 @@ from cion_nb.training.finetune import finetune, load_finetuned
 
 
 @pytest.mark.slow("trains networks")
-@pytest.mark.parametrize("changes", [dict(method="mgn"), dict(method="transreid"), dict(method="transreid", sie=False),
+@pytest.mark.parametrize("changes", [dict(method="mgn"), dict(method="transreid"),
+                                     dict(method="transreid", sie=False, overlap=False, backbone="vit_trial"),
                                      dict(feature="after_neck")], ids=["MGN", "TransReID", "no SIE", "BNNeck"])
 def test_every_method_leaves_as_one_file_that_scores_the_same(people, runs, tmp_path, changes):
     run = finetune(quick(people, **changes))
