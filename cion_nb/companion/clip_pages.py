@@ -236,7 +236,8 @@ def own_results(
         compute_worlds("small", names, worlds)
         publish("small")
     folder = report_folder(profile) / "worlds"
-    if compute and profile != "small": compute_worlds(profile, names[:_SO_MANY.get(profile)], worlds or 2, folder)
+    if compute and profile != "small":
+        compute_worlds(profile, names[:_SO_MANY.get(profile)], worlds or 2, folder, together=True)
     table = with_worlds(claims_table(profile, names, folder))
     return table if len(table) else Markdown("*Nothing was computed at this profile.*")
 

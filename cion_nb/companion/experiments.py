@@ -215,12 +215,19 @@ def compute(
     worlds: int = None,    # the first so many; None: all that a claim needs
     folder: Path = None,
     jobs: int = None,      # trainings at once
+    together: bool = False,   # all worlds' runs at once, so that no core waits; else each world is kept when it is done
 ) -> None:
     "Choose what is to be chosen, compute what is missing; say what came of each world. Network by network."
     for claim in _chosen(claims):
+        numbers = range(1, (worlds or claim.worlds) + 1)
         for network in claim.networks or [None]:
             if network: prepare(claim, network, profile, jobs)
-            for world in range(1, (worlds or claim.worlds) + 1): _compute_world(claim, world, profile, folder, jobs)
+            if together: _make_all(claim, numbers, profile, folder, jobs)
+            for world in numbers: _compute_world(claim, world, profile, folder, jobs)
+
+def _make_all(claim, worlds, profile, folder, jobs) -> None:
+    asked = [made for world in worlds for made in _needed(missing(claim, profile, world, folder))]
+    if asked and claim.score != "seconds": make_runs(asked, f"{claim.name}, {counted(len(worlds), 'world')}", jobs)
 
 def _compute_world(claim, world, profile, folder, jobs) -> None:
     asked = missing(claim, profile, world, folder)

@@ -197,6 +197,19 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["small.csv"]
 
 
+@pytest.mark.parametrize("together, calls", [(True, [2, 1, 1]), (False, [1, 1])])
+def test_short_worlds_may_be_computed_together(tmp_path, monkeypatch, together, calls):
+    "First the runs of both, so that no core waits; then the rows, world by world."
+    made, rows = [], []
+    monkeypatch.setattr(E, "make_runs", lambda asked, *a: made.append(len(asked)))
+    monkeypatch.setattr(E, "missing", lambda claim, profile, world, folder: {"untrained": dict(stage="x", seed=world)})
+    monkeypatch.setattr(E, "measure", lambda arm, world, made: dict(world=world, arm=arm, mAP=.1))
+    monkeypatch.setattr(E, "run_name", str)
+    monkeypatch.setattr(E, "write_results", lambda profile, new, *a: rows.extend(new))
+    E.compute("tiny", ["C2"], 2, tmp_path, 1, together)
+    assert made == calls and [row["world"] for row in rows] == [1, 2]
+
+
 def test_an_unknown_claim_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="'C9' is not known.* Known: C2, C1, few labels"): E.costs("smoke", ["C9"])
     with pytest.raises(ValueError, match="'smal' is not known; did you mean 'small'"): E.read_results("smal")
