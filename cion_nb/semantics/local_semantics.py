@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART_NAMES', 'NO_PART', 'PartSource', 'WorldParts', 'as_images', 'to_masks', 'to_labels', 'part_boxes', 'local_crops',
-           'PartStore', 'write_parts']
+           'PartStore', 'write_parts', 'nearest_bone', 'PoseParts']
 
 # %% ../../nbs/8_semantics/00_local_semantics.ipynb #8197360b
 import io
@@ -370,3 +370,84 @@ def _discard(out: Path) -> None:
     "Remove a store's own files, the claim that it is finished first."
     for name in ("parts.json", "index.npz", "labels.bin", "samples.parquet"): (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "pieces", ignore_errors=True)
+
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #823ad352
+_BONES = (((7, 8), (2, 5), (9, 10), (0, 9), (0, 10), (2, 7), (5, 8)),                          # head
+          ((11, 12), (11, 13), (13, 15), (12, 14), (14, 16), (11, 23), (12, 24), (23, 24)),    # upper body
+          ((23, 25), (25, 27), (27, 29), (29, 31), (27, 31), (24, 26), (26, 28), (28, 30), (30, 32), (28, 32)))
+_ENDS, _PART = np.array(sum(_BONES, ())), np.repeat([1, 2, 3], list(map(len, _BONES))).astype(np.uint8)
+_SIDE, _SHARE, _GREY = 256, .86, 114    # pixels of the square, the crop's share of its height, the grey around it
+
+def nearest_bone(
+    mask: np.ndarray,    # (H, W) bool, the person
+    points: np.ndarray,  # (33, 2) x, y in pixels of the mask
+) -> np.ndarray:         # (H, W) uint8 label map
+    "Every pixel of the person to the part whose bone is nearest."
+    y, x = np.nonzero(mask)
+    start, way = points[_ENDS[:, 0]], points[_ENDS[:, 1]] - points[_ENDS[:, 0]]
+    to = np.stack([x + .5, y + .5], 1)[:, None] - start                                        # (pixels, bones, 2)
+    along = np.clip((to * way).sum(-1) / np.maximum((way ** 2).sum(-1), 1e-6), 0, 1)
+    labels = np.zeros(mask.shape, np.uint8)
+    labels[y, x] = _PART[((to - along[..., None] * way) ** 2).sum(-1).argmin(1)]
+    return labels
+
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #b62b3070
+class PoseParts(PartSource):
+    """Parts by a pose-landmark `.tflite`. Where it finds nobody, the masks are empty. FileNotFoundError; ValueError for a
+    file that takes or gives something else; ImportError that names the extra."""
+    def __init__(self,
+        file: str | Path,     # such as pose_landmark_full.tflite
+        threads: int = 1,
+        least: float = .5,    # certainty that somebody is there
+    ):
+        self.file, self.least = resolve(file), least
+        if not self.file.is_file(): raise FileNotFoundError(f"no pose network at {self.file}: name a .tflite file")
+        self.settings = dict(source="pose", file=fingerprint(self.file), least=least)
+        self._run = _tflite(self.file, threads)
+
+    def points(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        "Of one image (H, W, 3): points (39, 2) x, y in its pixels, (H, W) logits of the person, certainty of somebody."
+        square, (top, left, h, w) = _letterbox(image)
+        points, flag, logits = self._run(square[None].astype(np.float32) / 255)
+        logits = Image.fromarray(logits.reshape(_SIDE, _SIDE)[top:top + h, left:left + w])
+        scale = image.shape[1] / w, image.shape[0] / h
+        own = (points.reshape(39, 5)[:, :2] - [left, top]) * scale
+        return own, np.asarray(logits.resize(image.shape[1::-1], Image.BILINEAR)), float(flag.item())
+
+    def parts(self, images, samples=None):
+        images = as_images(images)
+        labels = np.zeros(images.shape[:3], np.uint8)
+        for own, image in zip(labels, images):
+            points, logits, certainty = self.points(image)
+            if certainty >= self.least: own[:] = nearest_bone(logits > 0, points)
+        return to_masks(labels)
+
+def _letterbox(image: np.ndarray) -> tuple[np.ndarray, tuple]:
+    "The image in the middle of the square, and its top, left, height, width there."
+    H, W = image.shape[:2]
+    scale = min(_SHARE * _SIDE / H, _SIDE / W)
+    h, w = max(round(H * scale), 1), max(round(W * scale), 1)
+    top, left, square = (_SIDE - h) // 2, (_SIDE - w) // 2, np.full((_SIDE, _SIDE, 3), _GREY, np.uint8)
+    square[top:top + h, left:left + w] = np.asarray(Image.fromarray(image).resize((w, h), Image.BILINEAR))
+    return square, (top, left, h, w)
+
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #2c038fd4
+_TAKES, _GIVES = (1, _SIDE, _SIDE, 3), dict(points=(1, 195), flag=(1, 1), mask=(1, _SIDE, _SIDE, 1))
+
+def _tflite(file: Path, threads: int):
+    "A pose network as a function: (1, 256, 256, 3) float32 in [0, 1] to points, flag and mask."
+    runtime = optional("ai_edge_litert.interpreter", "parts")
+    try: network = runtime.Interpreter(model_path=str(file), num_threads=threads)
+    except (ValueError, RuntimeError) as e: raise ValueError(f"{file} is no .tflite file that can be read: {e}") from e
+    takes, gives = network.get_input_details(), network.get_output_details()
+    shapes = [tuple(d["shape"].tolist()) for d in takes], [tuple(d["shape"].tolist()) for d in gives]
+    if shapes[0] != [_TAKES] or takes[0]["dtype"] != np.float32 or not set(_GIVES.values()) <= set(shapes[1]):
+        raise ValueError(f"{file} is no pose-landmark network: it takes {shapes[0]} and gives {shapes[1]}; needed are "
+                         f"{_TAKES} float32 and {', '.join(f'{k} {v}' for k, v in _GIVES.items())}")
+    at = [gives[shapes[1].index(shape)]["index"] for shape in _GIVES.values()]
+    network.allocate_tensors()
+    def run(x):
+        network.set_tensor(takes[0]["index"], x)
+        network.invoke()
+        return [network.get_tensor(i) for i in at]
+    return run
