@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'TERMS', 'UNWEIGHED', 'METHODS', 'FEATURES', 'MethodSettings
            'VillsLearner', 'has', 'make_learner', 'make_losses', 'ClipViews', 'Vills', 'masks_of', 'modules_of',
            'check_vills', 'vills', 'save_vills', 'load_vills', 'clip_net']
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #92be11ac
+# %% ../../nbs/8_semantics/01_vills.ipynb #c019d75b
 import sys
 import time
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ from ..training.views import MultiCrop, normalise, sample_draws, ViewParameters
 from ..video.clips import Clips, TrackletSampler
 from ..video.resampler import Resampler
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #6b81efa6
+# %% ../../nbs/8_semantics/01_vills.ipynb #7cd54f1a
 PARTS = ("head", "upper", "lower")             # the part tokens, in the order of the part masks
 TERMS = ("coarse", "lse", "temp", "adapt")
 UNWEIGHED = "the supplement gives four numbers, not what they weigh"
@@ -114,7 +114,7 @@ class TeacherSettings(Settings):
     teacher: Literal["step", "epoch"] = LossSettings.again("teacher", "step", _DINO)
     centre: Literal["ema", "batch"] = LossSettings.again("centre", "ema", _DINO)
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #5b6d9b36
+# %% ../../nbs/8_semantics/01_vills.ipynb #14adb6d1
 METHODS = dict(vills=dict(identities="image", n_id=[1], n_id_epochs=[0]), vills_cion=dict(clip_n_id=2))
 
 class VillsSettings(
@@ -157,7 +157,7 @@ _TINY = _SMALL | dict(images_per_epoch=864, n_id=[2, 4], n_id_epochs=[0, 5], che
 VillsSettings.profiles = dict(small=_SMALL, tiny=_TINY,
                               smoke=_TINY | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1]))
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #b38dd26b
+# %% ../../nbs/8_semantics/01_vills.ipynb #d0a0cd1b
 def is_vit(backbone: nn.Module) -> bool: return hasattr(backbone, "reg_token") and hasattr(backbone, "cls_token")
 
 def add_part_tokens(
@@ -177,7 +177,7 @@ def add_part_tokens(
     backbone.num_reg_tokens, backbone.num_prefix_tokens = n, 1 + n
     return backbone
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #a0d734c1
+# %% ../../nbs/8_semantics/01_vills.ipynb #1213b817
 FEATURES = ("coarse", "semantic", "temporal")
 
 class VillsNet(nn.Module):
@@ -230,7 +230,7 @@ class VillsNet(nn.Module):
         if "temporal" in self.names: found["temporal"] = self.latents_mean(tokens, n)[:, None]
         return F.normalize(torch.cat([found[name] for name in self.names], 1), dim=-1).flatten(1)
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #323f94e6
+# %% ../../nbs/8_semantics/01_vills.ipynb #225090a8
 @patch
 def read(self: VillsNet,
     x: Tensor,                   # (n, 3, h, w)
@@ -290,7 +290,7 @@ def _check_resampler(backbone: nn.Module, resampler: Resampler, frames: int) -> 
         raise ValueError(f"{backbone.name} has no map as wide as its feature that a resampler could read: choose a ViT, or "
                          "set lambda_temp=0 and lambda_adapt=0")
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #3a08ca44
+# %% ../../nbs/8_semantics/01_vills.ipynb #98c5ada7
 def part_targets(
     probs: Tensor,      # (2, B, K) of the teacher's global views
     presence: Tensor,   # (B,) 1 where the image shows the part
@@ -311,7 +311,7 @@ def adapt_targets(
     targets = torch.stack([matched[2], matched[2], matched[0] + matched[1]]) * weight[:, None]
     return targets, targets.sum(-1)
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #e2742b9e
+# %% ../../nbs/8_semantics/01_vills.ipynb #ee26900b
 class VillsLearner(nn.Module):
     "A network and a head a token; only tokens of terms that count have one."
     def __init__(self, net: VillsNet, heads: dict):
@@ -355,7 +355,7 @@ class VillsLearner(nn.Module):
         if stills is not None: logits.append(head(self.net.temporal(stills[:, None]))[None])
         return dict(temporal=torch.cat(logits))
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #dc35e661
+# %% ../../nbs/8_semantics/01_vills.ipynb #b9fed3bb
 @contextmanager
 def _own_draws(seed: int, which: int):
     "Inside, random numbers of a stream of its own; outside they go on as if nothing had been drawn."
@@ -404,7 +404,7 @@ def make_losses(r: dict) -> nn.ModuleDict:
     if has(r, "temp", "adapt"): losses["temporal"] = IdentityGuidedLoss(r["out_dim"], clips, clips, **common)
     return nn.ModuleDict(losses)
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #afee3e3b
+# %% ../../nbs/8_semantics/01_vills.ipynb #a25f1f1a
 class ClipViews(MultiCrop):
     "One crop, one mirroring and one colouring a clip: `n_global` is 1."
     def __call__(self, clips, index, epoch: int = 0) -> Tensor:   # n lists of T (3, h, w) -> (n, T, 3, *size) uint8
@@ -432,7 +432,7 @@ def _views_like(views: MultiCrop, of, size, scale, ratio, stream: int) -> MultiC
 
 _PARTS_STREAM, _CLIPS_STREAM, _STILL_STREAM = 1 << 41, 1 << 42, 1 << 43     # beside the views of images
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #009a4cbe
+# %% ../../nbs/8_semantics/01_vills.ipynb #ef0fd295
 class Vills(Distillation):
     "Images with crops of their parts, and clips of tracklets; a teacher for all tokens."
     def __init__(self, r: dict):
@@ -477,7 +477,7 @@ class Vills(Distillation):
         self.clip_views = _views_like(self.views, ClipViews, *how, _CLIPS_STREAM)
         self.still_views = _views_like(self.views, ClipViews, *how, _STILL_STREAM)
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #c887647f
+# %% ../../nbs/8_semantics/01_vills.ipynb #08b3da24
 def masks_of(
     r: dict,                  # a recipe of vills
     samples: pd.DataFrame,    # the images that are trained on
@@ -492,7 +492,7 @@ def masks_of(
 def _world_parts(samples: pd.DataFrame, root: Path) -> Path:
     return root / f"parts-{fingerprint(samples['path'].tolist())}"
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #13ea09b6
+# %% ../../nbs/8_semantics/01_vills.ipynb #267a3499
 @patch
 def sampler(self: Vills, phase, n_pass, advance, rank, world_size):
     "Rows of images, behind them of the clips' first frames."
@@ -517,7 +517,7 @@ def clip_batches(self: Vills, n_pass, advance, rank, world_size):
         for tracklets in sampler: yield self.offset + first[tracklets]
         turn, start = turn + 1, 0
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #26db9ae3
+# %% ../../nbs/8_semantics/01_vills.ipynb #df5c4385
 @patch
 def load(self: Vills, rows, seen):
     r = self.recipe
@@ -554,7 +554,7 @@ def clip_frames(self: Vills, tracklets, epoch) -> dict:
     if not has(r, "adapt"): return made
     return made | dict(stills=self.still_views([[image] for image in images[2 * B * T:]], tracklets, epoch)[:, 0])
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #d53357ff
+# %% ../../nbs/8_semantics/01_vills.ipynb #7d677c8e
 @patch
 def build(self: Vills, device):
     r = self.recipe
@@ -613,7 +613,7 @@ def _worst(last: list[dict]) -> dict:
     worst = {True: torch.amax, False: torch.amin}
     return {name: worst[name in largest](torch.stack([x[name] for x in last])) for name in last[0] if name != "loss"}
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #8230a0ba
+# %% ../../nbs/8_semantics/01_vills.ipynb #dfa4e99c
 def modules_of(learner: VillsLearner) -> dict[str, list]:   # name -> parameters
     "The student's parameters by what they are for."
     encoder = {name: p for name, p in learner.backbone.named_parameters() if name != "reg_token"}
@@ -625,7 +625,7 @@ def modules_of(learner: VillsLearner) -> dict[str, list]:   # name -> parameters
         own["part_heads" if name in PARTS else f"{name}_head"] += [p for p in head.parameters() if p.requires_grad]
     return own
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #a6df0256
+# %% ../../nbs/8_semantics/01_vills.ipynb #4511706f
 def check_vills(
     recipe: dict,   # as `recipe("vills", ...)` wrote it
 ) -> None:
@@ -664,7 +664,7 @@ def _assigned(r: dict) -> str:
 
 def _count(net: nn.Module) -> int: return sum(p.numel() for p in net.parameters())
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #481ce2e0
+# %% ../../nbs/8_semantics/01_vills.ipynb #ece87745
 @patch
 def made(self: VillsNet) -> dict:
     "What a network is built of, for `vills.json`."
@@ -721,7 +721,7 @@ def _resampler_of(made: dict, folder: Path | None) -> Resampler | None:
     if folder is not None: fill_module(resampler, folder / "resampler.safetensors")
     return resampler
 
-# %% ../../nbs/8_semantics/01_vills.ipynb #4e68eb48
+# %% ../../nbs/8_semantics/01_vills.ipynb #0eb6a6f8
 def clip_net(
     encoder: nn.Module,  # with the weights of a run of vills
     r: dict,             # a recipe of video_reid that names it in `weights`, or the card of a network that was saved

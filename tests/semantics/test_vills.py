@@ -137,7 +137,7 @@ def test_each_weight_alone_reaches_its_modules_and_no_other(data, term):
     assert set(found) == REACHED[term] and not any(lost.values()), lost
     assert all(max(float(p.grad.abs().max()) for p in parameters) > 0 for parameters in found.values())
     assert all(p.grad is None and not p.requires_grad for p in task.modules["teacher"].parameters())
-    assert float(value) == pytest.approx(task.recipe[f"lambda_{term}"] * float(told[f"loss_{term}"]))
+    assert value.item() == pytest.approx(task.recipe[f"lambda_{term}"] * float(told[f"loss_{term}"]))
 
 
 def test_a_weight_of_0_removes_its_term_and_nothing_else(data):
@@ -197,7 +197,7 @@ def test_a_part_that_nobody_shows_asks_nothing(data):
     batch["presence"] = torch.zeros_like(batch["presence"])
     value, told = task.loss(task.modules["model"], batch, Alone)
     value.backward()
-    assert float(value) == 0 and all(loss.centre.eq(0).all() for loss in task.losses)
+    assert value.item() == 0 and all(loss.centre.eq(0).all() for loss in task.losses)
     assert all(p.grad.eq(0).all() for p in task.modules["model"].parameters() if p.requires_grad)
     batch["presence"][1] = 1                                                   # upper bodies alone
     value, _ = task.loss(task.modules["model"], batch, Alone)
