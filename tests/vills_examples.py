@@ -30,7 +30,8 @@ def make(root):
         for camid in range(CAMERAS):
             for frame in range(FRAMES):
                 picture = np.full((64, 32, 3), 90 + 40 * camid) + rng.normal(0, 12, (64, 32, 3))
-                for colour, band in zip(colours[pid], ROWS.values()): picture[band, 8 + frame % 2:24 + frame % 2] = colour
+                where = slice(8 + frame % 2, 24 + frame % 2)
+                for colour, band in zip(colours[pid], ROWS.values()): picture[band, where] = colour
                 name = f"{pid}_{camid}_{frame}.png"
                 Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(root / name)
                 split = "train" if pid < PEOPLE // 2 else "query" if camid == 0 else "gallery"

@@ -35,12 +35,7 @@ from ..models.architectures import architecture
 from ..models.backbones import create_backbone, load_backbone, save_backbone
 from ..models.checkpoints import load_backbone_weights
 from .local_semantics import PartStore, WorldParts, write_parts
-from cion_nb.training.distill import (
-    CollapseWatch,
-    folded_targets,
-    IdentityGuidedLoss,
-    ProjectionHead,
-)
+from ..training.distill import CollapseWatch, folded_targets, IdentityGuidedLoss, ProjectionHead
 from cion_nb.training.engine import (
     budget,
     BudgetSettings,
@@ -150,9 +145,9 @@ _SMALL = dict(
     part_size=[32, 16], frame_size=[32, 24], frames=4, clip_batch=12, latents=8, resampler_heads=3, dim_head=32,
     global_scale=[0.5, 1.0], local_scale=[0.3, 0.7], clip_scale=[0.5, 1.0],
     view_changes=dict(strength=[0.2, 0.2, 0.1, 0.02], grey=0.05, solarise=[0.0, 0.0, 0.0]), erasing_rule="timm",
-    n_id_epochs=[0, 4, 6, 8], n_local=2, epochs=10, images_per_epoch=1920, batch_size=48, out_dim=256, head_hidden=256, head_bottleneck=64,
-    ema=[0.97, 1.0], lr=5e-3, weight_decay=[0.04, 0.04], warmup_epochs=1, freeze_last_layer_epochs=0,
-    precision="auto", workers=0, checkpoint_minutes=5)
+    n_id_epochs=[0, 4, 6, 8], n_local=2, epochs=10, images_per_epoch=1920, batch_size=48, out_dim=256,
+    head_hidden=256, head_bottleneck=64, ema=[0.97, 1.0], lr=5e-3, weight_decay=[0.04, 0.04], warmup_epochs=1,
+    freeze_last_layer_epochs=0, precision="auto", workers=0, checkpoint_minutes=5)
 _TINY = _SMALL | dict(images_per_epoch=864, n_id=[2, 4], n_id_epochs=[0, 5], checkpoint_minutes=2)
 VillsSettings.profiles = dict(small=_SMALL, tiny=_TINY,
                               smoke=_TINY | dict(epochs=2, images_per_epoch=96, n_id_epochs=[0, 1]))
@@ -214,12 +209,12 @@ class VillsNet(nn.Module):
 
     def _names(self, feature) -> list[str]:
         has = dict(coarse=True, semantic=self.n_parts > 0, temporal=self.resampler is not None)
-        if feature is None: return [name for name in FEATURES if has[name] and (name != "temporal" or self.input.frames)]
+        if feature is None: return [name for name in FEATURES[:3 if self.input.frames else 2] if has[name]]
         names = feature.split("+")
         for name in names:
             refuse_unknown("feature", name, FEATURES)
-            what = "part tokens (it was trained with lambda_lse=0)" if name == "semantic" else "a resampler"
-            if not has[name]: raise ValueError(f"feature={feature!r}: this network has no {what.removeprefix('a ')}")
+            what = "part tokens (it was trained with lambda_lse=0)" if name == "semantic" else "resampler"
+            if not has[name]: raise ValueError(f"feature={feature!r}: this network has no {what}")
         return [name for name in FEATURES if name in names]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,7 +261,8 @@ def latents_mean(self: VillsNet, tokens: Tensor, n: int) -> Tensor:
 def padded(self: VillsNet, x: Tensor) -> Tensor:
     "Images with the mean colour around them, as little as whole patches need."
     (h, w), (H, W) = x.shape[-2:], self.whole(x.shape[-2:])
-    return x if (h, w) == (H, W) else F.pad(x, ((W - w) // 2, W - w - (W - w) // 2, (H - h) // 2, H - h - (H - h) // 2))
+    left, top = (W - w) // 2, (H - h) // 2
+    return x if (h, w) == (H, W) else F.pad(x, (left, W - w - left, top, H - h - top))
 
 @patch
 def whole(self: VillsNet, size) -> tuple:   # (height, width)
@@ -277,8 +273,8 @@ def whole(self: VillsNet, size) -> tuple:   # (height, width)
 def _check_resampler(backbone: nn.Module, resampler: Resampler, frames: int) -> None:
     "The resampler fits the tokens and the clips."
     if resampler.dim != backbone.embed_dim:
-        raise ValueError(f"the resampler has width {resampler.dim}, {backbone.name} has {backbone.embed_dim}: it belongs "
-                         "to another network")
+        raise ValueError(f"the resampler has width {resampler.dim}, {backbone.name} has {backbone.embed_dim}: it "
+                         "belongs to another network")
     if resampler.frames and frames > resampler.frames:
         raise ValueError(f"clips of {frames} frames, and the resampler has vectors for {resampler.frames}: use at most "
                          "as many")
@@ -287,8 +283,8 @@ def _check_resampler(backbone: nn.Module, resampler: Resampler, frames: int) -> 
     with torch.no_grad(): maps = backbone.eval().forward_features(torch.zeros(1, 3, *size))
     backbone.train()
     if maps.ndim != 4 or maps.shape[1] != backbone.embed_dim:
-        raise ValueError(f"{backbone.name} has no map as wide as its feature that a resampler could read: choose a ViT, or "
-                         "set lambda_temp=0 and lambda_adapt=0")
+        raise ValueError(f"{backbone.name} has no map as wide as its feature that a resampler could read: choose a "
+                         "ViT, or set lambda_temp=0 and lambda_adapt=0")
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #98c5ada7
 def part_targets(
@@ -454,8 +450,8 @@ class Vills(Distillation):
             raise ValueError(f"backbone={r['backbone']!r} is no ViT and has no tokens that could be a part's: choose a "
                              "ViT, or set lambda_lse=0")
         if has(r, "lse") and r["parts"] is None and not isinstance(r["data"], dict):
-            raise ValueError("lambda_lse needs the masks of head, upper and lower body: name a folder of write_parts in "
-                             "parts, or set lambda_lse=0")
+            raise ValueError("lambda_lse needs the masks of head, upper and lower body: name a folder of write_parts "
+                             "in parts, or set lambda_lse=0")
         if has(r, "temp", "adapt"): check_batch(r["clip_batch"], [r["clip_n_id"]], pieces=r["accumulate"])
 
     def _add_clips(self, root) -> None:

@@ -236,7 +236,9 @@ def _follow(self: IdentityGuidedLoss, mean):
 def _mean_over_ranks(logits: Tensor, weight: Tensor = None, otherwise: Tensor = None) -> Tensor:
     "(G, B, K) -> (K,), the mean over views, images and ranks; `otherwise` where no image of any rank has a weight."
     n, weighted = logits.new_tensor([logits.shape[0] * logits.shape[1]]), logits
-    if weight is not None: n, weighted = len(logits) * weight.to(logits).sum()[None], logits * weight.to(logits)[:, None]
+    if weight is not None:
+        weight = weight.to(logits)
+        n, weighted = len(logits) * weight.sum()[None], logits * weight[:, None]
     total = torch.cat([weighted.sum((0, 1)), n])
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(total)
     if weight is None: return total[:-1] / total[-1]

@@ -21,17 +21,7 @@ from torch import nn
 
 from ..core.files import atomic, read_json, write_json
 from ..core.runs import is_main_process, licence, Run, weights_file
-from cion_nb.core.settings import (
-    Count,
-    NotNegative,
-    Positive,
-    refuse_unknown,
-    room,
-    setting,
-    Settings,
-    Share,
-    STAGES,
-)
+from ..core.settings import Count, NotNegative, Positive, refuse_unknown, room, setting, Settings, Share, STAGES
 from ..core.weights import fill_module
 from ..data.datasets import read_data
 from ..models.architectures import architecture, InputSpec
@@ -123,7 +113,7 @@ class LossSettings(Settings):
     triplet_weight: NotNegative = setting(1.0, "weight of the triplets beside cross-entropy", "assumed (AP3D)")
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #d8b66cef
-METHODS = dict(dense={}, cross={}, self=dict(blocks=4), mean={}, vills={})     # `self` as heavy as the others: 4 blocks for 3
+METHODS = dict(dense={}, cross={}, self=dict(blocks=4), mean={}, vills={})     # `self` as heavy as others: 4 blocks
 
 class VideoReidSettings(MethodSettings, DataSettings, ScoreSettings, NetworkSettings, StartSettings, ColourSettings,
                         BudgetSettings, ClipSettings, DecoderSettings, LossSettings, MachineSettings):

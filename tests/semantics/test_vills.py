@@ -240,6 +240,6 @@ def test_the_teacher_follows_by_its_momentum(data):
     task.momentum = .9
     task.after_step(.1)
     moved = [(.9 * b + .1 * p - t).abs().max() for b, p, t in zip(before, student.parameters(), teacher.parameters())]
-    assert float(torch.stack(moved).max()) < 1e-6 and not any(p.requires_grad for p in teacher.parameters())
+    assert torch.stack(moved).max().item() < 1e-6 and not any(p.requires_grad for p in teacher.parameters())
     update_teacher(student, teacher, 0.)
     assert all(torch.equal(p, t) for p, t in zip(student.parameters(), teacher.parameters()))

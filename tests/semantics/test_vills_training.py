@@ -15,8 +15,7 @@ from cion_nb.core.settings import recipe
 from cion_nb.models.backbones import load_backbone
 from cion_nb.models.features import embed, OnnxModel
 from cion_nb.models.leaving import export_onnx
-from cion_nb.semantics import local_semantics
-from cion_nb.semantics import vills as vills_room
+from cion_nb.semantics import local_semantics, vills as vills_room
 from cion_nb.semantics.vills import load_vills, TERMS, UNWEIGHED, Vills, vills
 from cion_nb.training.engine import fit, last_checkpoint
 from cion_nb.training.finetune import make_backbone
@@ -81,7 +80,7 @@ def test_lse_is_absent_once_a_network_is_trained(first, runs, data, tmp_path, no
     net = load_model(run.folder)
     wanted = embed(vills_room.VillsNet(teacher.backbone), images)
     assert net.names == ["coarse", "semantic"] and np.array_equal(embed(net, images), wanted)
-    assert np.allclose(embed(plain, images), 2 * wanted[:, :96], atol=1e-6)                 # one of four, as long as each
+    assert np.allclose(embed(plain, images), 2 * wanted[:, :96], atol=1e-6)                 # one of four alike
     moving = load_vills(run.folder, clips=True)
     assert moving.input.shape == (3, 3, 32, 20)
     assert np.array_equal(embed(moving, [list(c) for c in clips]), embed(teacher, [list(c) for c in clips]))
@@ -130,7 +129,8 @@ def test_batches_do_not_depend_on_where_a_run_was_resumed(data):
     "Two streams: clips beside images, and clips alone; passes over clips go on while one over images lasts."
     for r in (asked(data, clip_batch=8), asked(data, **only("adapt"))):
         task, n = Vills(r), 8 * (r["lambda_coarse"] > 0)
-        def taken(start, n_pass=0, k=9): return [rows for rows, _ in zip(task.sampler(1, n_pass, start, 0, 1), range(k))]
+        def taken(start, n_pass=0):
+            return [rows for rows, _ in zip(task.sampler(1, n_pass, start, 0, 1), range(9))]
         whole = taken(0)
         assert len(whole) == 9 and all(np.array_equal(a, b) for a, b in zip(whole[3:], taken(3)))
         clips = [rows[n:] for rows in whole]
