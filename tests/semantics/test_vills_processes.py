@@ -32,7 +32,9 @@ def looks(self, student, teacher, pairs, weight=None):
     assert torch.allclose(self.centre, want, atol=1e-6), (self.centre - want).abs().max()
     seen.append(bool(every[-1] > own[-1]) and not torch.allclose(own[:-1] / own[-1], every[:-1] / every[-1], atol=1e-6))
     return found
+follows = Vills.after_step
 def dies(self, share):
+    follows(self, share)
     if share >= .6: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "looks": IdentityGuidedLoss.against = looks
 if sys.argv[2] == "dies": Vills.after_step = dies
