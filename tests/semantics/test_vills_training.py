@@ -21,7 +21,7 @@ from cion_nb.training.engine import fit, last_checkpoint
 from cion_nb.training.finetune import make_backbone
 from cion_nb.training.pretrain import equal_budget
 from cion_nb.video.clips import extract_clips
-from cion_nb.video.video_reid import load_clip_model, make_clip_model, video_reid
+from cion_nb.video.video_reid import load_clip_model, make_clip_model, video_reid, VideoFineTuning
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +219,12 @@ def test_clips_are_fine_tuned_from_a_run(first, runs, data, tmp_path):
         assert all(torch.equal(own[name], value) for name, value in teacher.resampler.state_dict().items())
         assert torch.equal(start.backbone.reg_token, teacher.backbone.reg_token)
         assert all(p.requires_grad for p in start.parameters())
+    task = VideoFineTuning(asked_for)
+    task.build("cpu")
+    value, told = task.loss(task.modules["model"], task.load(next(iter(task.sampler(0, 0, 0, 0, 1))), 0), Alone)
+    assert value.item() == pytest.approx(float(told["cross_entropy"] + told["triplet"]))
+    value.backward()
+    assert all(p.grad is not None for p in task.modules["model"].parameters() if p.requires_grad)
     done = video_reid(asked_for)
     assert 0 < done.result["mAP"] <= 1
     model = load_clip_model(done.folder)
