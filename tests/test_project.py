@@ -71,7 +71,8 @@ def test_constraints_pin_every_installed_package():
     pins = re.findall(r"^([A-Za-z0-9._-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
     pinned = set(map(normal, pins))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"][extra] for extra in ("cpu", "track", "onnx", "reid", "dev", "docs")]
+    extras = [project["optional-dependencies"][extra] for extra in
+              ("cpu", "track", "onnx", "reid", "parts", "sam", "dev", "docs")]
     wanted = [re.match(r"[A-Za-z0-9._-]+", line)[0] for line in sum(extras, project["dependencies"])]
     assert not [name for name in wanted if normal(name) not in pinned], "not pinned in constraints.txt"
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PATHS', 'Command', 'command', 'setting_value', 'read_settings', 'settings_for', 'check_kind', 'from_here',
-           'shard_of', 'track', 'extract', 'open_features', 'calibrate', 'denoise', 'recipe_of', 'pretrain', 'finetune',
-           'usl', 'uda', 'video_reid', 'idfree', 'vills', 'find', 'score', 'export', 'reproduce', 'runs', 'make_parser',
-           'main']
+           'shard_of', 'track', 'extract', 'parts', 'open_features', 'calibrate', 'denoise', 'recipe_of', 'pretrain',
+           'finetune', 'usl', 'uda', 'video_reid', 'idfree', 'vills', 'find', 'score', 'export', 'reproduce', 'runs',
+           'make_parser', 'main']
 
 # %% ../../nbs/9_companion/08_commands.ipynb #ce42634d
 import argparse
@@ -240,6 +240,30 @@ def _refuse_folder(name: str, data_sets) -> None:
 def _model(path: str):
     from cion_nb.companion.score import load_model
     return load_model(_here(path))
+
+# %% ../../nbs/9_companion/08_commands.ipynb #4c563af9
+def _parts_arguments(parser):
+    add = parser.add_argument
+    add("samples", help="a samples .parquet, or the name of a data set with --root: market1501, msmt17, …")
+    sources = "a pose-landmark .tflite; weights of Mask R-CNN, of keypoint R-CNN and a folder of SAM; or world"
+    add("--source", nargs="+", required=True, help=sources)
+    add("--out", required=True, help="folder of the label maps")
+    add("--root", help="folder that image paths are relative to (default: the folder of the .parquet)")
+    add("--check", action="store_true", help="only see whether table, source and settings make sense")
+    _set(parser, "settings of `write_parts`: batch_size, size, resume, …")
+
+@command("Where head, upper and lower body are in person images: label maps, once to disk.",
+         "a table of images and a part source",
+         "OUT/labels.bin and OUT/index.npz, a map an image, with OUT/samples.parquet; goes on where it was killed",
+         "parts tracks/samples.parquet --source pose_landmark_full.tflite --out parts", _parts_arguments)
+def parts(args):
+    from cion_nb.semantics.local_semantics import part_source, write_parts
+    settings = settings_for(write_parts, args.set)
+    samples, root = _table(args.samples, args.root)
+    files = args.source if args.source == ["world"] else map(str, map(_here, args.source))
+    source = part_source(*files, root=root)
+    if args.check: return _check_images(samples, root)
+    print(write_parts(samples, root, source, _here(args.out), **settings))
 
 # %% ../../nbs/9_companion/08_commands.ipynb #60124e4a
 def _features_arguments(parser):

@@ -43,6 +43,7 @@ from cion_nb.data.people import (
     TWINS,
     twins_of,
     Walk,
+    wardrobe_of,
 )
 from .scenery import cameras, expose, make_thing, MARGIN, put_sprite, scenery, SCENES, without_margin
 
@@ -51,7 +52,8 @@ _LATER = dict(                        # values that came later, as worlds were b
     clip_frames=0, clip_stride=2,     # frames of a clip, and every how many of the video; 0: no clips
     twins="",                         # "mark" or "gait": people come in pairs that differ in nothing else
     frames=0,                         # frames of every video that are drawn whole, with their boxes; 0: none
-    turns=0.)                         # share of the walks that change direction
+    turns=0.,                         # share of the walks that change direction
+    outfits=1)                        # sets of clothes of each person, who wears one of them in a video
 _COMMON = dict(
     _LATER, bank="A", cameras=6,
     lookalikes=.15,                   # share of people who have look-alikes
@@ -107,6 +109,7 @@ class World:
     reid: pd.DataFrame      # rows of `reid.parquet` before rendering
     clips: pd.DataFrame | None = None # rows of `clips.parquet` before rendering; None where clip_frames is 0
     frames: pd.DataFrame | None = None # `frames.parquet`, a row a person box; None where there are no frames
+    worn: dict | None = None # (video's name, pid) -> outfit; None where everybody has one
 
     @property
     def tables(self) -> dict:
@@ -114,6 +117,11 @@ class World:
         return {name: getattr(self, name) for name in _tables_of(self.values)}
 
     def camera(self, video: Video) -> Camera: return self.cameras[video.camid - 1]
+
+    def dressed(self, video: Video, walk: Walk) -> Person:
+        "Who walks there, in what they wear in this video."
+        person = self.people[walk.person]
+        return person.wearing(self.worn.get((video.name, person.pid), 0)) if self.worn else person
 
     def video(self, name: str) -> Video:
         "The video of that name."
@@ -156,6 +164,33 @@ def _pairs(rng, n: int, by: str) -> tuple:
     "All people of a world of twins, each beside the other."
     pairs = [twins_of(rng, random_person(rng, 2 * k + 1, group=k), 2 * k + 2, by) for k in range(n)]
     return tuple(p for pair in pairs for p in pair)
+
+# %% ../../nbs/1_data/06_film.ipynb #6e4ff27f
+def _with_outfits(seed: int, v: dict, people: tuple) -> tuple:
+    "The same people with further sets of clothes; a group shares them, as they suit its first."
+    first = {}
+    for p in people: first.setdefault(("group", p.group) if p.group >= 0 else ("pid", p.pid), p.shape)
+    sets = {key: wardrobe_of(stream(seed, v["bank"], "outfits", *key), shape, v["outfits"] - 1)
+            for key, shape in first.items()}
+    return tuple(replace(p, outfits=sets["group", p.group] if p.group >= 0 else sets["pid", p.pid]) for p in people)
+
+def _worn(seed: int, v: dict, people: tuple, videos: tuple) -> dict:
+    "(video's name, pid) -> outfit."
+    seen = {}
+    for video in videos:
+        for walk in video.walks: seen.setdefault(people[walk.person].pid, []).append(video.name)
+    def turns(pid, n):
+        rng = stream(seed, v["bank"], "worn", pid)
+        return rng.permutation(v["outfits"])[rng.permutation(n) % v["outfits"]].tolist()
+    return {(name, pid): k for pid, names in seen.items() for name, k in zip(names, turns(pid, len(names)))}
+
+def _with_clothes(t: pd.DataFrame, worn: dict) -> pd.DataFrame:
+    "A samples table with `clothes`, of whom a box shows."
+    who = zip(t.video, t.true_pid)
+    clothes = [f"{pid}_{worn[video, pid]}" if pid > 0 else "" for video, pid in who]
+    attrs, t = t.attrs, t.assign(clothes=pd.array(clothes, "string"))
+    t.attrs = attrs
+    return t
 
 # %% ../../nbs/1_data/06_film.ipynb #e793aa53
 def _edge(cam: Camera, y):
@@ -743,12 +778,17 @@ def make_world(
     world.tracklets, world.reid = (_paths(t, nothing) for t in (_track_all(world), _sample_reid(world)))
     if values["clip_frames"]: world.clips = _paths(_track_clips(world), world.reid.video.value_counts())
     if values["frames"]: world.frames = _all_scenes(world)
+    if world.worn is not None:
+        for name, t in world.tables.items(): setattr(world, name, _with_clothes(t, world.worn))
     return world
 
 def _cast(profile: str, seed: int, values: dict) -> World:
     "A world before anybody looks at it: people, cameras and videos, no tables."
     people, cams = _people(seed, values), cameras(values["bank"], values["cameras"])
-    return World(profile, seed, values, people, cams, _videos(seed, values, people, cams), None, None)
+    videos = _videos(seed, values, people, cams)
+    if values["outfits"] == 1: return World(profile, seed, values, people, cams, videos, None, None)
+    people = _with_outfits(seed, values, people)
+    return World(profile, seed, values, people, cams, videos, None, None, worn=_worn(seed, values, people, videos))
 
 # %% ../../nbs/1_data/06_film.ipynb #55eb4270
 def _check_values(v: dict) -> None:
@@ -766,7 +806,8 @@ def _check_clips(v: dict) -> None:
     "Clips, frames and twins a world can have."
     for k, odd, meant in (("clip_frames", 1, "0 for no clips, or a whole number of frames from 2 on"),
                           ("clip_stride", 0, "a whole number from 1 on: every how many frames of the video"),
-                          ("frames", -1, "0 for none, or how many frames of every video are drawn")):
+                          ("frames", -1, "0 for none, or how many frames of every video are drawn"),
+                          ("outfits", 0, "a whole number from 1 on: sets of clothes of each person")):
         if type(v[k]) is not int or v[k] < 0 or v[k] == odd: raise ValueError(f"{k}={v[k]!r}: {meant}")
     if v["twins"] not in TWINS: raise ValueError(f"twins={v['twins']!r}: choose {', '.join(map(repr, TWINS))}")
     for k in ("pretrain_people", "train_people", "test_people"):
@@ -804,7 +845,7 @@ class _Stage:
         for k, walk in enumerate(video.walks):
             f = frames[np.isin(frames, _times(video, walk, world.values["fps"]))]
             if not len(f): continue
-            p = world.people[walk.person]
+            p = world.dressed(video, walk)
             pose = _pose(p, walk, f, world.values["fps"])
             anchors, views, box = stand(p, *pose), seen_from(self.cam, p, *pose), _boxes(self.cam, p, pose)
             for i, q in enumerate(f):
