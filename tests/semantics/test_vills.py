@@ -11,8 +11,6 @@ from vills_examples import Alone, asked, only
 from cion_nb.core.settings import recipe
 from cion_nb.models.backbones import create_backbone
 from cion_nb.models.checkpoints import load_backbone_weights
-from cion_nb.models.features import embed, OnnxModel
-from cion_nb.models.leaving import export_onnx
 from cion_nb.semantics.vills import add_part_tokens, modules_of, PARTS, TERMS, Vills, VillsNet
 from cion_nb.training.distill import update_teacher
 from cion_nb.training.pretrain import Distillation
@@ -83,19 +81,6 @@ def test_frames_are_padded_to_whole_patches():
     assert net.made()["padded"] == [64, 48] and net.input.shape == (4, 3, 64, 44)
     with torch.no_grad(): assert torch.equal(net(x), net_of(frames=4, size=(64, 48))(wide))
     assert net_of(frames=4, size=(64, 48)).made()["padded"] is None
-
-
-@pytest.mark.slow("exports to ONNX")
-@pytest.mark.parametrize("how", [dict(), dict(frames=3, size=(32, 20))], ids=["images", "clips"])
-def test_onnx_has_the_features(how, tmp_path):
-    pytest.importorskip("onnxscript")
-    net, rng = net_of(**how), np.random.default_rng(0)
-    report = export_onnx(net, tmp_path / "net.onnx")
-    pictures = rng.integers(0, 256, (6, 64, 32, 3)).astype(np.uint8)
-    images = list(pictures[:2]) if not how else [list(pictures[:3]), list(pictures[3:])]
-    model = OnnxModel(tmp_path / "net.onnx")
-    assert report.relative < 1e-3 and model.input.frames == how.get("frames", 0)
-    assert np.abs(embed(model, images) - embed(net, images)).max() < 1e-4
 
 
 @pytest.mark.parametrize("make, word", [
