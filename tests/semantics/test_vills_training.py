@@ -255,6 +255,9 @@ def test_masks_of_other_images(data, tmp_path):
     write_samples(table, root / "samples.parquet")
     with pytest.raises(ValueError, match="has no masks of 1 image, the first: new.png"):
         Vills(asked(root / "samples.parquet"))
+    local_semantics.write_parts(read_samples(data), data.parent, vills_examples.Bands(), tmp_path / "small", (32, 16))
+    task = Vills(asked(data, parts=str(tmp_path / "small")))
+    with pytest.raises(ValueError, match="they need its size"): task.load(np.arange(8), 8)
 
 
 def test_an_image_that_cannot_be_read_has_no_part(data, tmp_path):
