@@ -565,7 +565,7 @@ def sam_logits(
 
 _SAM_MEAN, _SAM_STD = (.485, .456, .406), (.229, .224, .225)
 
-# %% ../../nbs/8_semantics/00_local_semantics.ipynb #50748e0c
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #c0a1c517
 def part_source(
     *files: str,  # a .tflite; weights of Mask R-CNN and keypoint R-CNN and SAM's folder; or "world"
     root=None,    # of the images: of "world"
@@ -575,5 +575,4 @@ def part_source(
     if len(files) == 1 and str(files[0]).lower().endswith(".tflite"): return PoseParts(files[0])
     if len(files) == 3: return SamParts(*files)
     raise ValueError(f"no part source in {' '.join(map(str, files)) or 'nothing'}: name a pose-landmark .tflite, "
-                     "weights of Mask R-CNN, of keypoint R-CNN and a folder of SAM, or 'world' for crops of an embedded "
-                     "world")
+                     "weights of Mask R-CNN, of keypoint R-CNN and a folder of SAM, or 'world' for crops of a world")
