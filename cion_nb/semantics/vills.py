@@ -87,6 +87,7 @@ class PartSettings(Settings):
     parts: str | None = setting(None, "masks: a folder of write_parts; none: the truth of an embedded world", _OURS)
     part_size: list[Count] = setting([128, 64], "height and width of a part's crop", _SUPPLEMENT, length=2)
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #145efe47
 class ClipSettings(Settings):
     "Clips, and the resampler that reads them."
     frames: Count = setting(8, "frames of a clip", _SUPPLEMENT)
@@ -139,6 +140,7 @@ class VillsSettings(
         "Boxes are erased where they are asked for."
         return set() if recipe["view_changes"].get("erase") else {"erasing_rule"}
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #97869f35
 _OF_VIT_B = dict(batch_size=512, clip_batch=128)        # supplement: 64 and 16, taken as a card's of eight
 _SMALL = dict(
     data=dict(stage="world", bank="A"), backbone="vit_trial", image_size=[64, 32], local_size=[32, 16],
@@ -207,23 +209,26 @@ class VillsNet(nn.Module):
     @property
     def encoder(self) -> nn.Module: return self.backbone
 
-    def _names(self, feature) -> list[str]:
-        has = dict(coarse=True, semantic=self.n_parts > 0, temporal=self.resampler is not None)
-        if feature is None: return [name for name in FEATURES[:3 if self.input.frames else 2] if has[name]]
-        names = feature.split("+")
-        for name in names:
-            refuse_unknown("feature", name, FEATURES)
-            what = "part tokens (it was trained with lambda_lse=0)" if name == "semantic" else "resampler"
-            if not has[name]: raise ValueError(f"feature={feature!r}: this network has no {what}")
-        return [name for name in FEATURES if name in names]
+# %% ../../nbs/8_semantics/01_vills.ipynb #92ac5de0
+@patch
+def _names(self: VillsNet, feature) -> list[str]:
+    has = dict(coarse=True, semantic=self.n_parts > 0, temporal=self.resampler is not None)
+    if feature is None: return [name for name in FEATURES[:3 if self.input.frames else 2] if has[name]]
+    names = feature.split("+")
+    for name in names:
+        refuse_unknown("feature", name, FEATURES)
+        what = "part tokens (it was trained with lambda_lse=0)" if name == "semantic" else "resampler"
+        if not has[name]: raise ValueError(f"feature={feature!r}: this network has no {what}")
+    return [name for name in FEATURES if name in names]
 
-    def forward(self, x: Tensor) -> Tensor:
-        clips = x if x.ndim == 5 else x[:, None]
-        n, T = clips.shape[:2]
-        c, q, tokens = self.read(self.padded(clips.flatten(0, 1)))
-        found = dict(coarse=c.unflatten(0, (n, T)).mean(1)[:, None], semantic=q.unflatten(0, (n, T)).mean(1))
-        if "temporal" in self.names: found["temporal"] = self.latents_mean(tokens, n)[:, None]
-        return F.normalize(torch.cat([found[name] for name in self.names], 1), dim=-1).flatten(1)
+@patch
+def forward(self: VillsNet, x: Tensor) -> Tensor:
+    clips = x if x.ndim == 5 else x[:, None]
+    n, T = clips.shape[:2]
+    c, q, tokens = self.read(self.padded(clips.flatten(0, 1)))
+    found = dict(coarse=c.unflatten(0, (n, T)).mean(1)[:, None], semantic=q.unflatten(0, (n, T)).mean(1))
+    if "temporal" in self.names: found["temporal"] = self.latents_mean(tokens, n)[:, None]
+    return F.normalize(torch.cat([found[name] for name in self.names], 1), dim=-1).flatten(1)
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #225090a8
 @patch
@@ -257,6 +262,7 @@ def temporal(self: VillsNet, clips: Tensor) -> Tensor:   # (n, T, 3, h, w) -> (n
 def latents_mean(self: VillsNet, tokens: Tensor, n: int) -> Tensor:
     return self.resampler(tokens.unflatten(0, (n, -1))).mean(1)
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #d82a4d55
 @patch
 def padded(self: VillsNet, x: Tensor) -> Tensor:
     "Images with the mean colour around them, as little as whole patches need."
@@ -326,30 +332,34 @@ class VillsLearner(nn.Module):
         if clips is not None: found |= self.of_clips(clips, stills)
         return found
 
-    def of_images(self, views, crops):
-        B, sizes = len(views[0]), [v.shape[-2:] for v in views]
-        starts = [i for i in range(len(views)) if i == 0 or sizes[i] != sizes[i - 1]] + [len(views)]
-        tokens = [self.net.read(torch.cat(views[a:b]))[:2] for a, b in zip(starts, starts[1:])]
-        coarse, found = torch.cat([c for c, _ in tokens]), {}
-        self.features = coarse.detach()
-        if "coarse" in self.head: found["coarse"] = self.head["coarse"](coarse)
-        if PARTS[0] not in self.head: return found
-        of_crops = [] if crops is None else [self._of_crops(crops)]
-        for a, name in enumerate(PARTS):
-            q = torch.cat([tokens[0][1][:2 * B, a], *(own[a] for own in of_crops)])
-            found[name] = self.head[name](q).unflatten(0, (-1, B))
-        return found
+# %% ../../nbs/8_semantics/01_vills.ipynb #b1d7ebe9
+@patch
+def of_images(self: VillsLearner, views, crops):
+    B, sizes = len(views[0]), [v.shape[-2:] for v in views]
+    starts = [i for i in range(len(views)) if i == 0 or sizes[i] != sizes[i - 1]] + [len(views)]
+    tokens = [self.net.read(torch.cat(views[a:b]))[:2] for a, b in zip(starts, starts[1:])]
+    coarse, found = torch.cat([c for c, _ in tokens]), {}
+    self.features = coarse.detach()
+    if "coarse" in self.head: found["coarse"] = self.head["coarse"](coarse)
+    if PARTS[0] not in self.head: return found
+    of_crops = [] if crops is None else [self._of_crops(crops)]
+    for a, name in enumerate(PARTS):
+        q = torch.cat([tokens[0][1][:2 * B, a], *(own[a] for own in of_crops)])
+        found[name] = self.head[name](q).unflatten(0, (-1, B))
+    return found
 
-    def _of_crops(self, crops):   # (3, B, D)
-        part = torch.arange(len(crops), device=crops.device).repeat_interleave(crops.shape[1])
-        return self.net.read(crops.flatten(0, 1), part)[1][:, 0].unflatten(0, crops.shape[:2])
+@patch
+def _of_crops(self: VillsLearner, crops):   # (3, B, D)
+    part = torch.arange(len(crops), device=crops.device).repeat_interleave(crops.shape[1])
+    return self.net.read(crops.flatten(0, 1), part)[1][:, 0].unflatten(0, crops.shape[:2])
 
-    def of_clips(self, clips, stills):
-        z, head = self.net.temporal(clips.flatten(0, 1)), self.head["temporal"]
-        if self.features is None: self.features = z.detach()
-        logits = [head(z).unflatten(0, clips.shape[:2])]
-        if stills is not None: logits.append(head(self.net.temporal(stills[:, None]))[None])
-        return dict(temporal=torch.cat(logits))
+@patch
+def of_clips(self: VillsLearner, clips, stills):
+    z, head = self.net.temporal(clips.flatten(0, 1)), self.head["temporal"]
+    if self.features is None: self.features = z.detach()
+    logits = [head(z).unflatten(0, clips.shape[:2])]
+    if stills is not None: logits.append(head(self.net.temporal(stills[:, None]))[None])
+    return dict(temporal=torch.cat(logits))
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #b9fed3bb
 @contextmanager
@@ -382,6 +392,7 @@ def _sizes(r: dict) -> dict:
     return dict(latents=r["latents"], depth=r["resampler_depth"], heads=r["resampler_heads"], dim_head=r["dim_head"],
                 frames=r["frames"])
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #2e17ac47
 def _start_file(weights) -> str | Path:
     "The file of a run's recipe or folder, or a file. FileNotFoundError for a run that holds no backbone."
     if isinstance(weights, dict): weights = Run(weights).require().folder
@@ -454,24 +465,26 @@ class Vills(Distillation):
                              "in parts, or set lambda_lse=0")
         if has(r, "temp", "adapt"): check_batch(r["clip_batch"], [r["clip_n_id"]], pieces=r["accumulate"])
 
-    def _add_clips(self, root) -> None:
-        "The tracklets of the same table; their rows follow behind those of the images."
-        r, own = self.recipe, self.samples.assign(pid=self.labels)
-        own = own[(own["tracklet"] >= 0) & (own["pid"] >= 0)]
-        if not len(own):
-            raise ValueError(f"{r['data']}: no image is in a tracklet, so lambda_temp and lambda_adapt have no clip to "
-                             "weigh: set both to 0, or name tracklets in data")
-        if r["identities"] == "image": own = own.assign(pid=own["tracklet"])
-        self.clips = Clips(own, root, r["frames"], r["chunks"], r["seed"], "most", size=tuple(r["frame_size"]))
-        self.people = np.where(self.clips.readable, self.clips.table["pid"], -1)
-        if (n := int((self.people >= 0).sum())) < r["clip_batch"]:
-            raise ValueError(f"clip_batch={r['clip_batch']}, and there are {n} tracklets: use a smaller clip_batch")
-        self.offset = len(self.samples)
-        self.samples = pd.concat([self.samples, self.clips.samples], ignore_index=True)
-        self.labels = np.concatenate([self.labels, np.full(len(self.clips.samples), -1)])
-        how = tuple(r["frame_size"]), r["clip_scale"], r["aspect"]
-        self.clip_views = _views_like(self.views, ClipViews, *how, _CLIPS_STREAM)
-        self.still_views = _views_like(self.views, ClipViews, *how, _STILL_STREAM)
+# %% ../../nbs/8_semantics/01_vills.ipynb #4c8d81a3
+@patch
+def _add_clips(self: Vills, root) -> None:
+    "The tracklets of the same table; their rows follow behind those of the images."
+    r, own = self.recipe, self.samples.assign(pid=self.labels)
+    own = own[(own["tracklet"] >= 0) & (own["pid"] >= 0)]
+    if not len(own):
+        raise ValueError(f"{r['data']}: no image is in a tracklet, so lambda_temp and lambda_adapt have no clip to "
+                         "weigh: set both to 0, or name tracklets in data")
+    if r["identities"] == "image": own = own.assign(pid=own["tracklet"])
+    self.clips = Clips(own, root, r["frames"], r["chunks"], r["seed"], "most", size=tuple(r["frame_size"]))
+    self.people = np.where(self.clips.readable, self.clips.table["pid"], -1)
+    if (n := int((self.people >= 0).sum())) < r["clip_batch"]:
+        raise ValueError(f"clip_batch={r['clip_batch']}, and there are {n} tracklets: use a smaller clip_batch")
+    self.offset = len(self.samples)
+    self.samples = pd.concat([self.samples, self.clips.samples], ignore_index=True)
+    self.labels = np.concatenate([self.labels, np.full(len(self.clips.samples), -1)])
+    how = tuple(r["frame_size"]), r["clip_scale"], r["aspect"]
+    self.clip_views = _views_like(self.views, ClipViews, *how, _CLIPS_STREAM)
+    self.still_views = _views_like(self.views, ClipViews, *how, _STILL_STREAM)
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #08b3da24
 def masks_of(
@@ -537,6 +550,7 @@ def part_crops(self: Vills, images, rows, epoch) -> dict:
     coloured = self.part_views(flat, np.tile(rows, 3), epoch)[0]
     return dict(crops=coloured.unflatten(0, (3, -1)), presence=presence.T.contiguous())
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #741b66c5
 @patch
 def clip_frames(self: Vills, tracklets, epoch) -> dict:
     "Two clips (2, B, T, 3, h, w) of each tracklet, a single frame (B, 3, h, w), and whose they are."
@@ -578,6 +592,7 @@ def loss(self: Vills, model, batch, accelerator):
     told = {f"loss_{term}": x.detach() for term, x in terms.items()}
     return value, told | _worst([loss.last for loss in self.losses]) | self.ranks(n)
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #ab76f75a
 @patch
 def terms(self: Vills, found, wanted, batch) -> dict:   # term -> scalar, before its weight
     "The terms that count, in the order of `TERMS`."
@@ -630,6 +645,7 @@ def check_vills(
     Vills.check(recipe)
     check_pretrain(recipe | dict(loss="identity"))
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #3e27513e
 def vills(
     recipe: dict,   # as `recipe("vills", ...)` wrote it; runs that it depends on must be done
 ) -> Run:           # holds backbone.safetensors, resampler.safetensors, vills.json, log, checkpoints, `result.json`
@@ -683,6 +699,7 @@ def save_vills(
         with atomic(folder / "resampler.safetensors") as tmp: save_file(weights, tmp)
     write_json(folder / "vills.json", made | dict(weights_are=UNWEIGHED))
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #f8bf47d9
 def load_vills(
     folder: str | Path,           # of a finished run of vills
     feature: str | None = None,   # as of `VillsNet`
@@ -710,6 +727,7 @@ def _made(folder: Path) -> dict:
         raise ValueError(f"{file} is no card that save_vills wrote: it lacks {', '.join(lacks)}")
     return made
 
+# %% ../../nbs/8_semantics/01_vills.ipynb #e2e417ae
 def _resampler_of(made: dict, folder: Path | None) -> Resampler | None:
     "The resampler of a card, with its weights where the folder has them."
     if not made["resampler"]: return None
