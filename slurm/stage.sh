@@ -144,9 +144,9 @@ tracking() {
 }
 
 case $stage in
-    pretrain|finetune|usl|uda|video_reid|idfree) training "$@" ;;
+    pretrain|finetune|usl|uda|video_reid|idfree|vills) training "$@" ;;
     denoise) denoising "$@" ;;
     track) tracking "$@" ;;
     extract|find) single "$@" ;;
-    *) echo "stage.sh: no stage $stage: pretrain, finetune, usl, uda, video_reid, idfree, denoise, track, extract or find" >&2; exit 2 ;;
+    *) echo "stage.sh: no stage $stage: pretrain, finetune, usl, uda, video_reid, idfree, vills, denoise, track, extract or find" >&2; exit 2 ;;
 esac

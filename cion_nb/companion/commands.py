@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PATHS', 'Command', 'command', 'setting_value', 'read_settings', 'settings_for', 'check_kind', 'from_here',
            'shard_of', 'track', 'extract', 'parts', 'open_features', 'calibrate', 'denoise', 'recipe_of', 'pretrain',
-           'finetune', 'usl', 'uda', 'video_reid', 'idfree', 'find', 'score', 'export', 'reproduce', 'runs',
+           'finetune', 'usl', 'uda', 'video_reid', 'idfree', 'vills', 'find', 'score', 'export', 'reproduce', 'runs',
            'make_parser', 'main']
 
 # %% ../../nbs/9_companion/08_commands.ipynb #ce42634d
@@ -100,7 +100,7 @@ def check_kind(what: str, value: Any, default: Any, annotation: str = "") -> Non
     raise ValueError(f"{what}={value!r}: {needed} is needed" + ", or null" * ("None" in annotation))
 
 # %% ../../nbs/9_companion/08_commands.ipynb #b2ca85f8
-PATHS = ("data_root", "test_root", "annotation", "keep_list", "weights", "model", "identities")
+PATHS = ("data_root", "test_root", "annotation", "keep_list", "weights", "model", "identities", "parts")
 
 def from_here(changes: dict) -> dict:
     "Settings whose relative paths start in this folder."
@@ -456,6 +456,7 @@ def _check_network(recipe: dict) -> None:
     if recipe["stage"] in ("usl", "uda"): ClusterNet(make_backbone(random)[0], recipe["pooling"])
     if recipe["stage"] == "video_reid": draw_clip_model(recipe, n_ids=2)
     if recipe["stage"] == "idfree": draw_pointid(recipe)
+    if recipe["stage"] == "vills": _room_of("vills").make_learner(random)
 
 def _check_files(recipe: dict) -> None:
     "What a recipe reads is there: its folders and files."
@@ -470,7 +471,7 @@ def _check_files(recipe: dict) -> None:
 def _check_data(recipe: dict) -> None:
     "The tables of data sets that are lists of names, for training and for the test."
     from cion_nb.data.datasets import read_data, refuse_no_world
-    data, is_tested = recipe["data"], recipe["stage"] != "pretrain"
+    data, is_tested = recipe["data"], recipe["stage"] not in ("pretrain", "vills")
     if isinstance(data, dict): refuse_no_world(data)
     if recipe["stage"] in ("find", "idfree"): return isinstance(data, str) and read_data(recipe, "frames") and None
     if data == "cion_al" and not (recipe["data_root"] and recipe.get("annotation")):
@@ -522,6 +523,13 @@ def video_reid(args): return _train("video_reid", args)
          "a run's folder with pointid.safetensors, log, checkpoints, result.json; resumes, or opens what is done",
          "idfree --profile paper --set data=coco,crowdhuman data_root=/data/det method=image", _training_arguments)
 def idfree(args): return _train("idfree", args)
+
+@command("Pre-train one encoder for images and clips that knows head, upper and lower body (VILLS).",
+         "tracklets: a samples .parquet or an embedded world; masks of parts (write_parts) in parts=",
+         "a run's folder with backbone.safetensors, resampler.safetensors, log, checkpoints, result.json",
+         "vills --profile paper --set data=/data/tracklets.parquet data_root=/data/videos parts=/data/parts "
+         "backbone=vit_small", _training_arguments)
+def vills(args): return _train("vills", args)
 
 # %% ../../nbs/9_companion/08_commands.ipynb #e636ef82
 def _find_arguments(parser):

@@ -44,6 +44,7 @@ from ..models.backbones import load_backbone
 from ..models.features import extract
 from ..retrieval.evaluate import evaluate, RetrievalScore
 from ..retrieval.protocols import ranked, sides
+from ..semantics.vills import vills
 from ..training.cluster_contrast import uda, usl
 from ..training.finetune import finetune
 from ..training.pretrain import pretrain
@@ -120,6 +121,7 @@ STAGES = dict(
     video_reid=video_reid,
     find=find,
     idfree=idfree,
+    vills=vills,
 )
 
 

@@ -24,6 +24,7 @@ from ..models.backbones import load_backbone
 from ..models.features import extract, model_hash, OnnxModel
 from ..retrieval.evaluate import evaluate, evaluate_distances
 from ..retrieval.protocols import evaluate_single_shot, ranked, sides
+from ..semantics.vills import load_vills
 from ..training.cluster_contrast import load_clusternet
 from ..training.finetune import load_finetuned
 from ..video.clips import extract_clips
@@ -40,6 +41,7 @@ def load_model(
         if (path / "clips.json").is_file(): return load_clip_model(path)
         if (path / "clusternet.safetensors").is_file():
             return load_clusternet(path)
+        if (path / "vills.json").is_file(): return load_vills(path)
         if any((path / n).is_file() for n in ("neck.safetensors", "model.json")):
             return load_finetuned(path)
         if (path / "backbone.safetensors").is_file():

@@ -27,8 +27,9 @@ PROFILES = ("smoke", "tiny", "small", "paper")
 # Where each stage lives: imported when it is asked for, by this name; the one exception to the order of folders.
 STAGES = dict(world="data/film", extract="models/features", denoise="identities/denoise", pretrain="training/pretrain",
               finetune="training/finetune", usl="training/cluster_contrast", uda="training/cluster_contrast",
-              video_reid="video/video_reid", find="detection/find", idfree="detection/idfree")
-TRAININGS = ("pretrain", "finetune", "usl", "uda", "video_reid", "idfree")
+              video_reid="video/video_reid", find="detection/find", idfree="detection/idfree",
+              vills="semantics/vills")
+TRAININGS = ("pretrain", "finetune", "usl", "uda", "video_reid", "idfree", "vills")
 
 def refuse_unknown(
     what: str,    # what the name is of: "profile"

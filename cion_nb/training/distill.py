@@ -193,21 +193,34 @@ class IdentityGuidedLoss(nn.Module):
 @patch
 def _loss(self: IdentityGuidedLoss, student, teacher, identity):
     "The loss of (V, B, K) and (G, B, K) logits."
+    def pairs(probs): return [folded_targets(probs, identity, self.n_views, self.variant)]
+    return self.against(student, teacher, pairs)[0]
+
+@patch
+def against(self: IdentityGuidedLoss,
+    student: Tensor,   # (V, B, K) logits
+    teacher: Tensor,   # (G, B, K) logits
+    pairs,             # (G, B, K) teacher probabilities -> a list of targets and masses, as of `folded_targets`
+    weight: Tensor | None = None,  # (B,) of an image in the mean that the centre follows; None: all alike
+) -> list[Tensor]:     # a scalar each; one with fewer masses is of the first views
+    "The losses for any targets that share this centre, which moves once; call it outside of autocast."
     with torch.no_grad():
         at_least = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         teacher = teacher.to(at_least)
-        mean = _mean_over_ranks(teacher)
+        mean = _mean_over_ranks(teacher) if weight is None else _mean_over_ranks(teacher, weight, self.centre)
         centre = mean if self.centring == "batch" else self.centre.to(teacher.dtype)
         log_probs = torch.log_softmax((teacher - centre) / self.teacher_temp, -1)
         probs = log_probs.exp()
-        targets, mass = folded_targets(probs, identity, self.n_views, self.variant)
+        wanted = pairs(probs)
     fused = student.is_cuda and _has_triton() if self.fused is None else self.fused
-    loss = _FoldedCrossEntropy.apply(student, targets, mass, self.student_temp, fused)
+    losses = [_FoldedCrossEntropy.apply(student[:len(mass)], targets, mass, self.student_temp, fused)
+              for targets, mass in wanted]
     if self.training: self._follow(mean)
     norm = self.centre.norm()
     share = norm.square() / teacher.square().sum(-1).mean()
-    self.last = dict(loss=loss.detach(), **teacher_statistics(probs, log_probs), centre_norm=norm, centre_share=share)
-    return loss
+    self.last = dict(loss=sum(losses).detach(), **teacher_statistics(probs, log_probs), centre_norm=norm,
+                     centre_share=share)
+    return losses
 
 # %% ../../nbs/5_training/03_distill.ipynb #f2147ef3
 @patch
@@ -220,11 +233,16 @@ def _follow(self: IdentityGuidedLoss, mean):
     self.waiting.clear()
     self.centre.copy_(mean if self.centring == "batch" else self.centre.lerp(mean, 1 - self.centre_momentum))
 
-def _mean_over_ranks(logits: Tensor) -> Tensor:
-    "(G, B, K) -> (K,), the mean over views, images and ranks."
-    total = torch.cat([logits.sum((0, 1)), logits.new_tensor([logits.shape[0] * logits.shape[1]])])
+def _mean_over_ranks(logits: Tensor, weight: Tensor = None, otherwise: Tensor = None) -> Tensor:
+    "(G, B, K) -> (K,), the mean over views, images and ranks; `otherwise` where no image of any rank has a weight."
+    n, weighted = logits.new_tensor([logits.shape[0] * logits.shape[1]]), logits
+    if weight is not None:
+        weight = weight.to(logits)
+        n, weighted = len(logits) * weight.sum()[None], logits * weight[:, None]
+    total = torch.cat([weighted.sum((0, 1)), n])
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.all_reduce(total)
-    return total[:-1] / total[-1]
+    if weight is None: return total[:-1] / total[-1]
+    return torch.where(total[-1] > 0, total[:-1] / total[-1].clamp_min(1e-12), otherwise.to(total))
 
 # %% ../../nbs/5_training/03_distill.ipynb #1c244953
 @patch

@@ -293,7 +293,7 @@ def make_optimizer(self: Pretraining, model: nn.Module):
 @patch
 def schedule(self: Pretraining, share):
     recipe = self.recipe
-    self.modules["loss"].waiting.clear()       # of a step that was given up
+    for loss in self.losses: loss.waiting.clear()       # of a step that was given up
     top = recipe["lr"] * recipe["batch_size"] / recipe["lr_per"]
     lr = warmup_cosine(share, top, recipe["lr_end"], recipe["warmup_epochs"] / recipe["epochs"])
     weight_decay = warmup_cosine(share, *recipe["weight_decay"])
@@ -305,6 +305,9 @@ def schedule(self: Pretraining, share):
 @patch
 def before_step(self: Pretraining, share):
     if self.recipe["clip"]: clip_gradients_(self.modules["model"].parameters(), self.recipe["clip"])
+
+@patch(as_prop=True)
+def losses(self: Pretraining) -> list: return [self.modules["loss"]]
 
 @patch
 def ranks(self: Pretraining, n):
@@ -356,7 +359,7 @@ class Distillation(Pretraining):
         warmup = recipe["warmup_teacher_temp_epochs"] / recipe["epochs"]
         self.momentum, temp = warmup_cosine(share, *recipe["ema"]), recipe["teacher_temp"]
         temp = warmup_cosine(share, temp, temp, warmup, recipe["warmup_teacher_temp"])
-        self.modules["loss"].teacher_temp = temp
+        for loss in self.losses: loss.teacher_temp = temp
         return super().schedule(share) | dict(ema=self.momentum, teacher_temp=temp)
 
     def before_step(self, share):

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.files import atomic, read_json, write_json
 from ..core.runs import is_main_process, licence, Run, weights_file
-from ..core.settings import Count, NotNegative, Positive, refuse_unknown, setting, Settings, Share
+from ..core.settings import Count, NotNegative, Positive, refuse_unknown, room, setting, Settings, Share, STAGES
 from ..core.weights import fill_module
 from ..data.datasets import read_data
 from ..models.architectures import architecture, InputSpec
@@ -66,8 +66,8 @@ _ZHONG = "assumed (Zhong et al. 2020)"               # AP3D erases nothing
 
 class MethodSettings(Settings):
     "Which network over the frames."
-    method: str = setting("dense", "mean: the encoder itself; dense, cross, self: a decoder over a frozen one",
-                          "DenseIL supplement, Fig. 1")
+    method: str = setting("dense", "mean: the encoder itself; dense, cross, self: a decoder over a frozen one; vills: "
+                          "VILLS's encoder and resampler", "DenseIL supplement, Fig. 1")
 
 class ClipSettings(Settings):
     "What a clip is, and what is done to it."
@@ -113,7 +113,7 @@ class LossSettings(Settings):
     triplet_weight: NotNegative = setting(1.0, "weight of the triplets beside cross-entropy", "assumed (AP3D)")
 
 # %% ../../nbs/6_video/02_video_reid.ipynb #d8b66cef
-METHODS = dict(dense={}, cross={}, self=dict(blocks=4), mean={})     # `self` as heavy as the others: 4 blocks for 3
+METHODS = dict(dense={}, cross={}, self=dict(blocks=4), mean={}, vills={})     # `self` as heavy as others: 4 blocks
 
 class VideoReidSettings(MethodSettings, DataSettings, ScoreSettings, NetworkSettings, StartSettings, ColourSettings,
                         BudgetSettings, ClipSettings, DecoderSettings, LossSettings, MachineSettings):
@@ -153,7 +153,7 @@ def make_clip_model(
     "The network of a recipe's method. ValueError for a decoder without trained weights below it, or with other ones."
     _check_start(r)
     encoder, report = make_backbone(r)
-    if r["method"] != "mean": _warn_of_colours(encoder, _start(r["weights"]))
+    if r["method"] not in _TRAINED: _warn_of_colours(encoder, _start(r["weights"]))
     return _over(encoder, r, n_ids), report
 
 def draw_clip_model(r: dict, n_ids: int) -> BNNeck:
@@ -162,15 +162,17 @@ def draw_clip_model(r: dict, n_ids: int) -> BNNeck:
 
 def _over(encoder, r, n_ids):
     if r["method"] == "mean": return BNNeck(TemporalMean(encoder, r["frames"]), n_ids, *_AFTER)
+    if r["method"] == "vills": return BNNeck(room(STAGES["vills"]).clip_net(encoder, r), n_ids, *_AFTER)
     net = DenseIL(encoder, r["method"], r["memory"], r["taps"], r["frames"], r["stripes"], r["width"], r["blocks"],
                   r["heads"], None if r["step"] == "none" else r["step"])
     return BNNeck(net, n_ids, *_AFTER)
 
 _AFTER = "after_neck", "after_neck"                # of the feature that is compared, and of the triplets
+_TRAINED = "mean", "vills"                         # methods that train the encoder, too
 
 def _check_start(r: dict) -> None:
     "What a decoder stands on."
-    if r["method"] == "mean": return
+    if r["method"] in _TRAINED: return
     weights = r["weights"]
     if weights is None:
         raise ValueError(f"method={r['method']!r} trains a decoder over a frozen network, and weights is none: name a "
@@ -335,6 +337,7 @@ def save_clip_model(
         weights = {name: value for name, value in weights.items() if not name.startswith("backbone.")}
     with atomic(folder / "clips.safetensors") as tmp: save_file(weights, tmp)
     built = {name: r[name] for name in ("method", "frames", *_OF_DECODER)}
+    if r["method"] == "vills": built["vills"] = net.made()
     built |= dict(n_ids=model.classifier.out_features, name=encoder.name, input=encoder.input.asdict())
     write_json(folder / "clips.json", built | dict(overlap=encoder.overlap) | card)
 

@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(walkers, first, monkeypatch)
         assert torch.equal(value, again.modules["model"].state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "vills"])   # in test_vills_training.py
 @pytest.mark.parametrize("distance, margin", [("cosine", .3), ("euclidean", None)])
 def test_the_loss_is_cross_entropy_and_triplets_on_the_batchnorms_output(walkers, method, distance, margin, tmp_path):
     asked = quick(walkers, method="mean", distance=distance, margin=margin, triplet_weight=2.)
