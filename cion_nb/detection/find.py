@@ -162,6 +162,8 @@ def _joined(frames: pd.DataFrame, out: Path, n_blocks: int, request: dict) -> Fe
     tracklet = np.full(len(row), -1)
     if request.get("tracker"):
         tracklet = _tracklets_by_video(frames, row, box, score, x)
+        if not (tracklet >= 0).any(): raise ValueError(f"no box of {len(row)} is in a track: lower min_score, or "
+                                                       "train longer")
         row, box, score, x, tracklet = (part[tracklet >= 0] for part in (row, box, score, x, tracklet))
     of = frames.iloc[row]
     samples = make_samples(of["path"].tolist(), camid=of["camid"].to_numpy(), video=of["video"].to_numpy(),

@@ -65,10 +65,10 @@ _FAIRMOT, _OURS = "assumed (FairMOT)", "assumed (ours)"
 
 class MethodSettings(Settings):
     "Who is held to be whom."
-    method: str = setting("image", "a key of `METHODS`", "Id-Free supplement, Secs. 3 and 4")
+    method: str = setting("image", "a key of `METHODS`", "supplement, Secs. 3 and 4")
     labels: Literal["box", "pid", "pseudo", "denoise"] = setting(
         "box", "label of a box: itself, the table's identity, a pseudo-label, or (in method video) the identity that "
-        "`denoise` gave it", "abstract; supplement, Sec. 4; denoise ours")
+        "`denoise` gave it", "supplement, Sec. 4; denoise assumed (ours)")
     loss: Literal["contrastive", "memory", "cross_entropy"] = setting(
         "contrastive", "the loss of embeddings", "supplement, Table 1")
 
@@ -125,14 +125,14 @@ METHODS = dict(image={}, video=dict(labels="pseudo"), memory=dict(loss="memory")
 class IdfreeSettings(MethodSettings, DataSettings, SceneSettings, PseudoSettings, NetworkSettings, PointSettings,
                      BudgetSettings, SimilaritySettings, StepSettings, MachineSettings):
     "PointID from boxes without identities."
-    data: str | dict = DataSettings.again("data", "coco,crowdhuman", "Id-Free supplement, Table 1")
+    data: str | dict = DataSettings.again("data", "coco,crowdhuman", "supplement, Table 1")
     backbone: str = NetworkSettings.again("backbone", DLA, _FAIRMOT)
     image_size: list[Count] = NetworkSettings.again("image_size", [608, 1088], _FAIRMOT)
     epochs: Positive = BudgetSettings.again("epochs", 30, _FAIRMOT)
     batch_size: Count = BudgetSettings.again("batch_size", 12, _FAIRMOT)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = MachineSettings.again("precision", "fp16", _OURS)
     sync_bn: bool = MachineSettings.again("sync_bn", False, _FAIRMOT)
-    methods = METHODS
+    methods, assumed = METHODS, _OURS
 
     @classmethod
     def differences(cls, profile, chosen):
