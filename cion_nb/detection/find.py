@@ -102,6 +102,7 @@ def find_in(
     if tracker: request |= dict(tracker=tracker)
     out.mkdir(parents=True, exist_ok=True)
     _same_request(out, request)
+    if (out / "features.json").exists(): return None if shard else Features.open(out)
     with progress(total=len(frames[::n]), desc="find", unit="frame") as bar:
         for k, first in list(enumerate(range(0, len(frames), block)))[i::n]:
             part = frames.iloc[first:first + block]
@@ -151,7 +152,6 @@ def _find_block(frames: pd.DataFrame, first: int, root, detector, file: Path, at
 # %% ../../nbs/7_detection/03_find.ipynb #732c1db1
 def _joined(frames: pd.DataFrame, out: Path, n_blocks: int, request: dict) -> Features:
     "The store of all blocks: table and rows, `features.json` last."
-    if (out / "features.json").exists(): return Features.open(out)
     blocks = [dict(np.load(out / f"block-{k:06d}.npz")) for k in range(n_blocks)]
     widths = {b["x"].shape[1] for b in blocks if len(b["x"])}
     if len(widths) > 1: raise ValueError(f"{out}: embeddings of widths {first_few(sorted(widths))}: delete the folder")
