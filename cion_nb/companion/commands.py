@@ -99,7 +99,7 @@ def check_kind(what: str, value: Any, default: Any, annotation: str = "") -> Non
     raise ValueError(f"{what}={value!r}: {needed} is needed" + ", or null" * ("None" in annotation))
 
 # %% ../../nbs/9_companion/08_commands.ipynb #b2ca85f8
-PATHS = ("data_root", "test_root", "annotation", "keep_list", "weights", "model", "identities")
+PATHS = ("data_root", "test_root", "annotation", "keep_list", "weights", "model", "identities", "found", "denoised")
 
 def from_here(changes: dict) -> dict:
     "Settings whose relative paths start in this folder."

@@ -151,7 +151,8 @@ def _look_at_people(samples: pd.DataFrame, found: _Findings) -> None:
         people = counted(len(single), "person is", "people are")
         found.note(f"{people} seen by one camera only: {first_few(single)}", one_camera=single)
     for column, what in (("pid", "person"), ("camid", "camera")):
-        asked = samples[column][~samples["ignored"].astype(bool)] if is_of_frames else samples[column]
+        asked = samples[column]
+        if is_of_frames: asked = asked[~samples["ignored"].astype(bool) & (samples["split"] != "query")]
         n, of = int((asked < 0).sum()), "boxes" if is_of_frames else "images"
         if n: found.note(f"{n:,} of {len(asked):,} {of} have no {what} id")
     again = samples["path"].duplicated()

@@ -29,7 +29,7 @@ from ..core.store import Features
 from ..data.datasets import read_data
 from ..data.detectors import box_iou
 from ..data.scenes import BOX, boxes_in, frames_of
-from ..data.videos import UnreadableVideo
+from ..data.videos import UnreadableVideo, Video
 from .find import frames_asked, model_of, shrinkage, VideoFrames, VIDEOS, videos_asked
 from cion_nb.detection.pointid import (
     at_cells,
@@ -82,11 +82,12 @@ class SceneSettings(Settings):
 
 class PseudoSettings(Settings):
     "Pseudo-labels of method video."
-    found: dict | None = setting(
-        None, "a run of find over the frames; none: by the run in `weights`", "supplement, Sec. 4")
-    denoised: dict | None = setting(
-        None, "labels=denoise: a run of denoise over what find found with a tracker; none: over what the run in "
-        "`weights` finds", _OURS, since=None)
+    found: str | dict | None = setting(
+        None, "a run of find over the frames, or a folder of features that `track` kept of them; none: by the run in "
+        "`weights`", "supplement, Sec. 4")
+    denoised: str | dict | None = setting(
+        None, "labels=denoise: a run of denoise over what find found with a tracker, or what `denoise` made of the "
+        "folder in `found`; none: over what the run in `weights` finds", _OURS, since=None)
     stride: Count = setting(5, "data=videos: every stride-th frame is looked at", _OURS, since=5)
     eps: Positive = setting(.3, "largest cosine distance of near boxes", _OURS)
     min_samples: Count = setting(4, "near boxes that make a core point", _OURS)
@@ -213,18 +214,22 @@ _NO_FOUND = ("method=video takes its pseudo-labels from a run of find, and its n
 
 def _pseudo_labelled(r: dict) -> Labelled:
     "Boxes that a run of find left, labelled by clusters inside each video, or by `denoise`."
-    asked = _features_of(r["denoised"]) if r["labels"] == "denoise" else r["found"]
+    asked = r["found"]
+    if r["labels"] == "denoise" and isinstance(r["denoised"], dict): asked = _features_of(r["denoised"])
     if asked is None: raise ValueError(_NO_FOUND)
-    store = Features.open(Run(asked).require().folder)
-    frames, root, lengths = (_frames_in_videos if asked["data"] == VIDEOS else _frames_of_pictures)(asked, store)
-    labels, told = _of_denoise(r, store) if r["labels"] == "denoise" else _of_clusters(r, store, lengths)
+    store = Features.open(Run(asked).require().folder if isinstance(asked, dict) else resolve(asked))
+    if isinstance(asked, str): frames, root, lengths, paths = _frames_of_crops(r, store)
+    else:
+        paths, look = store.samples["path"], _frames_in_videos if asked["data"] == VIDEOS else _frames_of_pictures
+        frames, root, lengths = look(asked, store)
+    labels, told = _of_denoise(r, store, paths) if r["labels"] == "denoise" else _of_clusters(r, store, lengths)
     videos = None
-    if asked["data"] == VIDEOS:
-        of_box = store.samples["video"]
-        frames = frames[frames["video"].isin(of_box[labels >= 0].unique())].reset_index(drop=True)
+    if "width" in frames:
+        frames = frames[frames["video"].isin(frames["video"][pd.Index(frames["path"]).get_indexer(paths[labels >= 0])])]
+        frames = frames.reset_index(drop=True)
         numbers = {video: own.to_numpy() for video, own in frames.groupby("video")["frame"]}
         videos = VideoFrames(root, store.folder / "frames", numbers, r["image_size"])
-    place = pd.Index(frames["path"]).get_indexer(store.samples["path"])
+    place = pd.Index(frames["path"]).get_indexer(paths)
     order = np.argsort(place, kind="stable")
     order = order[place[order] >= 0]
     count = np.bincount(place[order], minlength=len(frames))
@@ -257,18 +262,20 @@ def _frames_in_videos(asked: dict, store: Features) -> tuple:
     sizes = videos.loc[frames["video"], ["width", "height"]].reset_index(drop=True)
     return frames.join(sizes), videos_asked(asked)[1], videos["read"].to_dict()
 
-def _of_clusters(r: dict, store: Features, lengths: dict) -> tuple:   # labels of the boxes, what `result.json` says
+def _of_clusters(r: dict, store: Features, lengths: dict | None) -> tuple:   # labels of the boxes, what `result.json` says
     made = pseudo_labels(store.x, store.samples, r["eps"], r["min_samples"], r["min_span"], r["min_score"], lengths)
     if not (made.labels >= 0).any():
         raise ValueError(f"no trajectory was kept in any of {counted(made.videos, 'video')} ({made}): lower min_span "
                          "or min_score, raise eps, or train the first model longer")
     return made.labels, {f"pseudo_{name}": n for name, n in made.counts.items()}
 
-def _of_denoise(r: dict, store: Features) -> tuple:
+def _of_denoise(r: dict, store: Features, paths: pd.Series) -> tuple:
     "Identities over all videos; of a person twice in a frame the surest box."
-    made = Denoised.load(Run(r["denoised"]).require().folder)
+    named = r["denoised"]
+    made = Denoised.load(Run(named).require().folder if isinstance(named, dict) else resolve(named))
     check_same_rows(store.samples, made.provenance, made.parameters)
-    table = store.samples[["path", "score"]].assign(label=made.labels).sort_values("score", ascending=False)
+    table = pd.DataFrame(dict(path=paths, score=store.samples["score"], label=made.labels))
+    table = table.sort_values("score", ascending=False, kind="stable")
     is_double = table.duplicated(["path", "label"]) & (table["label"] >= 0)
     labels = np.where(is_double.sort_index(), -1, made.labels)
     if not (labels >= 0).any():
@@ -292,6 +299,41 @@ def partners(frames: pd.DataFrame, labels: np.ndarray) -> list[np.ndarray]:
     for where in shown:
         for i in where: out[i].append(where[where != i])
     return [np.unique(np.concatenate(o)) if o else np.zeros(0, int) for o in out]
+
+# %% ../../nbs/7_detection/04_idfree.ipynb #430c5f75
+def _frames_of_crops(r: dict, store: Features) -> tuple:   # frames, root, no lengths, the frame's path of each crop
+    "ValueError for a store without boxes, and where `data` lacks the video or the frame of a crop."
+    table = store.samples
+    if lost := [c for c in (*BOX, "score") if c not in table]:
+        raise ValueError(f"found: {store.folder} has no column {', '.join(lost)}: name features that `track` kept")
+    if r["data"] == VIDEOS: frames, root, videos = *_frames_of_files(r, table), _by_stem(r)
+    else: frames, root, videos = *frames_asked(r | dict(frames="train")), None
+    of = table["video"] if videos is None else table["video"].map(videos)
+    row = pd.MultiIndex.from_frame(frames[["video", "frame"]]).get_indexer(pd.MultiIndex.from_arrays([of, table["frame"]]))
+    if (row < 0).any():
+        i = int((row < 0).argmax())
+        raise ValueError(f"found: frame {table['frame'].iloc[i]} of video {table['video'].iloc[i]!r} is not in "
+                         f"data={r['data']!r}: name there what was tracked")
+    return frames, root, None, pd.Series(frames["path"].to_numpy()[row])
+
+def _by_stem(r: dict) -> dict:   # what `track` calls a video -> its path below the root
+    "ValueError where two videos have one name."
+    names = pd.Series(videos_asked(r)[0])
+    stems = names.map(lambda name: Path(name).stem)
+    if stems.duplicated().any():
+        twice = names[stems == stems[stems.duplicated()].iloc[0]].tolist()
+        raise ValueError(f"{' and '.join(twice[:2])} have one name: crops say no more of a video than this")
+    return dict(zip(stems, names))
+
+def _frames_of_files(r: dict, table: pd.DataFrame) -> tuple:   # frames, root
+    "Frames of video files with a crop, and the size of their videos."
+    videos, root = _by_stem(r), videos_asked(r)[1]
+    seen = table[["video", "frame"]].drop_duplicates(ignore_index=True)
+    seen = seen.assign(video=seen["video"].map(videos)).dropna(ignore_index=True)
+    size = {video: (info.width, info.height) for video in seen["video"].unique() for info in [Video(root / video).info]}
+    width, height = (seen["video"].map(lambda video, k=k: size[video][k]) for k in (0, 1))
+    path = [f"{video}/{frame:06d}" for video, frame in zip(seen["video"], seen["frame"])]
+    return seen.assign(path=path, width=width.astype(int), height=height.astype(int)), root
 
 # %% ../../nbs/7_detection/04_idfree.ipynb #293faafa
 def spread(
@@ -552,6 +594,10 @@ def _check_labels(r: dict) -> None:
         raise ValueError(f"data=videos comes without boxes, and labels={labels!r} needs some: use method=video, with "
                          "a run of idfree in weights that finds them")
     if not may_be_idfree(r["weights"]) or r[name] is None: raise ValueError(_NO_FOUND)
+    if isinstance(r[name], str):
+        if isinstance(r["found"], str): return
+        raise ValueError(f"denoised={r['denoised']!r} is a folder: name the folder of features that it was made from in "
+                         "found")
     made = r[name] if name == "found" else _features_of(r["denoised"])
     if made.get("stage") != "find": raise ValueError(f"{name} is of stage {made.get('stage')!r}: a run of find")
     if labels == "denoise" and made["tracker"] is None:

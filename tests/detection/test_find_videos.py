@@ -1,6 +1,7 @@
 """Folders of videos: what find makes of them, in parts and after a kill, and a training by their frames."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,13 @@ from cion_nb.companion.reproduce import denoise_features
 from cion_nb.core.runs import Run
 from cion_nb.core.settings import recipe
 from cion_nb.core.store import Features
+from cion_nb.data.tracking import track_videos
 from cion_nb.data.videos import Video
 from cion_nb.detection import find as room
 from cion_nb.detection.find import find, find_in_videos, VideoFrames
-from cion_nb.detection.idfree import IdFree, idfree, labelled_boxes
+from cion_nb.detection.idfree import IdFree, idfree
 from cion_nb.detection.pointid import PointID, save_pointid
-from cion_nb.identities.denoise import Denoised
+from cion_nb.identities.denoise import denoise, Denoised
 
 N, STRIDE = 40, 4
 QUICK = dict(image_size=[64, 96], channels=8, dim=8, epochs=1, images_per_epoch=4, batch_size=4, lr_per=4, drops=[1.],
@@ -173,6 +175,36 @@ def test_identities_of_denoise_are_labels(asked, runs):
     for row, others in enumerate(task.partners):
         assert set(task.samples.video[others]) == {task.samples.video[row]}
     assert idfree(made).result["denoised_boxes"] == int((denoised.labels >= 0).sum())
+
+
+def test_crops_of_track_and_their_identities_are_labels(asked, films, runs, tmp_path):
+    "What `track` kept of two videos, denoised: each box has its crop's identity; other folders and data are named."
+    names = ["b.avi", "hall/a.avi"]
+    tracked = track_videos([films / name for name in names], tmp_path / "tracks", Seeing(), tracker="embedding",
+                           min_height=20, features=True, stride=STRIDE)
+    store = Features.open(tmp_path / "tracks" / "features")
+    found = denoise(store.x, store.samples, sigma_cst=.5, sigma_drm=.3, out=tmp_path / "identities")
+    made = video_recipe(asked, labels="denoise", denoised=str(tmp_path / "identities"), found=str(store.folder))
+    task = IdFree(made)
+    of = dict(zip(("b", "a"), names))
+    want = {(f"{of[v]}/{f:06d}", label) for v, f, label in zip(tracked.video, tracked.frame, found.labels)}
+    data, got = task.data, set()
+    for i, frame in data.frames.iterrows():
+        got |= {(frame.path, label) for label in data.labels[frame["first"]:frame["first"] + frame["count"]]}
+    assert got == want and len(data.boxes) == len(tracked) and found.labels.max() == 3
+    own = slice(0, data.frames["count"].iloc[0])
+    first = tracked[(tracked.video == Path(data.frames.video[0]).stem) & (tracked.frame == data.frames.frame[0])]
+    scale = np.array([85 / 320, 64 / 240] * 2)                                      # of the pictures that are kept
+    np.testing.assert_allclose(np.sort(data.boxes[own], 0), np.sort(first[["x", "y", "w", "h"]] * scale, 0), rtol=1e-4)
+    assert task.load(np.arange(2), 0)["label"].max() >= 0
+    assert IdFree(made | dict(labels="pseudo", denoised=None)).data.told["pseudo_people"] >= 4
+    for changes, said in ((dict(found=None), "name the folder of features that it was made from in found"),
+                          (dict(data_root=str(films / "hall")), "frame 0 of video 'b' is not in data='videos'")):
+        with pytest.raises(ValueError, match=said): IdFree(made | changes)
+    shutil.copytree(films, tmp_path / "films")
+    shutil.copy(films / "b.avi", tmp_path / "films" / "hall" / "b.avi")
+    with pytest.raises(ValueError, match="b.avi and hall/b.avi have one name"):
+        IdFree(made | dict(data_root=str(tmp_path / "films")))
 
 
 def test_tracklets_of_pictures_are_those_of_the_video(street, asked):
