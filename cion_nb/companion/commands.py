@@ -468,7 +468,8 @@ def _check_frames(recipe: dict) -> None:
     "Tables of frames can be read; there are videos."
     from cion_nb.data.datasets import read_data
     from cion_nb.detection.find import VIDEOS, videos_asked
-    if isinstance(recipe["data"], str): videos_asked(recipe) if recipe["data"] == VIDEOS else read_data(recipe, "frames")
+    if recipe["data"] == VIDEOS: videos_asked(recipe)
+    elif isinstance(recipe["data"], str): read_data(recipe, "frames")
 
 def _check_data(recipe: dict) -> None:
     "The tables of data sets that are lists of names, for training and for the test."
@@ -521,8 +522,8 @@ def uda(args): return _train("uda", args)
 def video_reid(args): return _train("video_reid", args)
 
 @command("Train a detector that embeds (PointID): on boxes without identities (method=image), then on videos (video).",
-         "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos, or data=videos "
-         "and a folder of video files in data_root=",
+         "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos, or data=videos"
+         " and a folder of video files in data_root=",
          "a run's folder with pointid.safetensors, log, checkpoints, result.json; resumes, or opens what is done",
          "idfree --profile paper --set data=coco,crowdhuman data_root=/data/det method=image", _training_arguments)
 def idfree(args): return _train("idfree", args)

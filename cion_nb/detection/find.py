@@ -300,8 +300,8 @@ def _join_videos(names: list, out: Path, request: dict) -> None:
     videos = pd.DataFrame(np.array(told), columns=TOLD).astype({name: int for name in TOLD[:-1]})
     videos = videos.assign(video=names, boxes=count, reason=[str(w) for w in why])
     if not count.any():
-        lost = videos[videos["reason"] != ""]
-        said = f"; {len(lost)} cannot be read: {first_few(lost['video'] + ' (' + lost['reason'] + ')')}" * bool(len(lost))
+        lost = [f"{v} ({why})" for v, why in zip(videos["video"], videos["reason"]) if why]
+        said = f"; {len(lost)} cannot be read: {first_few(lost)}" if lost else ""
         raise ValueError(f"nobody was found in {counted(len(names), 'video')}: lower min_score, or train longer{said}")
     of, frame, track = np.repeat(np.arange(len(names)), count), np.concatenate(frame).astype(int), np.concatenate(track)
     tracklet = np.where(track < 0, -1, track + np.repeat(np.cumsum(tracks) - tracks, count))

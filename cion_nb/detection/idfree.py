@@ -262,7 +262,7 @@ def _frames_in_videos(asked: dict, store: Features) -> tuple:
     sizes = videos.loc[frames["video"], ["width", "height"]].reset_index(drop=True)
     return frames.join(sizes), videos_asked(asked)[1], videos["read"].to_dict()
 
-def _of_clusters(r: dict, store: Features, lengths: dict | None) -> tuple:   # labels of the boxes, what `result.json` says
+def _of_clusters(r: dict, store: Features, lengths: dict | None) -> tuple:   # labels, what `result.json` says of them
     made = pseudo_labels(store.x, store.samples, r["eps"], r["min_samples"], r["min_span"], r["min_score"], lengths)
     if not (made.labels >= 0).any():
         raise ValueError(f"no trajectory was kept in any of {counted(made.videos, 'video')} ({made}): lower min_span "
@@ -309,7 +309,8 @@ def _frames_of_crops(r: dict, store: Features) -> tuple:   # frames, root, no le
     if r["data"] == VIDEOS: frames, root, videos = *_frames_of_files(r, table), _by_stem(r)
     else: frames, root, videos = *frames_asked(r | dict(frames="train")), None
     of = table["video"] if videos is None else table["video"].map(videos)
-    row = pd.MultiIndex.from_frame(frames[["video", "frame"]]).get_indexer(pd.MultiIndex.from_arrays([of, table["frame"]]))
+    moments = pd.MultiIndex.from_frame(frames[["video", "frame"]])
+    row = moments.get_indexer(pd.MultiIndex.from_arrays([of, table["frame"]]))
     if (row < 0).any():
         i = int((row < 0).argmax())
         raise ValueError(f"found: frame {table['frame'].iloc[i]} of video {table['video'].iloc[i]!r} is not in "
@@ -596,8 +597,8 @@ def _check_labels(r: dict) -> None:
     if not may_be_idfree(r["weights"]) or r[name] is None: raise ValueError(_NO_FOUND)
     if isinstance(r[name], str):
         if isinstance(r["found"], str): return
-        raise ValueError(f"denoised={r['denoised']!r} is a folder: name the folder of features that it was made from in "
-                         "found")
+        raise ValueError(f"denoised={r['denoised']!r} is a folder: name in found the folder of features that it was "
+                         "made from")
     made = r[name] if name == "found" else _features_of(r["denoised"])
     if made.get("stage") != "find": raise ValueError(f"{name} is of stage {made.get('stage')!r}: a run of find")
     if labels == "denoise" and made["tracker"] is None:

@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+from functools import reduce
 
 import numpy as np
 import pandas as pd
@@ -58,10 +59,10 @@ def test_a_run_of_idfree_is_a_detector_that_embeds(here, tmp_path, monkeypatch, 
         line = f"track street.avi --out {tmp_path / 'o'} --detector {detector} --tracker embedding --features --check"
         assert main(line.split()) == 0
     write_street(tmp_path / "short.avi", 8)
-    large = [np.kron(picture(), np.ones((2, 2, 1), np.uint8)) for _, picture in T.Video(tmp_path / "short.avi").frames()]
-    for i, picture in enumerate(large):
-        (tmp_path / "large").mkdir(exist_ok=True)
-        Image.fromarray(picture[..., ::-1]).save(tmp_path / "large" / f"{i:03d}.png")
+    (tmp_path / "large").mkdir()
+    for i, picture in T.Video(tmp_path / "short.avi").frames():
+        large = np.kron(picture(), np.ones((2, 2, 1), np.uint8))
+        Image.fromarray(large[..., ::-1]).save(tmp_path / "large" / f"{i:03d}.png")
     detector = PointDetector(here / "run", min_score=0., k=3)
     for video, size in ((tmp_path / "short.avi", (320, 240)), (tmp_path / "large", (640, 480))):
         boxes, held, x = T.detect(video, detector, tmp_path / "cache")
@@ -89,8 +90,8 @@ def test_what_is_refused_before_anything_is_detected(here, line, word, tmp_path,
 def test_help_tells_what_embeds(capsys):
     with pytest.raises(SystemExit): main(["track", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("a run of `idfree`, which embeds as well", "--embed MODEL", "or embedding, which joins boxes by their",
-                  "--features"): assert words in said
+    words = ("a run of `idfree`, which embeds as well", "--embed MODEL", "or embedding, which joins boxes by their")
+    assert all(one in said for one in (*words, "--features"))
 
 
 # ---------------------------------------------------------------- recipes
@@ -112,11 +113,11 @@ def test_every_value_of_id_free_says_whose_it_is(stage):
 
 
 def commands_of_readme(stage):
-    "What follows `-m cion_nb` (or a script of slurm) in README's commands of a stage."
+    "What follows `-m cion_nb STAGE`, or a stage's script, in README's commands."
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.partition("  #")[0] for line in text.splitlines()]
-    return [shlex.split(line)[line.split().index(stage) + 1 if stage in line.split() else 3:] for line in lines
-            if re.match(rf"(accelerate launch .* -m cion_nb {stage} |SHARDS=\d+ bash slurm/{stage}\.sh )", line)]
+    begin = rf"(?:accelerate launch .* -m cion_nb {stage}|SHARDS=\d+ bash slurm/{stage}\.sh) (.*)"
+    found = (re.fullmatch(begin, line.partition("  #")[0]) for line in text.splitlines())
+    return [shlex.split(line[1]) for line in found if line]
 
 
 def test_the_commands_of_readme_can_be_meant(here, tmp_path, monkeypatch, capsys):
@@ -132,10 +133,8 @@ def test_the_commands_of_readme_can_be_meant(here, tmp_path, monkeypatch, capsys
     people = dict(ID="a", gtboxes=[dict(tag="person", fbox=[1, 2, 5, 9], vbox=[1, 2, 5, 9], hbox=[1, 2, 3, 3])])
     (det / "crowdhuman/annotation_train.odgt").write_text(json.dumps(people) + "\n")
     monkeypatch.chdir(here)
-    def made(words):
-        words = [w.replace("/data/det", str(det)).replace("/data/kinetics", str(here)).replace("runs/idfree-…", "run")
-                 for w in words]
-        return words
+    places = {"/data/det": str(det), "/data/kinetics": str(here), "runs/idfree-…": "run"}
+    def made(words): return [reduce(lambda w, at: w.replace(*at), places.items(), word) for word in words]
     first, second = commands_of_readme("idfree")
     search, = commands_of_readme("find")
     asked = []

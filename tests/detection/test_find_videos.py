@@ -164,12 +164,13 @@ def test_identities_of_denoise_are_labels(asked, runs):
     assert Run(searched).result["tracklets"] == found.samples.tracklet.nunique()
     denoised = Denoised.load(denoise_features(made["denoised"]).folder)
     task = IdFree(made)
-    data, rows = task.data, found.samples.set_index("path")
+    data = task.data
     for i, frame in data.frames.iterrows():
         own = slice(frame["first"], frame["first"] + frame["count"])
         want = denoised.labels[(found.samples.path == frame.path).to_numpy()]
         assert len(set(want)) == len(want) and sorted(data.labels[own]) == sorted(want), frame.path
-    assert len(data.boxes) == len(rows) and data.told["denoised_people"] == len(set(denoised.labels[denoised.labels >= 0]))
+    people = set(denoised.labels[denoised.labels >= 0])
+    assert len(data.boxes) == len(found) and data.told["denoised_people"] == len(people)
     shared = found.samples.assign(label=denoised.labels).groupby("label").video.nunique()
     assert shared.max() > 1, "people of one colour are one identity over videos"
     for row, others in enumerate(task.partners):
@@ -198,7 +199,7 @@ def test_crops_of_track_and_their_identities_are_labels(asked, films, runs, tmp_
     np.testing.assert_allclose(np.sort(data.boxes[own], 0), np.sort(first[["x", "y", "w", "h"]] * scale, 0), rtol=1e-4)
     assert task.load(np.arange(2), 0)["label"].max() >= 0
     assert IdFree(made | dict(labels="pseudo", denoised=None)).data.told["pseudo_people"] >= 4
-    for changes, said in ((dict(found=None), "name the folder of features that it was made from in found"),
+    for changes, said in ((dict(found=None), "name in found the folder of features that it was"),
                           (dict(data_root=str(films / "hall")), "frame 0 of video 'b' is not in data='videos'")):
         with pytest.raises(ValueError, match=said): IdFree(made | changes)
     shutil.copytree(films, tmp_path / "films")
@@ -209,7 +210,8 @@ def test_crops_of_track_and_their_identities_are_labels(asked, films, runs, tmp_
 
 def test_tracklets_of_pictures_are_those_of_the_video(street, asked):
     "Frames with a name of their video are joined as well."
-    got = Features.open(find(recipe("find", "tiny", data=str(street), model=asked["model"], tracker="embedding")).folder)
+    run = find(recipe("find", "tiny", data=str(street), model=asked["model"], tracker="embedding"))
+    got = Features.open(run.folder)
     assert got.samples.groupby("tracklet").video.nunique().max() == 1 and (got.samples.tracklet >= 0).all()
 
 
