@@ -1,12 +1,16 @@
 """Folders of videos: what find makes of them, in parts and after a kill, and a training by their frames."""
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from places import ROOT
 from street import COLOURS, Seeing, write_street
 
 from cion_nb.companion.commands import main
@@ -250,3 +254,16 @@ def test_the_commands(asked, films, runs, capsys):
     assert main(["idfree", *line, *more, "--check"]) == 0
     assert json.loads(capsys.readouterr().out)["found"] == asked
     assert main(["idfree", *line, *more]) == 0
+
+
+@pytest.mark.slow("starts a process")
+def test_the_job_script_shares_the_videos_and_joins(asked, films, runs):
+    "An array, and a job behind it; nothing is submitted where the settings cannot be meant."
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))} | dict(
+        SBATCH="echo sbatch", PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS="/dev/null/none", SHARDS="3",
+        DEVICE="cpu", OMP_NUM_THREADS="1", CION_NB_PROGRESS="0")
+    line = ["bash", "slurm/find.sh", "--profile", "tiny", "--set", "data=videos", f"model={runs / 'first'}"]
+    for more, code, words in (([f"data_root={films}"], 0, ("--array=0-2", "--dependency=afterok:", "slurm/find.sh")),
+                              ([f"data_root={films / 'none'}"], 2, ("data_root=", "there is no such file or folder"))):
+        p = subprocess.run([*line, *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        assert p.returncode == code and all(word in p.stdout + p.stderr for word in words), p.stdout + p.stderr
