@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import warnings
 from functools import reduce
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_boxes_of_a_file_with_features_of_a_backbone(here, tmp_path, monkeypatch
     assert main([*line.split(), "--check"]) == 0 and not (tmp_path / "o").exists()
     assert main(line.split()) == 0
     samples, store = read_samples(tmp_path / "o" / "samples.parquet"), read_features(tmp_path / "o" / "features")
-    assert samples.equals(store.samples) and store.x.shape == (len(samples), 64) and samples.tracklet.nunique() == 4
+    assert samples.equals(store.samples) and store.x.shape == (len(samples), 256) and samples.tracklet.nunique() == 4
     from cion_nb.models.backbones import load_backbone
     again = extract(samples, tmp_path / "o", load_backbone(here / "backbone.safetensors"), tmp_path / "again")
     assert (np.einsum("nd,nd->n", store.x.astype(float), again.x.astype(float)) > .98).all()     # JPEG is between
@@ -65,7 +66,9 @@ def test_a_run_of_idfree_is_a_detector_that_embeds(here, tmp_path, monkeypatch, 
         Image.fromarray(large[..., ::-1]).save(tmp_path / "large" / f"{i:03d}.png")
     detector = PointDetector(here / "run", min_score=0., k=3)
     for video, size in ((tmp_path / "short.avi", (320, 240)), (tmp_path / "large", (640, 480))):
-        boxes, held, x = T.detect(video, detector, tmp_path / "cache")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                                     # no frame rate
+            boxes, held, x = T.detect(video, detector, tmp_path / "cache")
         assert held == 8 and x.shape == (len(boxes), 8) == (24, 8) and boxes["frame"].nunique() == 8
         assert (boxes[["right", "bottom"]].max() <= size).all() and (boxes["right"] > size[0] / 2).any()
 

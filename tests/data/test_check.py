@@ -102,6 +102,7 @@ def test_frames_are_counted_once_and_a_query_is_a_box_in_one_of_them(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = read_prw(prw.write(tmp_path))
+    for i, path in enumerate(table.path.unique()): paint(tmp_path / path, i)
     found = check(table, tmp_path, progress=False, published=False)
     boxes = {split: sum(len(prw.frames[name][1]) for name in names) for split, names in
              (("train", prw.train), ("gallery", prw.test))}

@@ -96,7 +96,7 @@ def test_weights_of_another_trunk(tmp_path, runs):
     with pytest.raises(ValueError, match="backbone='convnext_trial', but the network in weights has 'resnet10_tiny"):
         make_pointid(quick(data, backbone="convnext_trial", weights=str(tmp_path / "run")))
     save_backbone(create_backbone("resnet10_tiny_ibn", (64, 96)), tmp_path / "backbone.safetensors")
-    with pytest.raises(ValueError, match="resnet10_tiny_ibn"):
+    with pytest.raises(ValueError, match="this checkpoint does not hold a convnext_trial"):
         make_pointid(quick(data, backbone="convnext_trial", weights=str(tmp_path / "backbone.safetensors")))
     with pytest.raises(ValueError, match="dla34 starts from none or imagenet; a file is of another backbone"):
         make_pointid(quick(data, backbone="dla34", weights=str(tmp_path / "backbone.safetensors")))
@@ -123,9 +123,9 @@ def test_a_backbone_of_cion_is_the_trunk(tmp_path, runs):
 
 class Finds:
     "One box a frame, with a look that is said."
-    def __init__(self, look, name="finds"): self.look, self.settings = np.array([look], np.float32), dict(name=name)
-    def detect(self, frames):
-        return [(np.array([[1, 2, 9, 30.]], np.float32), np.ones(1, np.float32), self.look) for _ in frames]
+    settings = dict(name="finds")
+    def __init__(self, look, score=1.): self.look, self.score = np.array([look], np.float32), np.array([score], np.float32)
+    def detect(self, frames): return [(np.array([[1, 2, 9, 30.]], np.float32), self.score, self.look) for _ in frames]
 
 
 def test_looks_that_are_of_no_use_are_named_with_their_frame(tmp_path):
@@ -144,7 +144,7 @@ def test_looks_that_are_of_no_use_are_named_with_their_frame(tmp_path):
     with pytest.raises(ValueError, match="embeddings of widths 2, 3: delete the folder"):
         find_in(frames, tmp_path, Finds([1, 0, 0]), mixed, block=2)
     with pytest.raises(ValueError, match="no box of 3 is in a track"):
-        find_in(frames, tmp_path, Finds([1, 0]), tmp_path / "tracked", tracker="embedding")
+        find_in(frames, tmp_path, Finds([1, 0], score=.5), tmp_path / "tracked", tracker="embedding")
     with pytest.raises(ValueError, match="tracklets are of videos, and frames here name none"):
         find_in(frames.assign(video=""), tmp_path, Finds([1, 0]), tmp_path / "nameless", tracker="embedding")
 
@@ -176,7 +176,7 @@ def test_a_video_of_one_frame_has_no_pair(street, tmp_path, runs):
     save_pointid(PointID("resnet10_tiny_ibn", channels=8, dim=8, size=(64, 96)), tmp_path / "run")
     from cion_nb.detection.find import find
     data, start = str(tmp_path / "one" / "frames.parquet"), str(tmp_path / "run")
-    asked = quick(data, method="video", weights=start, min_samples=1, min_score=0., eps=1.9,
+    asked = quick(data, method="video", weights=start, min_samples=1, min_score=0., min_span=0., eps=1.9,
                   found=recipe("find", "tiny", data=data, model=start, min_score=0., most=2))
     find(asked["found"])
     with pytest.raises(ValueError, match="no frame is left to train on"): idfree(asked)
