@@ -522,8 +522,8 @@ def uda(args): return _train("uda", args)
 def video_reid(args): return _train("video_reid", args)
 
 @command("Train a detector that embeds (PointID): on boxes without identities (method=image), then on videos (video).",
-         "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos, or data=videos"
-         " and a folder of video files in data_root=",
+         "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos, or "
+         "data=videos and a folder of video files in data_root=",
          "a run's folder with pointid.safetensors, log, checkpoints, result.json; resumes, or opens what is done",
          "idfree --profile paper --set data=coco,crowdhuman data_root=/data/det method=image", _training_arguments)
 def idfree(args): return _train("idfree", args)

@@ -258,12 +258,11 @@ def test_the_commands(asked, films, runs, capsys):
 
 @pytest.mark.slow("starts a process")
 def test_the_job_script_shares_the_videos_and_joins(asked, films, runs):
-    "An array, and a job behind it; nothing is submitted where the settings cannot be meant."
+    "An array, and a job behind it."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))} | dict(
         SBATCH="echo sbatch", PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS="/dev/null/none", SHARDS="3",
         DEVICE="cpu", OMP_NUM_THREADS="1", CION_NB_PROGRESS="0")
     line = ["bash", "slurm/find.sh", "--profile", "tiny", "--set", "data=videos", f"model={runs / 'first'}"]
-    for more, code, words in (([f"data_root={films}"], 0, ("--array=0-2", "--dependency=afterok:", "slurm/find.sh")),
-                              ([f"data_root={films / 'none'}"], 2, ("data_root=", "there is no such file or folder"))):
-        p = subprocess.run([*line, *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-        assert p.returncode == code and all(word in p.stdout + p.stderr for word in words), p.stdout + p.stderr
+    p = subprocess.run([*line, f"data_root={films}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert p.returncode == 0, p.stdout + p.stderr
+    assert all(word in p.stdout for word in ("--array=0-2", "--dependency=afterok:", "STEP=join", "slurm/find.sh"))

@@ -124,7 +124,7 @@ def test_a_backbone_of_cion_is_the_trunk(tmp_path, runs):
 class Finds:
     "One box a frame, with a look that is said."
     settings = dict(name="finds")
-    def __init__(self, look, score=1.): self.look, self.score = np.array([look], np.float32), np.array([score], np.float32)
+    def __init__(self, look, score=1.): self.look, self.score = np.float32([look]), np.float32([score])
     def detect(self, frames): return [(np.array([[1, 2, 9, 30.]], np.float32), self.score, self.look) for _ in frames]
 
 

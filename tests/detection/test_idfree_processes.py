@@ -75,7 +75,7 @@ idfree(json.load(open(sys.argv[1])))
 @pytest.mark.slow("starts processes")
 def test_two_processes_that_got_sigkill_end_in_the_same_bits(asked, tmp_path):
     "With a memory and a queue that both fill and that the loss reads: the network is that of a run that went through."
-    asked |= dict(checkpoint_minutes=0, loss="memory", method="memory", queue=7)
+    asked |= dict(checkpoint_minutes=0, loss="memory", method="memory", queue=7, epochs=1)
     (tmp_path / "dies.py").write_text(DIES)
     (tmp_path / "recipe.json").write_text(json.dumps(asked))
     def start(runs, how):
