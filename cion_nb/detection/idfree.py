@@ -83,11 +83,11 @@ class SceneSettings(Settings):
 class PseudoSettings(Settings):
     "Pseudo-labels of method video."
     found: str | dict | None = setting(
-        None, "a run of find over the frames, or a folder of features that `track` kept of them; none: by the run in "
-        "`weights`", "supplement, Sec. 4")
+        None, "a run of find over the frames, or a folder of features that `track` kept; none: by the run in `weights`",
+        "supplement, Sec. 4")
     denoised: str | dict | None = setting(
-        None, "labels=denoise: a run of denoise over what find found with a tracker, or what `denoise` made of the "
-        "folder in `found`; none: over what the run in `weights` finds", _OURS, since=None)
+        None, "labels=denoise: a run over boxes that find joined, or what `denoise` made of the folder in `found`; "
+        "none: by `weights`", _OURS, since=None)
     stride: Count = setting(5, "data=videos: every stride-th frame is looked at", _OURS, since=5)
     eps: Positive = setting(.3, "largest cosine distance of near boxes", _OURS)
     min_samples: Count = setting(4, "near boxes that make a core point", _OURS)
