@@ -122,12 +122,12 @@ denoising() {
     exec "${command[@]}"
 }
 
-# ---- tracking: an array that shares the videos, and one job that joins their tables
-tracking() {
+# ---- tracking and finding: an array that shares the videos (or frames), and one job that joins their tables
+sharing() {
     SHARDS=${SHARDS:-8}
     [[ $SHARDS =~ ^[1-9][0-9]*$ ]] || { echo "$script: SHARDS=$SHARDS: a number of machines, 1 or more" >&2; exit 2; }
     if [ -z "${STEP:-}" ]; then
-        cion_nb track --check "$@" > /dev/null
+        cion_nb "$stage" --check "$@" > /dev/null
         if [ "$DEVICE" = cpu ]; then export SBATCH_GRES=${SBATCH_GRES:-none}; fi
         job() { echo "ALL,STEP=$1,SHARDS=$SHARDS,PYTHON=$PYTHON,DEVICE=$DEVICE"; }
         local videos join
@@ -137,7 +137,7 @@ tracking() {
         exit
     fi
     if [ "$DEVICE" = cpu ]; then export CUDA_VISIBLE_DEVICES=; fi
-    local command=("$PYTHON" -m cion_nb track "$@")
+    local command=("$PYTHON" -m cion_nb "$stage" "$@")
     [ "$STEP" = join ] || command+=(--shard "$SLURM_ARRAY_TASK_ID/$SHARDS")
     echo "${command[@]}"
     exec "${command[@]}"
@@ -146,7 +146,7 @@ tracking() {
 case $stage in
     pretrain|finetune|usl|uda|video_reid|idfree|vills) training "$@" ;;
     denoise) denoising "$@" ;;
-    track) tracking "$@" ;;
-    extract|find) single "$@" ;;
+    track|find) sharing "$@" ;;
+    extract) single "$@" ;;
     *) echo "stage.sh: no stage $stage: pretrain, finetune, usl, uda, video_reid, idfree, vills, denoise, track, extract or find" >&2; exit 2 ;;
 esac

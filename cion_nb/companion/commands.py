@@ -100,7 +100,8 @@ def check_kind(what: str, value: Any, default: Any, annotation: str = "") -> Non
     raise ValueError(f"{what}={value!r}: {needed} is needed" + ", or null" * ("None" in annotation))
 
 # %% ../../nbs/9_companion/08_commands.ipynb #b2ca85f8
-PATHS = ("data_root", "test_root", "annotation", "keep_list", "weights", "model", "identities", "parts")
+PATHS = ("data_root", "test_root", "annotation", "keep_list", "weights", "model", "identities", "found", "denoised",
+         "parts")
 
 def from_here(changes: dict) -> dict:
     "Settings whose relative paths start in this folder."
@@ -135,9 +136,15 @@ def _track_arguments(parser):
     add = parser.add_argument
     add("videos", nargs="+", help="video files, folders of numbered images, or patterns such as img1/%%06d.jpg")
     add("--out", required=True, help="folder for crops, tables and detections")
-    detectors = '"hog", "torchvision", a YOLOX .onnx file, or a MOT .txt file'
+    detectors = '"hog", "torchvision", a YOLOX .onnx file, a MOT .txt file, or a run of `idfree`, which embeds as well'
     add("--detector", default="torchvision", help=f"{detectors} (default: %(default)s)")
-    add("--tracker", default="bytetrack", help="a tracker of the library `trackers` (default: %(default)s)")
+    embeds = "gives the detector's boxes the features of this model: a run's folder, a saved backbone, or an .onnx file"
+    add("--embed", metavar="MODEL", help=embeds)
+    trackers = "a tracker of the library `trackers`, or embedding, which joins boxes by their features and needs a " \
+        "detector that embeds: a run of `idfree`, or --embed"
+    add("--tracker", default="bytetrack", help=f"{trackers} (default: %(default)s)")
+    kept = "also keep the features of the crops, OUT/features, so that `denoise` can follow without `extract`"
+    add("--features", action="store_true", help=f"{kept}; needs a detector that embeds")
     add("--camids", type=int, nargs="+", help="a camera number for each video")
     add("--skip-unreadable", action="store_true", help="warn and go on where a video cannot be read")
     every = "only every N-th video from the I-th on, counted from 0; the same command without it joins the tables"
@@ -152,11 +159,12 @@ def _track_arguments(parser):
 def track(args):
     from cion_nb.data.tracking import check_tracking, track, track_videos
     settings = settings_for(track, args.set, "detector", "tracker", "video_name", "camid", "first_tracklet")
+    if args.features: settings |= dict(features=True)
     check_tracking(**settings)
-    is_file = args.detector.lower().endswith((".onnx", ".txt", ".csv"))
-    detector = str(_here(args.detector)) if is_file else args.detector
     videos = [_here(v) for v in args.videos]
-    _check_videos(videos, detector, args, settings.get("tracker_settings"))
+    _check_videos(videos, args)
+    detector = _detector(args)
+    _check_tracker(detector, args, settings)
     if args.check: return
     samples = track_videos(videos, _here(args.out), detector, camids=args.camids, shard=shard_of(args.shard),
                            tracker=args.tracker, on_unreadable="skip" if args.skip_unreadable else "raise", **settings)
@@ -165,9 +173,26 @@ def track(args):
     print(f"{len(samples):,} crops, {tracklets:,} tracklets, {many:,} videos: {_here(args.out) / 'samples.parquet'}")
 
 # %% ../../nbs/9_companion/08_commands.ipynb #d30fb60a
-def _check_videos(videos, detector, args, tracker_settings) -> None:
+def _detector(args):
+    "What `--detector` and `--embed` name, opened; torchvision's is left to `track`, since it may fetch its weights."
     from cion_nb.data.detectors import create_detector
-    from cion_nb.data.tracking import create_tracker
+    name, path = args.detector, _here(args.detector)
+    if is_run := name not in ("hog", "torchvision") and (path.is_dir() or path.suffix == ".safetensors"):
+        from cion_nb.detection.pointid import PointDetector
+        name = PointDetector(path)
+    elif path.suffix.lower() in (".onnx", ".txt", ".csv"): name = str(path)
+    if args.embed:
+        from cion_nb.detection.embedded import EmbeddedDetector
+        return EmbeddedDetector(name, _here(args.embed))
+    return name if is_run or name == "torchvision" else create_detector(name)
+
+def _check_tracker(detector, args, settings: dict) -> None:
+    "The tracker can be made, and gets the features that it needs."
+    from cion_nb.data.tracking import check_embeddings, create_tracker
+    made = create_tracker(args.tracker, **(settings.get("tracker_settings") or {}))
+    check_embeddings(detector, made, settings.get("features", False))
+
+def _check_videos(videos, args) -> None:
     from cion_nb.data.videos import UnreadableVideo, Video
     if args.camids and len(args.camids) != len(videos):
         raise ValueError(f"{len(args.camids)} camids for {len(videos)} videos: one each")
@@ -176,8 +201,6 @@ def _check_videos(videos, detector, args, tracker_settings) -> None:
         try: Video(video)
         except UnreadableVideo:
             if not args.skip_unreadable: raise
-    if detector != "torchvision": create_detector(detector)        # whose weights may have to be fetched
-    create_tracker(args.tracker, **(tracker_settings or {}))
 
 # %% ../../nbs/9_companion/08_commands.ipynb #aadbb75e
 def _extract_arguments(parser):
@@ -468,12 +491,19 @@ def _check_files(recipe: dict) -> None:
         if is_path and not resolve(value).exists():
             raise FileNotFoundError(f"{name}={value}: there is no such file or folder")
 
+def _check_frames(recipe: dict) -> None:
+    "Tables of frames can be read; there are videos."
+    from cion_nb.data.datasets import read_data
+    from cion_nb.detection.find import VIDEOS, videos_asked
+    if recipe["data"] == VIDEOS: videos_asked(recipe)
+    elif isinstance(recipe["data"], str): read_data(recipe, "frames")
+
 def _check_data(recipe: dict) -> None:
     "The tables of data sets that are lists of names, for training and for the test."
     from cion_nb.data.datasets import read_data, refuse_no_world
     data, is_tested = recipe["data"], recipe["stage"] not in ("pretrain", "vills")
     if isinstance(data, dict): refuse_no_world(data)
-    if recipe["stage"] in ("find", "idfree"): return isinstance(data, str) and read_data(recipe, "frames") and None
+    if recipe["stage"] in ("find", "idfree"): return _check_frames(recipe)
     if data == "cion_al" and not (recipe["data_root"] and recipe.get("annotation")):
         what = "the folder of the images, and the JSON list of {id, file_path}"
         raise ValueError(f"data 'cion_al' needs data_root= and annotation=: {what}")
@@ -519,7 +549,8 @@ def uda(args): return _train("uda", args)
 def video_reid(args): return _train("video_reid", args)
 
 @command("Train a detector that embeds (PointID): on boxes without identities (method=image), then on videos (video).",
-         "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos",
+         "frames with boxes: coco, crowdhuman, mot, a scenes .parquet; for method=video frames of videos, or "
+         "data=videos and a folder of video files in data_root=",
          "a run's folder with pointid.safetensors, log, checkpoints, result.json; resumes, or opens what is done",
          "idfree --profile paper --set data=coco,crowdhuman data_root=/data/det method=image", _training_arguments)
 def idfree(args): return _train("idfree", args)
@@ -537,17 +568,19 @@ def _find_arguments(parser):
     add("--recipe", metavar="FILE", help="a recipe.json; the other arguments then change it")
     add("--profile", help=f"one of {', '.join(PROFILES)} (default: tiny, or the recipe's own)")
     add("--check", action="store_true", help="only see whether the settings make sense, and print the recipe")
-    _set(parser, "settings of the recipe: data, data_root, model, frames, image_size, min_score")
+    every = "only the I-th of N parts of the frames or videos, counted from 0; the same command without it joins them"
+    add("--shard", metavar="I/N", help=every)
+    _set(parser, "settings of the recipe: data, data_root, model, frames, image_size, min_score, stride, tracker")
 
 @command("Find every person of every frame, with a feature, by a trained PointID.",
-         "frames (as `idfree`); a run of idfree in model=",
+         "frames (as `idfree`), or data=videos and a folder of video files in data_root=; a run of idfree in model=",
          "a run's folder: features.npy and samples.parquet, a row a box; goes on where it was killed",
          "find --profile paper --set data=prw data_root=/data/PRW frames=test model=runs/idfree-…", _find_arguments)
 def find(args):
     from cion_nb.detection.find import find
-    asked = recipe_of("find", args)
+    asked, shard = recipe_of("find", args), shard_of(args.shard)
     if args.check: return _check(asked)
-    print(find(asked).folder)
+    print(find(asked, shard).folder)
 
 # %% ../../nbs/9_companion/08_commands.ipynb #21f80db3
 def _score_arguments(parser):

@@ -94,7 +94,7 @@ def is_main_process() -> bool:
 
 # %% ../../nbs/0_core/02_runs.ipynb #fd099fcf
 # recipe values that may name files
-INPUTS = ("data_root", "annotation", "weights", "model", "test_root", "keep_list", "parts")
+INPUTS = ("data_root", "annotation", "weights", "model", "test_root", "keep_list", "parts", "found", "denoised")
 # how a run is watched and kept; its result does not depend on them
 UNHASHED = ("workers", "checkpoint_minutes", "keep_checkpoints", "trackers")
 

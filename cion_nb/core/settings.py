@@ -83,6 +83,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)   # until it is used
     profiles: ClassVar[dict[str, dict]] = {}   # profile -> values
     methods: ClassVar[dict[str, dict]] = {}    # method -> values
+    assumed: ClassVar[str] = "assumed"         # what `describe` calls the source of a value that nobody gives
 
     @classmethod
     @cache
@@ -231,7 +232,8 @@ def describe(
         kind = "recipe" if is_run else _type_text(about)
         told = dict(setting=name, type=kind, range=limits, meaning=about["description"])
         values = {profile: _value_text(made[name]) for profile, made in recipes.items()}
-        rows.append(told | values | dict(source=about["source"]))
+        source = known.assumed if about["source"] == "assumed" else about["source"]
+        rows.append(told | values | dict(source=source))
     return pd.DataFrame(rows)
 
 def _type_text(schema: dict) -> str:

@@ -33,7 +33,8 @@ from .facts import count_differences, DATASETS, facts_of
 class DataReport:
     "What `check` found; prints as text, renders in a notebook."
     title: str
-    counts: pd.DataFrame   # a row a split: images, people, cameras, tracklets, and the published images and people
+    counts: pd.DataFrame   # a row a split: images, people, cameras, tracklets, and the published images and people; of
+                           # whole frames the boxes, too
     problems: list         # sentences; each makes a result wrong
     notes: list            # sentences; worth knowing, not wrong
     details: dict = field(default_factory=dict)  # name -> the rows behind a sentence
@@ -82,13 +83,17 @@ def _distractor(samples: pd.DataFrame) -> int|None:
     facts = DATASETS.get(samples.attrs.get("dataset"))
     return facts.distractor if facts else None
 
+def _is_of_frames(samples: pd.DataFrame) -> bool:
+    "Whether a row is a box in a whole frame, not an image."
+    return "ignored" in samples and "w" in samples
+
 def _counts(samples: pd.DataFrame, published: dict) -> pd.DataFrame:
     "Images, people, cameras, tracklets a split, with the published images and people beside where there are any."
     def known(name): return samples[name].where(samples[name] >= 0)
     people = known("pid").where(samples["pid"] != _distractor(samples))
     by_split = samples.assign(pid=people, camid=known("camid"), tracklet=known("tracklet")).groupby("split", sort=False)
-    table = pd.DataFrame(dict(images=by_split.size(), people=by_split["pid"].nunique(),
-                              cameras=by_split["camid"].nunique(), tracklets=by_split["tracklet"].nunique()))
+    table = pd.DataFrame(_sizes(samples) | {name: by_split[column].nunique() for name, column in
+                                            (("people", "pid"), ("cameras", "camid"), ("tracklets", "tracklet"))})
     table = table.reindex([s for s in SPLITS if s in table.index or s in published], fill_value=0).astype("int64")
     def beside(values): return pd.array(list(values), dtype="Int64")
     if published:
@@ -98,15 +103,26 @@ def _counts(samples: pd.DataFrame, published: dict) -> pd.DataFrame:
         table["published tracklets"] = beside(tracklets.get(s) for s in table.index)
     return table.rename(index={"": "(no split)"})
 
+def _sizes(samples: pd.DataFrame) -> dict:
+    "Images a split; of whole frames frames and boxes of people, of queries as many as there are."
+    rows = samples.groupby("split", sort=False).size()
+    if not _is_of_frames(samples): return dict(images=rows)
+    frames = samples.groupby("split", sort=False)["path"].nunique()
+    is_box = ~samples["ignored"].astype(bool) & (samples["w"] > 0)
+    boxes = is_box.groupby(samples["split"], sort=False).sum()
+    return dict(images=frames.where(frames.index != "query", rows), boxes=boxes)
+
 # %% ../../nbs/1_data/02_check.ipynb #67fad346
 def _unmatched(samples: pd.DataFrame) -> pd.DataFrame:
-    "Query rows that no gallery image of another camera answers; queries count where the official gallery holds them."
+    """Query rows that no gallery image of another camera answers (of whole frames: no other frame); queries count where
+    the official gallery holds them."""
     query = samples[samples["split"] == "query"]
     gallery = samples[samples["split"].isin(facts_of(samples).searched) & (samples["pid"] >= 0)]
     images = gallery.groupby("pid").size()
-    same_camera = gallery[gallery["camid"] >= 0].groupby(["pid", "camid"]).size()
+    place = "path" if _is_of_frames(samples) else "camid"
+    same_place = gallery[gallery["camid"] >= 0 if place == "camid" else slice(None)].groupby(["pid", place]).size()
     there = images.reindex(query["pid"]).fillna(0).to_numpy()
-    removed = same_camera.reindex(pd.MultiIndex.from_frame(query[["pid", "camid"]])).fillna(0).to_numpy()
+    removed = same_place.reindex(pd.MultiIndex.from_frame(query[["pid", place]])).fillna(0).to_numpy()
     return query[there - removed <= 0]
 
 def _one_camera(samples: pd.DataFrame) -> pd.Index:
@@ -118,6 +134,7 @@ def _one_camera(samples: pd.DataFrame) -> pd.Index:
 # %% ../../nbs/1_data/02_check.ipynb #a191b95d
 def _look_at_people(samples: pd.DataFrame, found: _Findings) -> None:
     "Who is where."
+    is_of_frames = _is_of_frames(samples)
     in_train = set(samples["pid"][samples["split"] == "train"])
     in_test = set(samples["pid"][samples["split"].isin(["query", "gallery"])])
     both = sorted((in_train & in_test) - {-1, _distractor(samples)})
@@ -127,16 +144,19 @@ def _look_at_people(samples: pd.DataFrame, found: _Findings) -> None:
     lost = _unmatched(samples)
     if len(lost):
         queries, who = counted(len(lost), "query has", "queries have"), pd.unique(lost["pid"]).tolist()
-        found.problem(f"{queries} no match in another camera; people: {first_few(who)}", unmatched_queries=lost)
+        place = "frame" if is_of_frames else "camera"
+        found.problem(f"{queries} no match in another {place}; people: {first_few(who)}", unmatched_queries=lost)
     single = _one_camera(samples).tolist()
     if single:
         people = counted(len(single), "person is", "people are")
         found.note(f"{people} seen by one camera only: {first_few(single)}", one_camera=single)
     for column, what in (("pid", "person"), ("camid", "camera")):
-        n = int((samples[column] < 0).sum())
-        if n: found.note(f"{n:,} of {len(samples):,} images have no {what} id")
+        asked = samples[column]
+        if is_of_frames: asked = asked[~samples["ignored"].astype(bool) & (samples["split"] != "query")]
+        n, of = int((asked < 0).sum()), "boxes" if is_of_frames else "images"
+        if n: found.note(f"{n:,} of {len(asked):,} {of} have no {what} id")
     again = samples["path"].duplicated()
-    if again.any():
+    if again.any() and not is_of_frames:
         paths = counted(int(again.sum()), "path is", "paths are")
         found.problem(f"{paths} in the table more than once: {first_few(samples['path'][again])}")
 
@@ -150,7 +170,8 @@ def _look_at_tracklets(samples: pd.DataFrame, found: _Findings) -> None:
         found.note(f"{tracklets} in two cameras: {first_few(cameras.index[cameras > 1])}")
     again = known[known["frame"] >= 0].duplicated(["tracklet", "frame"])
     if again.any():
-        images = counted(int(again.sum()), "image repeats", "images repeat")
+        one, two = ("box repeats", "boxes repeat") if _is_of_frames(samples) else ("image repeats", "images repeat")
+        images = counted(int(again.sum()), one, two)
         found.note(f"{images} a frame of their tracklet: {first_few(known.loc[again.index[again], 'path'])}")
     if samples.attrs.get("positions"):
         tracklets = counted(samples.attrs["positions"], "tracklet")
@@ -192,6 +213,7 @@ def _look_at_files(samples: pd.DataFrame, files: pd.DataFrame, found: _Findings)
         found.problem(f"{counted(len(broken), 'image')} cannot be read: {which}", unreadable=broken)
     rows = samples.assign(hash=files["hash"].reindex(samples["path"]).to_numpy())
     rows = rows[rows["hash"].ne("") & ~rows.duplicated(["path", "split"])]
+    if is_of_frames := _is_of_frames(samples): rows = rows[rows["split"] != "query"]       # asked in a gallery's frame
     same = rows[rows["hash"].duplicated(keep=False)]
     by_hash = same.groupby("hash")
     people = same["pid"].where(same["pid"] >= 0).groupby(same["hash"])
@@ -202,7 +224,7 @@ def _look_at_files(samples: pd.DataFrame, files: pd.DataFrame, found: _Findings)
             ("duplicates", by_hash["path"], found.note, "picture is stored more than once",
              "pictures are stored more than once")):
         is_twice = values.transform("nunique") > 1
-        if not is_twice.any(): continue
+        if not is_twice.any() or (name == "two_people" and is_of_frames): continue
         those = same[is_twice].sort_values("hash", kind="stable")
         say(f"{counted(those['hash'].nunique(), one, many)}: {first_few(those['path'])}", **{name: those})
 
@@ -268,7 +290,11 @@ def check(
         _look_at_oddities(files, found)
         _look_at_the_disk(samples, root, found)
     name = facts.title if facts else samples.attrs.get("dataset", "samples")
-    title = f"{name} {samples.attrs.get('version', '')}".strip() + f", {len(samples):,} images"
+    told = f"{len(samples):,} images"
+    if _is_of_frames(samples):
+        boxes = counts["boxes"].drop("query", errors="ignore").sum()
+        told = f"{samples['path'].nunique():,} frames, {boxes:,} boxes"
+    title = f"{name} {samples.attrs.get('version', '')}".strip() + f", {told}"
     return DataReport(title + (" (files not looked at)" if root is None else ""), counts,
                       found.problems, found.notes, found.details)
 

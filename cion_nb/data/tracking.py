@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'BOX_COLUMNS', 'create_tracker', 'detector_settings', 'detect', 'clip_boxes', 'NothingLeft', 'track',
-           'check_tracking', 'track_videos', 'cut_tracks', 'draw_tracks', 'contact_sheet']
+           'check_tracking', 'check_embeddings', 'track_videos', 'cut_tracks', 'draw_tracks', 'contact_sheet']
 
 # %% ../../nbs/1_data/11_tracking.ipynb #804d60d4
 import colorsys
@@ -335,7 +335,7 @@ def track(
     with closing(Video(video, frame_rate).frames()) as walk: size = next(walk)[1]().shape[:2]
     detector, fps, is_named = create_detector(detector), reader.info.fps / stride, isinstance(tracker, str)
     made = create_tracker(tracker, fps, **(tracker_settings or {})) if is_named else tracker
-    _check_embeddings(detector, made, features)
+    check_embeddings(detector, made, features)
     if features: _check_features_folder(out / "features")
     settings = dict(
         video=reader.content, video_name=reader.name if video_name is None else video_name,
@@ -448,10 +448,11 @@ def _check_features_folder(folder: Path) -> None:
     if (folder / "partial.json").exists() or (_stored(folder) or dict(made_by="track")).get("made_by") != "track":
         raise FileExistsError(f"{folder} holds features that `extract` made: move them, or pass features=False")
 
-def _check_embeddings(detector, made, features: bool) -> None:
-    "ValueError where embeddings are needed and the detector gives none."
+def check_embeddings(detector, made, features: bool) -> None:
+    "ValueError where embeddings are needed and the detector (or what `create_detector` makes of its name) gives none."
     if getattr(detector, "embed_dim", None): return
-    name, wrap = type(detector).__name__, "wrap it, EmbeddedDetector(detector, model) of cion_nb.detection.embedded"
+    name = repr(detector) if isinstance(detector, str) else type(detector).__name__
+    wrap = "wrap it, EmbeddedDetector(detector, model) of cion_nb.detection.embedded (--embed MODEL of the command)"
     if getattr(made, "needs_embeddings", False):
         raise ValueError(f'tracker "embedding" goes by embeddings, and {name} gives none: {wrap}; or '
                          "tracker_settings=dict(appearance=0)")
@@ -552,7 +553,7 @@ def _named(videos, camids) -> tuple[list, list]:
 
 def _join_features(out: Path, samples: pd.DataFrame, names, detector) -> None:
     "One store of the videos' own, in the order of the joined table."
-    _check_embeddings(detector, None, True)
+    check_embeddings(detector, None, True)
     def parts(at=0):
         for x in (Features.open(out / _folder(name) / "features").x for name in names):
             if len(x): yield np.arange(at, at + len(x)), x

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'MethodSettings', 'SceneSettings', 'PseudoSettings', 'PointSettings', 'SimilaritySettings', 'StepSettings',
-           'IdfreeSettings', 'may_be_idfree', 'Labelled', 'labelled_boxes', 'partners', 'spread', 'FrameSampler',
-           'Learner', 'joined', 'IdFree', 'hold_out', 'gathered', 'make_pointid', 'draw_pointid', 'before',
-           'check_idfree', 'average_precision', 'idfree', 'held_out_precision']
+           'IdfreeSettings', 'may_be_idfree', 'Labelled', 'labelled_boxes', 'inside_videos', 'partners', 'spread',
+           'FrameSampler', 'Learner', 'joined', 'IdFree', 'hold_out', 'gathered', 'make_pointid', 'draw_pointid',
+           'before', 'check_idfree', 'average_precision', 'idfree', 'held_out_precision']
 
 # %% ../../nbs/7_detection/04_idfree.ipynb #0282bda4
 import warnings
@@ -28,8 +28,9 @@ from ..core.settings import Count, NotNegative, Positive, refuse_unknown, settin
 from ..core.store import Features
 from ..data.datasets import read_data
 from ..data.detectors import box_iou
-from ..data.scenes import boxes_in, frames_of
-from .find import frames_asked, model_of
+from ..data.scenes import BOX, boxes_in, frames_of
+from ..data.videos import UnreadableVideo, Video
+from .find import frames_asked, model_of, shrinkage, VideoFrames, VIDEOS, videos_asked
 from cion_nb.detection.pointid import (
     at_cells,
     detection_loss,
@@ -43,6 +44,7 @@ from cion_nb.detection.pointid import (
 )
 from .scene_pairs import ScenePairs, TRANSFORMS
 from .similarity import BoxClassifier, ContrastiveSimilarity, SimilarityMemory
+from ..identities.denoise import check_same_rows, Denoised
 from ..identities.pseudo_labels import pseudo_labels
 from ..models.architectures import check_architecture
 from cion_nb.training.engine import (
@@ -63,9 +65,10 @@ _FAIRMOT, _OURS = "assumed (FairMOT)", "assumed (ours)"
 
 class MethodSettings(Settings):
     "Who is held to be whom."
-    method: str = setting("image", "a key of `METHODS`", "Id-Free supplement, Secs. 3 and 4")
-    labels: Literal["box", "pid", "pseudo"] = setting(
-        "box", "label of a box: itself, the table's identity, or a pseudo-label", "abstract; supplement, Sec. 4")
+    method: str = setting("image", "a key of `METHODS`", "supplement, Secs. 3 and 4")
+    labels: Literal["box", "pid", "pseudo", "denoise"] = setting(
+        "box", "label of a box: itself, the table's identity, a pseudo-label, or (in method video) the identity that "
+        "`denoise` gave it", "supplement, Sec. 4; denoise assumed (ours)")
     loss: Literal["contrastive", "memory", "cross_entropy"] = setting(
         "contrastive", "the loss of embeddings", "supplement, Table 1")
 
@@ -79,8 +82,13 @@ class SceneSettings(Settings):
 
 class PseudoSettings(Settings):
     "Pseudo-labels of method video."
-    found: dict | None = setting(
-        None, "a run of find over the frames; none: by the run in `weights`", "supplement, Sec. 4")
+    found: str | dict | None = setting(
+        None, "a run of find over the frames, or a folder of features that `track` kept; none: by the run in `weights`",
+        "supplement, Sec. 4")
+    denoised: str | dict | None = setting(
+        None, "labels=denoise: a run over boxes that find joined, or what `denoise` made of the folder in `found`; "
+        "none: by `weights`", _OURS, since=None)
+    stride: Count = setting(5, "data=videos: every stride-th frame is looked at", _OURS, since=5)
     eps: Positive = setting(.3, "largest cosine distance of near boxes", _OURS)
     min_samples: Count = setting(4, "near boxes that make a core point", _OURS)
     min_span: Share = setting(.5, "least share of the video that a trajectory spans", "supplement, Sec. 4")
@@ -118,21 +126,28 @@ METHODS = dict(image={}, video=dict(labels="pseudo"), memory=dict(loss="memory")
 class IdfreeSettings(MethodSettings, DataSettings, SceneSettings, PseudoSettings, NetworkSettings, PointSettings,
                      BudgetSettings, SimilaritySettings, StepSettings, MachineSettings):
     "PointID from boxes without identities."
-    data: str | dict = DataSettings.again("data", "coco,crowdhuman", "Id-Free supplement, Table 1")
+    data: str | dict = DataSettings.again("data", "coco,crowdhuman", "supplement, Table 1")
     backbone: str = NetworkSettings.again("backbone", DLA, _FAIRMOT)
     image_size: list[Count] = NetworkSettings.again("image_size", [608, 1088], _FAIRMOT)
     epochs: Positive = BudgetSettings.again("epochs", 30, _FAIRMOT)
     batch_size: Count = BudgetSettings.again("batch_size", 12, _FAIRMOT)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = MachineSettings.again("precision", "fp16", _OURS)
     sync_bn: bool = MachineSettings.again("sync_bn", False, _FAIRMOT)
-    methods = METHODS
+    methods, assumed = METHODS, _OURS
 
     @classmethod
     def differences(cls, profile, chosen):
         "Pseudo-labels are of the frames that are trained on, found by the run that is gone on from."
         found, weights = super().differences(profile, chosen), chosen["weights"]
-        if chosen["method"] != "video" or chosen["found"] is not None or not may_be_idfree(weights): return found
-        return dict(found=dict(stage="find", data=chosen["data"], data_root=chosen["data_root"], model=weights)) | found
+        if chosen["method"] != "video" or not may_be_idfree(weights): return found
+        searched = dict(stage="find", data=chosen["data"], data_root=chosen["data_root"], model=weights)
+        if chosen["data"] == VIDEOS: searched |= dict(stride=chosen["stride"])
+        if chosen["labels"] != "denoise": made = dict(found=searched)
+        else: made = dict(denoised=dict(stage="denoise", features=searched | dict(tracker="embedding")))
+        return {name: value for name, value in made.items() if chosen[name] is None} | found
+
+    @classmethod
+    def unread(cls, recipe): return set() if recipe["data"] == VIDEOS else {"stride"}
 
 def may_be_idfree(weights) -> bool:
     "Whether `weights` can name a run of idfree: a recipe of it, a folder or a file."
@@ -160,9 +175,13 @@ class Labelled:
     ignored: np.ndarray      # (N,) bool: no detection is asked
     root: Path
     told: dict = field(default_factory=dict)      # what `result.json` says of it
+    videos: VideoFrames | None = None             # where the frames are of video files
 
     @property
     def n_labels(self) -> int: return int(self.labels.max(initial=-1)) + 1
+
+    def picture(self, path: str) -> np.ndarray:   # (h, w, 3) uint8 RGB
+        return np.asarray(open_image(self.root / path)) if self.videos is None else self.videos(path)
 
 def labelled_boxes(
     r: dict,   # a recipe of idfree
@@ -170,7 +189,7 @@ def labelled_boxes(
     """The frames of a recipe's training, its test frames left out.
 
     ValueError: no frame, labels=pid where nobody has an identity, no trajectory kept in any video."""
-    if r["labels"] == "pseudo": return _pseudo_labelled(r)
+    if r["labels"] in _FROM_VIDEOS: return _pseudo_labelled(r)
     scenes, root = read_data(r, "frames")
     scenes = scenes[~scenes["split"].isin(["gallery", "query"])].reset_index(drop=True)
     if not len(scenes): raise ValueError(f"{r['data']}: no frame to train on; all are of the test")
@@ -189,27 +208,86 @@ def labelled_boxes(
     return Labelled(frames, by_frame.box, labels, ignored, root, dict(train_boxes=int((~ignored).sum())))
 
 # %% ../../nbs/7_detection/04_idfree.ipynb #e38a6174
+_FROM_VIDEOS = ("pseudo", "denoise")
+_NO_FOUND = ("method=video takes its pseudo-labels from a run of find, and its network from the one before it: name "
+             "that run of idfree in weights")
+
 def _pseudo_labelled(r: dict) -> Labelled:
-    "Boxes that a run of find left, labelled inside each video."
-    if r["found"] is None: raise ValueError(_NO_FOUND)
-    store = Features.open(Run(r["found"]).require().folder)
-    frames, root = frames_asked(r["found"])
+    "Boxes that a run of find left, labelled by clusters inside each video, or by `denoise`."
+    asked = r["found"]
+    if r["labels"] == "denoise" and isinstance(r["denoised"], dict): asked = _features_of(r["denoised"])
+    if asked is None: raise ValueError(_NO_FOUND)
+    store = Features.open(Run(asked).require().folder if isinstance(asked, dict) else resolve(asked))
+    if isinstance(asked, str): frames, root, lengths, paths = _frames_of_crops(r, store)
+    else:
+        paths, look = store.samples["path"], _frames_in_videos if asked["data"] == VIDEOS else _frames_of_pictures
+        frames, root, lengths = look(asked, store)
+    labels, told = _of_denoise(r, store, paths) if r["labels"] == "denoise" else _of_clusters(r, store, lengths)
+    videos = None
+    if "width" in frames:
+        frames = frames[frames["video"].isin(frames["video"][pd.Index(frames["path"]).get_indexer(paths[labels >= 0])])]
+        frames = frames.reset_index(drop=True)
+        numbers = {video: own.to_numpy() for video, own in frames.groupby("video")["frame"]}
+        videos = VideoFrames(root, store.folder / "frames", numbers, r["image_size"])
+    place = pd.Index(frames["path"]).get_indexer(paths)
+    order = np.argsort(place, kind="stable")
+    order = order[place[order] >= 0]
+    count = np.bincount(place[order], minlength=len(frames))
+    frames = frames.assign(first=np.cumsum(count) - count, count=count)
+    labels, boxes = labels[order], store.samples[BOX].to_numpy(np.float32)[order]
+    if videos is not None:
+        sides = frames[["width", "height"]].to_numpy().T
+        boxes = (boxes * np.repeat(shrinkage(*sides, r["image_size"]), count, 0)).astype(np.float32)
+    return Labelled(frames, boxes, labels, labels < 0, root, told, videos)
+
+def _features_of(denoised: dict | None) -> dict | None:
+    "The run of find that a run of denoise looks at. ValueError for a run of another stage."
+    if denoised is None: return None
+    if denoised.get("stage") == "denoise": return denoised["features"]
+    raise ValueError(f"denoised is a run of {denoised.get('stage')!r}: name one of denoise")
+
+# %% ../../nbs/7_detection/04_idfree.ipynb #046d843a
+def _frames_of_pictures(asked: dict, store: Features) -> tuple:   # frames, root, video -> length
+    frames, root = frames_asked(asked)
     if (frames["video"] == "").any():
         nameless = counted(int((frames["video"] == "").sum()), "frame")
-        raise ValueError(f"{r['data']}: method=video needs frames of videos; {nameless} of {len(frames):,} name none")
-    lengths = (frames.groupby("video")["frame"].max() + 1).to_dict()
+        raise ValueError(f"{asked['data']}: method=video needs frames of videos; {nameless} of {len(frames):,} name "
+                         "none")
+    return frames, root, (frames.groupby("video")["frame"].max() + 1).to_dict()
+
+def _frames_in_videos(asked: dict, store: Features) -> tuple:
+    "Frames with somebody in them, and the size of their videos."
+    frames = store.samples[["path", "video", "frame"]].drop_duplicates("path", ignore_index=True)
+    videos = pd.read_parquet(store.folder / "videos.parquet").set_index("video")
+    sizes = videos.loc[frames["video"], ["width", "height"]].reset_index(drop=True)
+    return frames.join(sizes), videos_asked(asked)[1], videos["read"].to_dict()
+
+def _of_clusters(r: dict, store: Features, lengths: dict | None) -> tuple:   # labels, what `result.json` says of them
     made = pseudo_labels(store.x, store.samples, r["eps"], r["min_samples"], r["min_span"], r["min_score"], lengths)
     if not (made.labels >= 0).any():
         raise ValueError(f"no trajectory was kept in any of {counted(made.videos, 'video')} ({made}): lower min_span "
                          "or min_score, raise eps, or train the first model longer")
-    place = pd.Index(frames["path"]).get_indexer(store.samples["path"])
-    order, count = np.argsort(place, kind="stable"), np.bincount(place, minlength=len(frames))
-    frames = frames.assign(first=np.cumsum(count) - count, count=count)
-    labels, boxes = made.labels[order], store.samples[["x", "y", "w", "h"]].to_numpy(np.float32)[order]
-    return Labelled(frames, boxes, labels, labels < 0, root, {f"pseudo_{name}": n for name, n in made.counts.items()})
+    return made.labels, {f"pseudo_{name}": n for name, n in made.counts.items()}
 
-_NO_FOUND = ("method=video takes its pseudo-labels from a run of find, and its network from the one before it: name "
-             "that run of idfree in weights")
+def _of_denoise(r: dict, store: Features, paths: pd.Series) -> tuple:
+    "Identities over all videos; of a person twice in a frame the surest box."
+    named = r["denoised"]
+    made = Denoised.load(Run(named).require().folder if isinstance(named, dict) else resolve(named))
+    check_same_rows(store.samples, made.provenance, made.parameters)
+    table = pd.DataFrame(dict(path=paths, score=store.samples["score"], label=made.labels))
+    table = table.sort_values("score", ascending=False, kind="stable")
+    is_double = table.duplicated(["path", "label"]) & (table["label"] >= 0)
+    labels = np.where(is_double.sort_index(), -1, made.labels)
+    if not (labels >= 0).any():
+        raise ValueError(f"denoise left none of {counted(len(labels), 'box', 'boxes')} an identity ({made}): raise "
+                         "sigma_cst")
+    people, boxes = len(np.unique(labels[labels >= 0])), int((labels >= 0).sum())
+    return labels, dict(denoised_people=people, denoised_boxes=boxes)
+
+def inside_videos(data: Labelled) -> np.ndarray:   # (N,) labels
+    "Labels that two videos do not share: a pair is of one video, also of a person whom `denoise` knows in several."
+    video = np.repeat(np.unique(data.frames["video"], return_inverse=True)[1], data.frames["count"])
+    return np.where(data.labels < 0, -1, video * data.n_labels + data.labels)
 
 def partners(frames: pd.DataFrame, labels: np.ndarray) -> list[np.ndarray]:
     "For each frame the others that show one of its people again."
@@ -221,6 +299,42 @@ def partners(frames: pd.DataFrame, labels: np.ndarray) -> list[np.ndarray]:
     for where in shown:
         for i in where: out[i].append(where[where != i])
     return [np.unique(np.concatenate(o)) if o else np.zeros(0, int) for o in out]
+
+# %% ../../nbs/7_detection/04_idfree.ipynb #430c5f75
+def _frames_of_crops(r: dict, store: Features) -> tuple:   # frames, root, no lengths, the frame's path of each crop
+    "ValueError for a store without boxes, and where `data` lacks the video or the frame of a crop."
+    table = store.samples
+    if lost := [c for c in (*BOX, "score") if c not in table]:
+        raise ValueError(f"found: {store.folder} has no column {', '.join(lost)}: name features that `track` kept")
+    if r["data"] == VIDEOS: frames, root, videos = *_frames_of_files(r, table), _by_stem(r)
+    else: frames, root, videos = *frames_asked(r | dict(frames="train")), None
+    of = table["video"] if videos is None else table["video"].map(videos)
+    moments = pd.MultiIndex.from_frame(frames[["video", "frame"]])
+    row = moments.get_indexer(pd.MultiIndex.from_arrays([of, table["frame"]]))
+    if (row < 0).any():
+        i = int((row < 0).argmax())
+        raise ValueError(f"found: frame {table['frame'].iloc[i]} of video {table['video'].iloc[i]!r} is not in "
+                         f"data={r['data']!r}: name there what was tracked")
+    return frames, root, None, pd.Series(frames["path"].to_numpy()[row])
+
+def _by_stem(r: dict) -> dict:   # what `track` calls a video -> its path below the root
+    "ValueError where two videos have one name."
+    names = pd.Series(videos_asked(r)[0])
+    stems = names.map(lambda name: Path(name).stem)
+    if stems.duplicated().any():
+        twice = names[stems == stems[stems.duplicated()].iloc[0]].tolist()
+        raise ValueError(f"{' and '.join(twice[:2])} have one name: crops say no more of a video than this")
+    return dict(zip(stems, names))
+
+def _frames_of_files(r: dict, table: pd.DataFrame) -> tuple:   # frames, root
+    "Frames of video files with a crop, and the size of their videos."
+    videos, root = _by_stem(r), videos_asked(r)[1]
+    seen = table[["video", "frame"]].drop_duplicates(ignore_index=True)
+    seen = seen.assign(video=seen["video"].map(videos)).dropna(ignore_index=True)
+    size = {video: (info.width, info.height) for video in seen["video"].unique() for info in [Video(root / video).info]}
+    width, height = (seen["video"].map(lambda video, k=k: size[video][k]) for k in (0, 1))
+    path = [f"{video}/{frame:06d}" for video, frame in zip(seen["video"], seen["frame"])]
+    return seen.assign(path=path, width=width.astype(int), height=height.astype(int)), root
 
 # %% ../../nbs/7_detection/04_idfree.ipynb #293faafa
 def spread(
@@ -291,12 +405,12 @@ class IdFree(Task):
     "Pairs of views of frames, labelled boxes in them."
     def __init__(self, r: dict):
         check_idfree(r)
-        self.recipe, self.data, self.is_video = r, labelled_boxes(r), r["labels"] == "pseudo"
+        self.recipe, self.data, self.is_video = r, labelled_boxes(r), r["labels"] in _FROM_VIDEOS
         frames = self.data.frames
         self.held_out = hold_out(frames, r["held_out"], r["seed"])
         usable, others = ~self.held_out, None
         if self.is_video:
-            others = partners(frames.assign(count=np.where(usable, frames["count"], 0)), self.data.labels)
+            others = partners(frames.assign(count=np.where(usable, frames["count"], 0)), inside_videos(self.data))
             usable &= np.array([len(other) > 0 for other in others])
         rows = np.flatnonzero(usable)
         if not len(rows): raise ValueError(f"{r['data']}: no frame is left to train on")
@@ -371,8 +485,8 @@ def _readable(self: IdFree, row: int) -> tuple[int, np.ndarray]:
     for at in (np.arange(len(self.samples)) + row) % len(self.samples):
         if at in self.images.reasons: continue
         path = self.samples["path"].iat[at]
-        try: return int(at), np.asarray(open_image(self.data.root / path))
-        except UnreadableImage as e:
+        try: return int(at), self.data.picture(path)
+        except (UnreadableImage, UnreadableVideo) as e:
             self.images.reasons[int(at)] = e.reason
             warnings.warn(f"{path}: {e.reason}; another frame takes its place", stacklevel=2)
     raise ValueError(f"none of {counted(len(self.samples), 'frame')} can be read; the last: {path}")
@@ -468,8 +582,28 @@ def check_idfree(
     if min(size) < 32: raise ValueError(f"image_size={list(size)}: both sides must be 32 or more")
     if recipe["backbone"] != DLA: check_architecture(recipe["backbone"], padded(size))
     if not recipe["momentum"] < 1: raise ValueError(f"momentum={recipe['momentum']}: below 1")
-    if recipe["labels"] != "pseudo": return
-    if not may_be_idfree(recipe["weights"]) or recipe["found"] is None: raise ValueError(_NO_FOUND)
+    _check_labels(recipe)
+
+def _check_labels(r: dict) -> None:
+    labels, name = r["labels"], "denoised" if r["labels"] == "denoise" else "found"
+    if r["data"] != VIDEOS and r["stride"] != IdfreeSettings.paper()["stride"]:
+        raise ValueError(f"stride={r['stride']} is of data=videos; of other data all frames are looked at")
+    if r["denoised"] is not None and labels != "denoise":
+        raise ValueError(f"denoised is read by labels=denoise, and labels={labels!r}")
+    if labels not in _FROM_VIDEOS:
+        if r["data"] != VIDEOS: return
+        raise ValueError(f"data=videos comes without boxes, and labels={labels!r} needs some: use method=video, with "
+                         "a run of idfree in weights that finds them")
+    if not may_be_idfree(r["weights"]) or r[name] is None: raise ValueError(_NO_FOUND)
+    if isinstance(r[name], str):
+        if isinstance(r["found"], str): return
+        raise ValueError(f"denoised={r['denoised']!r} is a folder: name in found the folder of features that it was "
+                         "made from")
+    made = r[name] if name == "found" else _features_of(r["denoised"])
+    if made.get("stage") != "find": raise ValueError(f"{name} is of stage {made.get('stage')!r}: a run of find")
+    if labels == "denoise" and made["tracker"] is None:
+        raise ValueError("denoised is over boxes without tracklets, which denoise starts from: tracker='embedding' in "
+                         "its run of find")
 
 # %% ../../nbs/7_detection/04_idfree.ipynb #cfb3b04f
 def average_precision(
@@ -545,7 +679,7 @@ def held_out_precision(task: IdFree, detector) -> dict:
     for row in data.frames[task.held_out].itertuples():
         own = slice(row.first, row.first + row.count)
         boxes = data.boxes[own]
-        try: image = np.asarray(open_image(data.root / row.path))
+        try: image = data.picture(row.path)
         except UnreadableImage: continue
         found.append(detector.detect([np.ascontiguousarray(image[..., ::-1])])[0][:2])
         truth.append((np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), data.ignored[own]))

@@ -1,12 +1,16 @@
 """The data report finds each fault and nothing else."""
+import warnings
+
 import numpy as np
 import pytest
 from examples import market, paint
 from PIL import Image
+from scene_sets import Prw
 
 from cion_nb.core.samples import make_samples
 from cion_nb.data.check import check
 from cion_nb.data.datasets import read_market1501
+from cion_nb.data.scenes import read_prw
 
 # ---- the report ------------------------------------------------------------------------------------------------
 
@@ -85,3 +89,32 @@ def test_check_says_how_images_are_stored_and_what_lies_beside(tmp_path):
     for words in ("1 image is turned by EXIF", "1 as 12 bits, 1 as 16 bits; depths differ",
                   "2 images on disk not in the table, by folder: 2 in .", "pillow-heif"):
         assert words in str(found)
+
+
+# ---- whole frames ----------------------------------------------------------------------------------------------
+
+def test_frames_are_counted_once_and_a_query_is_a_box_in_one_of_them(tmp_path):
+    "Counts of PRW's reader by loops; of a true fault the sentence stays: a frame that is gone, a query nobody answers."
+    prw, pid = Prw(3), 7
+    for rows in (prw.frames[name][1] for name in prw.test): rows[:] = [row for row in rows if row[0] != pid]
+    for name in prw.test[:2]: prw.frames[name][1].append([pid, 1., 1., 20., 30.])
+    prw.queries = [(pid, [1, 1, 20, 30], prw.test[0])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = read_prw(prw.write(tmp_path))
+    for i, path in enumerate(table.path.unique()): paint(tmp_path / path, i)
+    found = check(table, tmp_path, progress=False, published=False)
+    boxes = {split: sum(len(prw.frames[name][1]) for name in names) for split, names in
+             (("train", prw.train), ("gallery", prw.test))}
+    for split, names in (("train", prw.train), ("gallery", prw.test)):
+        assert found.counts.loc[split, ["images", "boxes"]].tolist() == [len(names), boxes[split]]
+    assert found.counts.loc["query", ["images", "boxes"]].tolist() == [1, 1]
+    assert f"{len(prw.frames)} frames, {sum(boxes.values())} boxes" in found.title
+    said = " ".join(found.problems + found.notes)
+    for words in ("more than once", "two splits", "two person ids", "images have no"): assert words not in said, said
+    unnamed = int((table.pid < 0)[(table.split != "query") & ~table.ignored].sum())
+    assert f"{unnamed} of {sum(boxes.values())} boxes have no person id" in said
+    lonely = table[(table.split != "gallery") | (table.path == table.path[table.split == "query"].iloc[0])]
+    assert any("1 query has no match in another frame; people: 7" in p for p in check(lonely).problems)
+    (tmp_path / table.path.iloc[0]).unlink()
+    assert any(p.startswith("1 image is missing") for p in check(table, tmp_path, progress=False).problems)

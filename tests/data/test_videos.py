@@ -244,3 +244,20 @@ def test_import_is_light():
     code = ("import sys, cion_nb.data.tracking; print([m for m in ('cv2', 'trackers', 'supervision', 'trackeval', "
             "'onnxruntime', 'torchvision', 'torch') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- folders of videos
+
+def test_a_collection_is_its_files_by_their_paths(tmp_path):
+    "In folders, behind a link, in capitals; neither hidden ones nor other files."
+    for name in ("b.mp4", "a/c.MKV", "a/b/d.webm", "._b.mp4", ".hidden/e.mp4", "a/notes.txt", "a/p.jpg"):
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / name).touch()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "f.avi").touch()
+    (tmp_path / "all" / "far").symlink_to(tmp_path / "far")
+    assert videos.video_files(tmp_path / "all") == ["a/b/d.webm", "a/c.MKV", "b.mp4", "far/f.avi"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="none holds no video: no file ends in .mp4, .mkv"):
+        videos.video_files(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no folder"): videos.video_files(tmp_path / "nowhere")
