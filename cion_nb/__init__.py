@@ -40,10 +40,13 @@ _DOORS = {
     "video.clips": ["extract_clips"],
     "video.denseil": ["DenseIL"],
     "video.video_reid": ["video_reid"],
+    "video.resampler": ["Resampler"],
     "detection.pointid": ["PointDetector"],
     "detection.find": ["find"],
     "detection.idfree": ["idfree"],
     "detection.embedded": ["EmbeddedDetector"],
+    "semantics.local_semantics": ["local_crops", "write_parts"],
+    "semantics.vills": ["vills"],
     "companion.score": ["load_model", "score", "score_splits"],
 }
 
