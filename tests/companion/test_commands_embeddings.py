@@ -15,7 +15,7 @@ from street import N, write_street
 
 from cion_nb.companion.commands import main
 from cion_nb.core.samples import read_samples
-from cion_nb.core.settings import describe
+from cion_nb.core.settings import describe, recipe
 from cion_nb.core.store import read_features
 from cion_nb.data import tracking as T
 from cion_nb.detection.pointid import PointDetector, PointID, save_pointid
@@ -106,7 +106,11 @@ MARKS = ("supplement", "assumed (FairMOT)", "assumed (ours)")
 def test_every_value_of_id_free_says_whose_it_is(stage):
     told = describe(stage).set_index("setting")
     assert told["source"].str.startswith(MARKS).all(), told["source"][~told["source"].str.startswith(MARKS)]
-    if stage == "find": return
+    if stage == "find":
+        sizes = [recipe("find", "paper", frames=frames, **more)["image_size"] for frames, more in
+                 (("test", {}), ("train", {}), ("test", dict(image_size=[608, 1088])))]
+        assert sizes == [[900, 1500], None, [608, 1088]]
+        return
     for name, value, mark in (("batch_size", "12", "assumed (FairMOT)"), ("backbone", "dla34", "assumed (FairMOT)"),
                               ("image_size", "[608, 1088]", "assumed (FairMOT)"), ("lr", "0.0001", "assumed (FairMOT)"),
                               ("epochs", "30", "assumed (FairMOT)"), ("drops", "[20.0]", "assumed (FairMOT)"),
