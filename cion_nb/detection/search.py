@@ -57,7 +57,7 @@ def given_features(
     spec, out = model.input, np.zeros((len(queries), model.embed_dim), np.float32)
     rows_of = queries.groupby("path", sort=False).indices
     for path, rows in rows_of.items():
-        image = np.asarray(open_image(root / path))
+        image = np.array(open_image(root / path))
         small = fitted(image, (spec.height, spec.width))
         scale = np.tile([small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]], 2)
         boxes = queries[BOX].to_numpy(np.float64)[rows] * scale
