@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRIES', 'LADDER', 'RUNGS', 'WORLD', 'SIZE', 'HELD_OUT', 'MOST_SECONDS', 'TRIAL_COLUMNS', 'trial_pretraining',
            'trial_finetuning', 'choices_file', 'read_choices', 'add_trial', 'frozen_trial', 'tried', 'settled',
-           'search_pretraining', 'search_finetuning', 'climb', 'ladder_of', 'learned_at']
+           'search_pretraining', 'search_finetuning', 'video_world', 'trial_search', 'held_out_search', 'search_losses',
+           'climb', 'ladder_of', 'learned_at']
 
 # %% ../../nbs/9_companion/04_choices.ipynb #d1371c17
 import json
@@ -21,6 +22,10 @@ from ..core.files import atomic, resolve
 from ..core.runs import environment, Run
 from ..core.settings import recipe
 from ..data.datasets import read_data
+from ..detection.find import find_in, frames_asked
+from ..detection.idfree import hold_out
+from ..detection.pointid import PointDetector
+from ..detection.search import search_world
 from ..models.architectures import architecture, check_architecture, FAMILIES
 from ..models.backbones import create_backbone, load_backbone
 from ..models.features import extract
@@ -31,7 +36,8 @@ TRIES = {
     "pretrain": [dict(lr=lr, teacher_temp=temp) for lr in (.0005, .002, .01) for temp in (.02, .05)],
     "finetune": [dict(optimizer="sgd", lr=.4), dict(optimizer="sgd", lr=.1), dict(optimizer="sgd", lr=.025),
                  dict(optimizer="sgd", lr=.1, trunk_lr=.1), dict(optimizer="adam", lr=.004),
-                 dict(optimizer="adam", lr=.0014)]}
+                 dict(optimizer="adam", lr=.0014)],
+    "idfree": [dict(lr=lr) for lr in (.0015, .003, .006)]}        # for 12 pairs; a batch of 4 takes a third
 LADDER = ("dino", "cion", "cion_true")          # methods whose settings are looked for, and how far they get
 RUNGS = (9_600, 38_400, 153_600)                # presentations; the first is what settings are judged at
 WORLD, SIZE, HELD_OUT = 0, (64, 32), .3         # where settings are looked for; pixels; share of the training people
@@ -159,6 +165,45 @@ def search_finetuning(backbone: str, start: str, presentations: int, profile: st
     make_runs(asked, f"{backbone}, fine-tuned from {start}: {len(asked)} settings", jobs)
     for s, made in zip(todo, asked):
         add_trial(_row("finetune", start, s, made, Run(made).require().result["held_out_mAP"]), folder)
+
+# %% ../../nbs/9_companion/04_choices.ipynb #a65aab35
+def video_world(profile: str, world: int) -> dict:
+    "The recipe of a world of unlabelled videos, bank A, some of whose walks turn."
+    usual = recipe("idfree", profile)["data"]
+    return recipe("world", profile, seed=world, bank="A", values=usual["values"] | dict(turns=.5))
+
+def trial_search(
+    method: str,            # of `idfree`: image, memory, cross_entropy
+    profile: str = "small", # trials of small are as large as tiny
+    held_out: float = HELD_OUT,
+    **settings,             # of `TRIES`
+) -> dict:
+    "The recipe of a training on world 0, without some of its videos."
+    size = "tiny" if profile == "small" else profile
+    return recipe("idfree", size, method=method, data=video_world(size, WORLD), seed=WORLD, held_out=held_out,
+                  **settings)
+
+def held_out_search(run: Run) -> float:   # mAP of questions after a change of view
+    "A person search in the videos that a run of idfree did not see."
+    asked = run.recipe
+    frames, root = frames_asked(dict(data=asked["data"], data_root=asked["data_root"], frames="train"))
+    frames = frames[hold_out(frames, asked["held_out"], asked["seed"])].reset_index(drop=True)
+    found = find_in(frames, root, PointDetector(run.folder, min_score=.05), run.folder / "held_out")
+    scenes, _ = read_data(asked, "frames")
+    return search_world(scenes[scenes["path"].isin(frames["path"])], root, found, run.folder).changed.mAP
+
+# %% ../../nbs/9_companion/04_choices.ipynb #089a5fb3
+def search_losses(profile: str = "small", folder: Path = None, jobs: int = None,
+                  methods=("image", "cross_entropy", "memory")) -> None:
+    "Try all rates of Id-Free's losses."
+    for method in methods:
+        network = trial_search(method, profile)["backbone"]
+        done = set(tried(network, "idfree", method, folder=folder)["settings"])
+        todo = [s for s in TRIES["idfree"] if json.dumps(s, sort_keys=True) not in done]
+        asked = [trial_search(method, profile, **s) for s in todo]
+        make_runs(asked, f"{method}: {len(asked)} rates", jobs)
+        for s, made in zip(todo, asked):
+            add_trial(_row("idfree", method, s, made, held_out_search(Run(made).require())), folder)
 
 # %% ../../nbs/9_companion/04_choices.ipynb #43b026c4
 def climb(backbone: str, profile: str = "small", folder: Path = None, jobs: int = None) -> int | None:

@@ -608,6 +608,8 @@ TITLES = dict(
     denseil_variants="DenseIL: three decoders over a frozen encoder, on twins and on ordinary people",
     denseil_table1="DenseIL, Table 1: what is in the video data sets",
     denseil_table2="DenseIL, Table 2: 25 methods, and our rows",
+    idfree_table1="Id-Free, Table 1: three losses for boxes without identities, and the second stage",
+    idfree_figure3="Id-Free, Figure 3: the balance of detection and identity",
 )
 
 # what the paper says, in a sentence, above the verdicts of its page
@@ -640,6 +642,9 @@ SAYS = dict(
     "highest level has lost, and learns from how a person moves. DenseIL's ablations are unknown to us.",
     denseil_table1="Three data sets of tracklets, described in numbers. There is no claim to judge.",
     denseil_table2="DenseIL leads in all scores on three data sets of tracklets.",
+    idfree_table1="From boxes without identities a contrastive loss learns more than cross-entropy with a class a box, "
+    "and more than a contrastive loss with a memory; videos with pseudo-labels add to it.",
+    idfree_figure3="The balance of detection and identity matters little from 0.2 to 0.6; a learned one does as well.",
     order="If identities matter, a network learns more the truer they are. The paper shows no such ladder; it must "
     "hold if the method is right.",
 )

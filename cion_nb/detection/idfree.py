@@ -24,7 +24,7 @@ from torch import nn, Tensor
 from ..core.files import counted, resolve
 from ..core.images import open_image, UnreadableImage
 from ..core.runs import is_main_process, licence, Run, weights_file
-from ..core.settings import Count, NotNegative, Positive, refuse_unknown, setting, Settings, Share
+from ..core.settings import Count, NotNegative, Positive, PositiveShare, refuse_unknown, setting, Settings, Share
 from ..core.store import Features
 from ..data.datasets import read_data
 from ..data.detectors import box_iou
@@ -33,10 +33,12 @@ from ..data.videos import UnreadableVideo, Video
 from .find import frames_asked, model_of, shrinkage, VideoFrames, VIDEOS, videos_asked
 from cion_nb.detection.pointid import (
     at_cells,
+    BOX_WEIGHT,
     detection_loss,
     DLA,
     encode,
     load_pointid,
+    OVERLAP,
     padded,
     PointDetector,
     PointID,
@@ -102,6 +104,10 @@ class PointSettings(Settings):
     channels: Count = setting(64, "channels of the map that the heads read", _FAIRMOT)
     dim: Count = setting(256, "length of an embedding", "supplement, Sec. 2")
     box: Literal[2, 4] = setting(4, "numbers of a box: its sides from the middle, or width and height", _FAIRMOT)
+    overlap: PositiveShare = setting(
+        OVERLAP, "IoU that a box keeps while its corners move over a bell of the heat-map: the lower, the wider the "
+        "bells", _FAIRMOT, since=OVERLAP, lt=1)
+    box_weight: NotNegative = setting(BOX_WEIGHT, "weight of the boxes' loss, in cells", _FAIRMOT, since=BOX_WEIGHT)
 
 class SimilaritySettings(Settings):
     "The embedding's loss."
@@ -376,7 +382,7 @@ class Learner(nn.Module):
     "PointID and what else has parameters: the classes of cross-entropy, a learned balance."
     def __init__(self, net: PointID, r: dict, n_labels: int):
         super().__init__()
-        self.net = net
+        self.net, self.box_weight = net, r["box_weight"]
         self.classifier = BoxClassifier(n_labels, r["dim"]) if r["loss"] == "cross_entropy" else None
         self.balance = nn.Parameter(torch.tensor([-1.85, -1.05])) if r["balance"] is None else None   # FairMOT's start
         if r["balance"] == 0: self.net.heads["embedding"].requires_grad_(False)
@@ -386,8 +392,8 @@ class Learner(nn.Module):
         spec = self.net.input
         mean, std = (torch.tensor(v, device=batch["pixels"].device).view(3, 1, 1) for v in (spec.mean, spec.std))
         x = (batch["pixels"].float() * spec.scale - mean) / std
-        maps = self.net(x)
-        loss, parts = detection_loss(maps, batch)
+        maps = self.net(x, (batch["image"], batch["cell"]))
+        loss, parts = detection_loss(maps, batch, self.box_weight)
         features = at_cells(maps["embedding"], batch["image"], batch["cell"])
         classes = None if self.classifier is None else self.classifier(features, batch["label"])
         return dict(detection=loss, parts=parts, features=features, classes=classes, balance=self.balance)
@@ -464,7 +470,7 @@ def views(self: IdFree, row: int, seen: int) -> list[tuple]:   # two of picture,
 
 @patch
 def _targets(self: IdFree, image, boxes, visible, labels, ignored, least, is_both) -> tuple:
-    targets = encode(boxes, self.recipe["image_size"], ignored | (visible < least))
+    targets = encode(boxes, self.recipe["image_size"], ignored | (visible < least), self.recipe["overlap"])
     return image, targets, np.where(visible >= least if is_both is None else is_both, labels, -1)[targets.rows]
 
 @patch

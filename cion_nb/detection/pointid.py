@@ -55,6 +55,7 @@ def encode(
     boxes: np.ndarray,           # (n, 4) left, top, width, height in pixels of the input
     size: tuple,                 # height, width of the input
     ignored: np.ndarray = None,  # (n,) bool: regions that ask for nothing; None: none
+    overlap: float = OVERLAP,    # as of `radius_of`: the lower, the wider the bells
 ) -> Targets:
     """The maps that are wanted. Of two middles in one cell the larger box is told; boxes without area or with their
     middle outside the frame are not. ValueError: boxes that are no finite (n, 4)."""
@@ -70,7 +71,7 @@ def encode(
     rows = rows[np.argsort(-(bw * bh)[rows], kind="stable")]
     cell = np.floor(cy[rows]).astype(np.int64) * w + np.floor(cx[rows]).astype(np.int64)
     rows, cell = (part[np.sort(np.unique(cell, return_index=True)[1])] for part in (rows, cell))
-    heat = _bells(cell, radius_of(bw[rows], bh[rows]), h, w)
+    heat = _bells(cell, radius_of(bw[rows], bh[rows], overlap), h, w)
     sides = np.stack([bw, bh, bw, bh], 1)[rows].astype(np.float32) / 2
     offset = np.stack([cx - np.floor(cx), cy - np.floor(cy)], 1)[rows].astype(np.float32)
     return Targets(heat, _not_ignored(boxes[~asks] / STRIDE, h, w) | (heat == 1), rows, cell, sides, offset)
@@ -117,11 +118,12 @@ def _people_of(maps, i: int, cells: Tensor, scores: Tensor) -> tuple:
     return boxes, scores, F.normalize(x, dim=1)
 
 def at_cells(
-    maps: Tensor,   # (n, C, h, w)
+    maps: Tensor,   # (n, C, h, w); (m, C) where they were only computed there
     image: Tensor,  # (m,) which of the n
     cell: Tensor,   # (m,) row * w + column
 ) -> Tensor:        # (m, C) float32
     "What maps say at some cells."
+    if maps.ndim == 2: return maps.float()
     return maps.flatten(2).transpose(1, 2)[image, cell].float()
 
 # %% ../../nbs/7_detection/02_pointid.ipynb #de81b4d6
@@ -166,7 +168,7 @@ class Trunk(nn.Module):
 # %% ../../nbs/7_detection/02_pointid.ipynb #0f4f3be1
 class PointID(nn.Module):
     """Frames (n, 3, h, w), normalised, -> maps of a quarter of their size: `heat` (1, logits), `box` (cells to the four
-    sides, or width and height), `offset` (2), `embedding` (dim).
+    sides, or width and height), `offset` (2), `embedding` (dim). With `at`, the last three are rows (m, C).
 
     Sides that 32 does not divide are padded inside. ValueError as of `Trunk`, and for a `box` of neither 4 nor 2."""
     def __init__(self,
@@ -188,7 +190,10 @@ class PointID(nn.Module):
         self.heads = nn.ModuleDict({name: _head(channels, n) for name, n in out.items()})
         nn.init.constant_(self.heads["heat"][-1].bias, -2.19)           # a tenth: FairMOT's
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self,
+        x: Tensor,          # (n, 3, h, w), normalised
+        at: tuple = None,   # image (m,), cell (m,): boxes, offsets and embeddings there alone; None: everywhere
+    ) -> dict[str, Tensor]:
         h, w = x.shape[-2:]
         ph, pw = padded((h, w))
         if (ph, pw) != (h, w): x = F.pad(x, (0, pw - w, 0, ph - h))
@@ -197,7 +202,22 @@ class PointID(nn.Module):
         for conv, finer in zip(reversed(self.down), reversed(levels)):
             y = conv(_enlarged(y, finer.shape[-2:]) + finer)
         y = _enlarged(y, (ph // STRIDE, pw // STRIDE))
-        return {name: head(y)[..., :-(-h // STRIDE), :-(-w // STRIDE)] for name, head in self.heads.items()}
+        rows, columns = -(-h // STRIDE), -(-w // STRIDE)
+        if at is None: return {name: head(y)[..., :rows, :columns] for name, head in self.heads.items()}
+        near = _around(y, at[0], at[1] // columns, at[1] % columns)
+        return {name: head(y)[..., :rows, :columns] if name == "heat" else _at(head, near)
+                for name, head in self.heads.items()}
+
+def _around(x: Tensor, image, row, column) -> Tensor:
+    "(m, 9 C): the 3x3 cells around some cells, row by row; zeros beyond the map."
+    x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+    return torch.cat([x[image, row + i, column + j] for i in range(3) for j in range(3)], 1)
+
+def _at(head: nn.Sequential, near: Tensor) -> Tensor:
+    "What a head says of cells with these surroundings."
+    wide, _, narrow = head
+    hidden = F.relu(F.linear(near, wide.weight.permute(0, 2, 3, 1).flatten(1), wide.bias))
+    return F.linear(hidden, narrow.weight.flatten(1), narrow.bias)
 
 def padded(size) -> tuple:
     "Height and width that 32 divides."
@@ -232,6 +252,7 @@ def focal_loss(
 def detection_loss(
     maps: dict,        # of `PointID`
     batch: dict,       # heat, is_asked (n, h, w); image, cell (m,), sides (m, 4), offset (m, 2) of the middles
+    box_weight: float = BOX_WEIGHT,
 ) -> tuple[Tensor, dict]:   # the loss, and its parts
     "Heat-map, sides and offset of a batch."
     heat = focal_loss(maps["heat"], batch["heat"], batch["is_asked"])
@@ -240,7 +261,7 @@ def detection_loss(
     if len(sides): box, off = F.l1_loss(sides, wanted), F.l1_loss(offset, batch["offset"])
     else: box = off = sides.sum() * 0 + offset.sum() * 0
     parts = dict(heat=heat, box=box, offset=off)
-    return heat + BOX_WEIGHT * box + off, {name: part.detach() for name, part in parts.items()}
+    return heat + box_weight * box + off, {name: part.detach() for name, part in parts.items()}
 
 # %% ../../nbs/7_detection/02_pointid.ipynb #76bc9d9b
 @patch
@@ -252,8 +273,7 @@ def embed_boxes(self: PointID,
     "Embeddings of given boxes. ValueError: a box without area, or whose middle is outside the frame."
     if len(boxes) != len(images):
         raise ValueError(f"boxes of {len(boxes)} frames for {len(images)} frames: one array a frame")
-    maps, out = self(images)["embedding"], []
-    (h, w), device = maps.shape[-2:], maps.device
+    (h, w), cells, device = (-(-side // STRIDE) for side in images.shape[-2:]), [], images.device
     for i, own in enumerate(boxes):
         own = torch.as_tensor(np.asarray(own, np.float64).reshape(-1, 4), device=device)
         middle = (own[:, :2] + own[:, 2:] / 2) / STRIDE
@@ -263,8 +283,11 @@ def embed_boxes(self: PointID,
             raise ValueError(f"frame {i}, boxes {bad}: without area, or their middle is outside of the frame, which is "
                              f"{images.shape[-2]} high and {images.shape[-1]} wide")
         column, row = middle.long().T
-        out.append(F.normalize(at_cells(maps[i:i + 1], torch.zeros_like(row), row * w + column), dim=1))
-    return out
+        cells.append(row * w + column)
+    each = [len(own) for own in cells]
+    image = torch.repeat_interleave(torch.arange(len(cells)), torch.tensor(each, dtype=torch.long)).to(device)
+    x = self(images, (image, torch.cat(cells)))["embedding"] if cells else images.new_zeros(0, self.embed_dim)
+    return list(F.normalize(x.float(), dim=1).split(each))
 
 # %% ../../nbs/7_detection/02_pointid.ipynb #432781b9
 def save_pointid(

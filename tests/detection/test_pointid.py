@@ -236,3 +236,26 @@ def test_refusals(net):
     with pytest.raises(ValueError, match="not finite"): encode(np.array([[0, 0, np.inf, 1]]), SIZE)
     with pytest.raises(ValueError, match="32x160|at least|cannot take"): Trunk("vit_trial", (30, 50))
     assert OVERLAP == .7
+
+
+def test_heads_at_middles_alone_say_and_learn_the_same(net):
+    "Also in corners, beside padding, and where two middles are neighbours."
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, 40, 72, generator=g)                             # padded inside
+    image, cell = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 10 * 18 - 1, 17, 9 * 18])
+    whole, there = net(x), net(x, (image, cell))
+    weights, grads = [p for p in net.parameters() if p.requires_grad], []
+    for maps in (whole, there):
+        loss = sum((at_cells(maps[name], image, cell)**2).sum() for name in ("box", "offset", "embedding"))
+        grads.append(torch.autograd.grad(loss + maps["heat"].mean(), weights, allow_unused=True))
+    for name in ("box", "offset", "embedding"):
+        torch.testing.assert_close(there[name], at_cells(whole[name], image, cell), rtol=1e-4, atol=1e-5)
+    for one, other in zip(*grads):
+        if one is not None: torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(there["heat"], whole["heat"])
+
+
+def test_a_lower_overlap_makes_wider_bells():
+    box = np.array([[40, 20, 17, 38.]])
+    wide, narrow = (int((encode(box, SIZE, overlap=o).heat > .1).sum()) for o in (.3, .7))
+    assert wide > narrow
