@@ -308,7 +308,7 @@ class PointDetector:
     ):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = (model if isinstance(model, nn.Module) else load_pointid(model)).eval().to(self.device)
-        spec = self.model.input
+        spec, self.embed_dim = self.model.input, self.model.embed_dim
         self.size, self.min_score, self.k = tuple(size or (spec.height, spec.width)), min_score, k
         self.settings = dict(detector="pointid", weights=model_hash(self.model), size=list(self.size),
                              min_score=min_score, k=k)
