@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'MOT17_BOXES', 'STEPS', 'FILTERS', 'BY', 'SLIPS', 'SHOWN', 'printed_sums', 'image_recipe', 'search_recipes',
-           'kept_rows', 'as_rows', 'keep_rows', 'true_people', 'pseudo_rows', 'idfree_table2', 'filters_table',
-           'draw_filters', 'AtMiddles', 'road_rows', 'idfree_road', 'tracking_by', 'sequence_rows', 'as_printed',
-           'idfree_table3', 'crowded_frame', 'frame_of', 'transformed', 'draw_transforms', 'as_picture',
+           'kept_rows', 'as_rows', 'keep_rows', 'with_truth', 'true_people', 'pseudo_rows', 'idfree_table2',
+           'filters_table', 'draw_filters', 'AtMiddles', 'road_rows', 'idfree_road', 'tracking_by', 'sequence_rows',
+           'as_printed', 'idfree_table3', 'crowded_frame', 'frame_of', 'transformed', 'draw_transforms', 'as_picture',
            'idfree_figure1', 'search_query', 'best_matches', 'choose_queries', 'ranked_matches', 'cut_around',
            'draw_ranked', 'figure4_recipes', 'video_recipe', 'idfree_figure4', 'ranked_picture']
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #f38e5605
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #4842fb01
 import tempfile
 from io import BytesIO
 from itertools import product
@@ -45,7 +45,7 @@ from ..identities.denoise import denoise
 from ..identities.pseudo_labels import pseudo_labels
 from ..identities.truth import identity_scores
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #823f8f6e
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #bd91ff95
 COUNTS = ["fp", "fn", "idsw"]
 MOT17_BOXES = 564_228          # of MOT17's test set: known in the field, printed nowhere in the supplement
 
@@ -60,7 +60,7 @@ def printed_sums() -> list[str]:
             f"MOTA of All by its counts and {MOT17_BOXES:,} true boxes: {mota:.2f}; printed: {last['mota']:.1f}",
             f"true boxes by each row's own MOTA: {boxes:,.0f} (printed MOTA is rounded)"]
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #e3aabbd0
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #5db8e967
 STEPS = dict(tiny=dict(held_out=.1, batch_size=4, lr=2e-3, lr_per=4), small=dict(held_out=.1))
 
 def image_recipe(profile: str) -> dict: return recipe("idfree", profile, **STEPS.get(profile, {}))
@@ -90,7 +90,11 @@ def as_rows(rows) -> pd.DataFrame: return pd.DataFrame(rows)
 def keep_rows(name: str, rows: pd.DataFrame) -> None:
     with atomic(results_folder() / "pages" / f"{name}.csv") as tmp: rows.round(4).to_csv(tmp, index=False)
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #f923e2ef
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #e7f76d46
+def with_truth(scenes: pd.DataFrame) -> pd.DataFrame:
+    "The embedded world keeps its people apart from `pid`, which no training may see: here they are put there."
+    return scenes.assign(pid=scenes["true_pid"]) if "true_pid" in scenes else scenes
+
 def true_people(
     found: pd.DataFrame,    # of `find`: path, x, y, w, h
     scenes: pd.DataFrame,   # the truth
@@ -109,7 +113,7 @@ def true_people(
         out[rows[r[hit]]] = pid[t[k[hit]]]
     return out
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #b1e4e722
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #24d58a6f
 FILTERS = {"both": {}, "no span": dict(min_span=0.), "no score": dict(min_score=0.),
            "neither": dict(min_span=0., min_score=0.)}
 
@@ -121,7 +125,7 @@ def pseudo_rows(
     seed: int = 0,
 ) -> pd.DataFrame:             # a row a part, eps and filter
     "Statistics of pseudo-labels, and how true they are; NaN where nobody is known."
-    frames = frames_of(scenes)
+    frames, scenes = frames_of(scenes), with_truth(scenes)
     lengths = (frames.groupby("video")["frame"].max() + 1).to_dict()
     names = np.random.default_rng(seed).permutation(sorted(lengths))
     truth, rows = true_people(found, scenes), []
@@ -139,12 +143,12 @@ def _judged(labels, truth, video, scenes) -> dict:
     people = scenes.loc[scenes["pid"] >= 0, ["video", "pid"]].drop_duplicates()
     if not len(people): return dict(purity=np.nan, recall=np.nan, kept=np.nan, found=np.nan)
     own = pd.MultiIndex.from_arrays([video, truth]).factorize()[0]
-    score = identity_scores(labels, np.where(truth >= 0, own, -1))
+    score, is_some = identity_scores(labels, np.where(truth >= 0, own, -1)), bool(((labels >= 0) & (truth >= 0)).any())
     def share(rows): return len(set(zip(video[rows], truth[rows]))) / len(people)
-    return dict(purity=score.purity, recall=score.recall, kept=share((labels >= 0) & (truth >= 0)),
+    return dict(purity=score.purity if is_some else np.nan, recall=score.recall, kept=share((labels >= 0) & (truth >= 0)),
                 found=share(truth >= 0))
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #1d5c1a32
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #c2f2597f
 def idfree_table2(
     page: Page,
     done: dict,                # of `search_recipes`
@@ -167,7 +171,7 @@ def idfree_table2(
 def _statistics(videos, labelled, people) -> dict:
     share, each = 100 * labelled / videos, people / labelled if labelled else np.nan
     return {"videos": f"{videos:,.0f}", "with a trajectory": f"{labelled:,.0f}", "%": f"{share:.1f}",
-            "people": f"{people:,.0f}", "people a video": f"{each:.2f}"}
+            "people": f"{people:,.0f}", "people a video": "" if np.isnan(each) else f"{each:.2f}"}
 
 def _pseudo_of(run: Run) -> pd.DataFrame:
     store = Features.open(run.folder)
@@ -180,12 +184,12 @@ def _said_pseudo(rows) -> list[str]:
     both, off = own.loc["both"], own.loc["neither"]
     counts = (f"{both['labelled_videos']:.0f} of {both['videos']:.0f} videos keep a trajectory, {both['people']:.0f} "
               f"people in all; without filters {off['labelled_videos']:.0f} and {off['people']:.0f}")
-    if np.isnan(both["purity"]): return [counts]
-    return [counts, f"purity {100 * both['purity']:.1f} % with both filters, {100 * off['purity']:.1f} % without; people "
-            f"kept {100 * both['kept']:.1f} % of the truth's, {100 * off['kept']:.1f} %; found at all "
-            f"{100 * both['found']:.1f} %"]
+    if np.isnan(off["purity"]): return [counts]
+    pure = "" if np.isnan(both["purity"]) else f"{100 * both['purity']:.1f} % with both filters, "
+    return [counts, f"purity {pure}{100 * off['purity']:.1f} % without; people kept {100 * both['kept']:.1f} % of the "
+            f"truth's, {100 * off['kept']:.1f} % without; found at all {100 * both['found']:.1f} %"]
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #51374b8a
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #28b48c80
 def filters_table(rows: pd.DataFrame):   # a row an eps and filter, in per cent
     "What either filter does, over eps, on all videos."
     if not len(rows): return Markdown("*Nothing was run.*")
@@ -212,7 +216,7 @@ def draw_filters(rows: pd.DataFrame):
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #c7525624
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #0f8e61b0
 class AtMiddles:
     "Boxes of a file or a detector, with PointID's embedding at their middles; boxes outside of the frame are left out."
     uses_numbers = True
@@ -247,17 +251,18 @@ class AtMiddles:
         own = np.concatenate([boxes[:, :2] * scale, (boxes[:, 2:] - boxes[:, :2]) * scale], 1)
         return self.net.embed_boxes(normalised(small[None], self.net.input), [own])[0].numpy()
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #2cb6f48c
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #5c0e7ed9
 BY = (("botsort", dict(enable_cmc=False)), ("embedding", {}))
 
 def road_rows(
     profile: str,
     net: PointID,
-    videos: int | None = None,   # as of the road's page
-    frames: int | None = None,
+    videos: int | None = None,   # to film; None: 2 (1 at smoke, 4 above tiny)
+    frames: int | None = None,   # of each; None: 72 (144 above tiny)
 ) -> tuple[pd.DataFrame, pd.DataFrame]:   # a row a video, boxes and tracker; a row a level, boxes and tracker
     "Tracking scores by video, and what denoising makes of the tracklets."
-    at = film_road(profile, videos, frames, {})
+    few = profile in ("tiny", "smoke")
+    at = film_road(profile, videos or (1 if profile == "smoke" else 2 if few else 4), frames or (72 if few else 144), {})
     tracked, levels = [], []
     for boxes, (tracker, settings) in product(("middling", "PointID"), BY):
         tables, x = [], []
@@ -288,7 +293,7 @@ def _levels(x, samples, at) -> list[dict]:
                          IDF1=space["IDF1"]))
     return rows
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #d8699e6e
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #2f6928d1
 def idfree_road(
     page: Page,
     done: dict,                     # of `search_recipes`
@@ -328,7 +333,7 @@ def _said_road(tracked, levels) -> list[str]:
         lines.append(f"{boxes} boxes: {'; '.join(told)}")
     return lines
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #e90d2fb4
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #24ae6e05
 def sequence_rows(
     root: str | Path,      # a folder with sequences below: img1/ and gt/gt.txt
     weights,               # a run of idfree, or a `PointID`
@@ -352,7 +357,7 @@ def as_printed(rows: pd.DataFrame) -> pd.DataFrame:
         "ml_pct": np.nan, "fp": ((1 - rows["precision"]) * rows["boxes"]).round(),
         "fn": ((1 - rows["recall"]) * rows["truth_boxes"]).round(), "idsw": rows["switches"]})
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #db9ce40f
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #ff2ebcc1
 def idfree_table3(
     page: Page,
     data_root: str | None = None,   # sequences of one's own
@@ -381,7 +386,7 @@ SLIPS = ["the supplement prints y * r_1 where the height is meant (its zoom), ca
          "All is over MOT17's test videos, each three times; rows of ours are films of generated people and compare with "
          "nothing printed"]
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #b7452e63
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #19759404
 SHOWN = dict(rotate="rotate", occlude="occlusion", video_jitter="video jitter", colour="colour jitter", mirror="mirror",
              zoom="zoom in")
 
@@ -403,7 +408,7 @@ def frame_of(data: str, data_root: str | None) -> tuple[np.ndarray, np.ndarray]:
     own = scenes[(scenes["path"] == path) & ~scenes["ignored"].astype(bool)]
     return np.asarray(open_image(Path(root) / path)), own[["x", "y", "w", "h"]].to_numpy(float)
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #414c7379
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #bed6b2ff
 def transformed(
     image: np.ndarray,   # (h, w, 3) uint8 RGB
     boxes: np.ndarray,   # (n, 4)
@@ -447,7 +452,7 @@ def idfree_figure1(page: Page, data: str | None = None, data_root: str | None = 
             f"{counted(len(SHOWN), 'transform')}, each alone on one frame with {counted(rows[0]['boxes'], 'person', 'people')}"])
     return dict(rows=[], views=None, shown=["nothing was drawn"], measured=False)
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #85cb9558
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #13aef8a2
 def search_query(
     net: PointID,
     image: np.ndarray,  # (h, w, 3) uint8 RGB
@@ -472,7 +477,7 @@ def best_matches(
     first = ~found["path"].iloc[order].duplicated().to_numpy()
     return order[first][:k]
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #7f74917e
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #416ed043
 def choose_queries(scenes: pd.DataFrame, n: int = 3, seed: int = 0) -> pd.DataFrame:
     "Boxes of people who are in frames of another camera too, of some size; one a person."
     cameras = scenes[scenes["pid"] >= 0].groupby("pid")["camid"].nunique()
@@ -499,7 +504,7 @@ def ranked_matches(nets: dict, stores: dict, scenes, root, n: int = 3, k: int = 
                               shown=shown))
     return lines
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #1ca362a7
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #87f0dddf
 def cut_around(image: np.ndarray, box, colour: str, size: tuple = (110, 150)) -> Image.Image:
     "A person in her street: the box, framed, and as much around it again."
     x, y, w, h = box
@@ -528,7 +533,7 @@ def draw_ranked(lines: list[dict]):
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../../nbs/9_companion/17_scene_pages.ipynb #37423a90
+# %% ../../nbs/9_companion/17_scene_pages.ipynb #8dd5658c
 def figure4_recipes(
     profile: str, compute: bool = False, data: str | None = None, data_root: str | None = None,
     weights: str | None = None,   # as of `search_recipes`
@@ -565,8 +570,8 @@ def idfree_figure4(page: Page, done: dict) -> dict:
 
 def _lines_of(done: dict) -> list[dict]:
     if not done: return []
-    first = next(iter(done.values())).recipe
-    scenes, root = read_data(first, "frames")
+    scenes, root = read_data(next(iter(done.values())).recipe, "frames")
+    scenes = with_truth(scenes)
     nets = {name: load_pointid(model_of(run.recipe["model"])) for (name,), run in done.items()}
     return ranked_matches(nets, {name: Features.open(run.folder) for (name,), run in done.items()}, scenes, root)
 
