@@ -655,6 +655,27 @@ EMBEDDED = ("claims", "budget", "drawings", "road", "denoising", "order")
 # pages of the sister systems: drawn from stored results, unless they are told to compute
 SISTERS = ("denseil_variants",)
 
+# %% ../../nbs/9_companion/03_reproduce.ipynb #a6659250
+# Id-Free's pages on frames, tracks and pictures
+TITLES |= dict(
+    idfree_table2="Id-Free, Table 2: pseudo-labels by number of videos, and how true they are",
+    idfree_table3="Id-Free, Table 3: MOT17 by sequence, and sequences of one's own",
+    idfree_figure1="Id-Free, Figure 1: the six transforms, boxes moved with them",
+    idfree_figure4="Id-Free, Figure 4: who is found first in other frames",
+    idfree_road="The road by tracker: with and without appearance, and what denoising then finds",
+)
+SAYS |= dict(
+    idfree_table2="About 30 % of unlabelled videos keep a trajectory after both filters, and give 1.27 people each.",
+    idfree_table3="Trained on CrowdHuman alone, PointID and FairMOT's solver reach 74.2 MOTA and 72.4 IDF1 on MOT17's "
+    "test videos.",
+    idfree_figure1="Six transforms of one image look like what changes between frames of a video.",
+    idfree_figure4="The network that went on with videos finds people from other views more often than the one that saw "
+    "single images alone.",
+    idfree_road="No claim of a paper: what a tracker that goes by appearance leaves for denoising to find.",
+)
+SISTERS += ("idfree_table2", "idfree_figure4", "idfree_road")
+EMBEDDED += ("idfree_road",)
+
 # %% ../../nbs/9_companion/03_reproduce.ipynb #8c2f6d6b
 def notebooks() -> dict[str, Path]:
     "Name -> notebook of `nbs/reproduce/`, in running order."
