@@ -669,8 +669,8 @@ SAYS |= dict(
     idfree_table3="Trained on CrowdHuman alone, PointID and FairMOT's solver reach 74.2 MOTA and 72.4 IDF1 on MOT17's "
     "test videos.",
     idfree_figure1="Six transforms of one image look like what changes between frames of a video.",
-    idfree_figure4="The network that went on with videos finds people from other views more often than the one that saw "
-    "single images alone.",
+    idfree_figure4="The network that went on with videos finds people from other views more often than the one that "
+    "saw single images alone.",
     idfree_road="No claim of a paper: what a tracker that goes by appearance leaves for denoising to find.",
 )
 SISTERS += ("idfree_table2", "idfree_figure4", "idfree_road")

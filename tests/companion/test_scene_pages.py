@@ -1,4 +1,4 @@
-"""Id-Free's pages on frames: printed numbers stay as printed, labels are judged by the truth, embeddings are the network's."""
+"""Id-Free's pages on frames: printed numbers stay, labels are judged by the truth, embeddings are the network's."""
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -8,7 +8,6 @@ import torch
 from cion_nb.companion import scene_pages as S
 from cion_nb.companion.claims import paper
 from cion_nb.companion.reproduce import Page
-from cion_nb.core.settings import recipe
 from cion_nb.detection.pointid import normalised, PointID
 
 
@@ -39,15 +38,18 @@ def test_a_changed_count_is_told(monkeypatch):
 
 
 def test_table_3_stays_as_printed_and_has_ours_beside(monkeypatch):
-    ours = pd.DataFrame([dict(boxes="PointID", tracker="embedding", video="A1", MOTA=.5, IDF1=.6, precision=.9,
-                              recall=.8, truth_boxes=200, switches=3)])
-    ours["boxes"] = "PointID"
+    ours = pd.DataFrame([dict(detector="middling", tracker=tracker, video="A1", MOTA=.5, IDF1=.6, precision=.9,
+                              recall=.8, boxes=100, truth_boxes=200, switches=3)
+                         for tracker in ("botsort", "embedding")])
     monkeypatch.setattr(S, "kept_rows", lambda name: pd.DataFrame())
     table = S.idfree_table3(Page("idfree_table3", "smoke"))["table"]
     printed = paper("idfree_table3").set_index("sequence")
     assert table.index.tolist() == printed.index.tolist() and (table["from"] == "printed").all()
     assert table.loc["MOT17-03", ["MOTA", "ML, %", "FN"]].tolist() == ["85.7", "6.8", "11,531"]
-    with_ours = S.as_printed(ours.assign(boxes=100))
+    monkeypatch.setattr(S, "kept_rows", lambda name: ours)
+    table = S.idfree_table3(Page("idfree_table3", "smoke"))["table"]
+    assert table["from"].tolist() == ["printed"] * 8 + ["films, middling boxes"] and table.loc["A1", "FN"] == "40"
+    with_ours = S.as_printed(ours)
     assert with_ours.loc[0, ["fp", "fn", "idsw"]].tolist() == [10, 40, 3] and np.isnan(with_ours.loc[0, "mt_pct"])
 
 
@@ -172,7 +174,7 @@ def test_a_line_a_query_and_network():
 
 
 def test_tracking_is_summed_and_averaged_by_tracker():
-    rows = pd.DataFrame([dict(boxes="b", tracker="t", MOTA=m, IDF1=.5, HOTA=.5, precision=1., recall=1., switches=2,
+    rows = pd.DataFrame([dict(detector="b", tracker="t", MOTA=m, IDF1=.5, HOTA=.5, precision=1., recall=1., switches=2,
                               tracklets=3, people=2) for m in (.2, .4)])
     table = S.tracking_by(rows)
     assert table.loc[("b", "t"), "MOTA"] == 30. and table.loc[("b", "t"), "switches"] == 4
