@@ -82,9 +82,10 @@ HEAVY = ["torchvision", "faiss", "onnxruntime", "onnx", "cv2", "trackers", "trac
 WITH_TIMM = """models/architectures models/backbones models/checkpoints models/features models/leaving
 retrieval/inspection training/views training/samplers training/pretrain training/finetune training/cluster_contrast
 video/clips video/denseil video/video_reid detection/scene_pairs detection/pointid detection/find detection/idfree
-detection/embedded semantics/vills companion/score companion/reproduce
+detection/embedded detection/search semantics/vills companion/score companion/reproduce
 companion/choices companion/arms companion/experiments companion/publishing companion/drawings companion/evidence
-companion/comparisons companion/families companion/adaptation companion/mechanism companion/clip_pages""".split()
+companion/comparisons companion/families companion/adaptation companion/mechanism companion/clip_pages
+companion/search_pages companion/scene_pages""".split()
 # Each module is imported in a fork of one process that holds torch already, and then timm, for those that import it
 # anyway: starting a Python for each took a minute. A room that begins to import timm shows: its fork lacks it.
 PROBE = """
