@@ -444,6 +444,7 @@ def draw_transforms(views: dict, columns: int = 3):
             ax.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="#ffd92f", lw=1.1, ls=style))
         ax.set_title(name, fontsize=9)
     fig.tight_layout(pad=.4)
+    plt.close(fig)
     return fig
 
 def as_picture(fig, quality: int = 80):
