@@ -5,7 +5,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import forked
 import numpy as np
 import pandas as pd
 import pytest
@@ -256,13 +255,18 @@ def test_the_commands(asked, films, runs, capsys):
     assert main(["idfree", *line, *more]) == 0
 
 
-@pytest.mark.slow("starts a process")
-def test_the_job_script_shares_the_videos_and_joins(asked, films, runs):
-    "An array, and a job behind it."
+def test_the_job_script_shares_the_videos_and_joins(tmp_path):
+    "It looks at the settings, submits an array, and behind it a job that joins; inside, each does its part."
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> ' + str(tmp_path / "called"))
+    (tmp_path / "python").chmod(0o755)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))} | dict(
-        SBATCH="echo sbatch", PYTHON=forked.executable(), PYTHONPATH=str(ROOT), SETTINGS="/dev/null/none", SHARDS="3",
-        DEVICE="cpu", OMP_NUM_THREADS="1", CION_NB_PROGRESS="0")
-    line = ["bash", "slurm/find.sh", "--profile", "tiny", "--set", "data=videos", f"model={runs / 'first'}"]
-    p = subprocess.run([*line, f"data_root={films}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert p.returncode == 0, p.stdout + p.stderr
-    assert all(word in p.stdout for word in ("--array=0-2", "--dependency=afterok:", "STEP=join", "slurm/find.sh"))
+        SBATCH="echo sbatch", PYTHON=str(tmp_path / "python"), SETTINGS="/dev/null/none", SHARDS="3", DEVICE="cpu")
+    line = ["bash", "slurm/find.sh", "--profile", "paper", "--set", "data=videos"]
+    job = dict(SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT))
+    for more in ({}, job | dict(STEP="videos", SLURM_ARRAY_TASK_ID="1"), job | dict(STEP="join")):
+        p = subprocess.run(line, cwd=ROOT, env=env | more, capture_output=True, text=True, timeout=60)
+        assert p.returncode == 0, p.stderr
+        if not more: assert all(w in p.stdout for w in ("--array=0-2", "--dependency=afterok:", "STEP=join", "find.sh"))
+    said = "--profile paper --set data=videos"
+    assert (tmp_path / "called").read_text().splitlines() == [
+        f"-m cion_nb find --check {said}", f"-m cion_nb find {said} --shard 1/3", f"-m cion_nb find {said}"]
