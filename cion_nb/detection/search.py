@@ -27,7 +27,7 @@ def questions(
     fps: float = 12.,       # of the videos
     seconds: float = 2.,    # that a near frame is away at most
     least: float = .5,      # share of a person that must be seen
-) -> pd.DataFrame:          # a row a question: path, pid, x, y, w, h; `near` and `changed`: lists of paths that show her
+) -> pd.DataFrame:          # a row a question: path, pid, x, y, w, h; `near`, `changed`: lists of paths that show her
     "Who may be searched, and in which frames she should be found. ValueError without people to search."
     who = scenes["true_pid" if "true_pid" in scenes else "pid"].to_numpy()
     told = ["path", "camid", "video", "tracklet", "frame", "turned", *BOX]

@@ -93,7 +93,7 @@ def test_a_given_box_is_read_at_its_middle(net, street):
     scenes = read_samples(street)
     rows = scenes[(~scenes["ignored"]) & (scenes["video"] == "v2")].reset_index(drop=True)
     x = given_features(net, street.parent, rows.iloc[::-1])
-    image = np.asarray(open_image(street.parent / rows["path"][3]))
+    image = np.array(open_image(street.parent / rows["path"][3]))
     with torch.no_grad(): m = net(normalised(image[None], net.input))["embedding"][0]
     cx, cy = (rows[["x", "y"]] + rows[["w", "h"]].to_numpy() / 2).iloc[3]
     at = torch.nn.functional.normalize(m[:, int(cy) // 4, int(cx) // 4], dim=0)
