@@ -217,7 +217,8 @@ class SearchArm:
             return recipe("idfree", size, method=method, data=video_world(size, world), seed=world, **(rate | more))
         if not self.goes_on: return asked(self.method, **dict(self.other))
         start = asked("image")
-        more = dict(weights=start, images_per_epoch=usual["images_per_epoch"] // 2, lr=start["lr"])
+        half = dict(epochs=usual["epochs"] / 2, drops=[drop / 2 for drop in usual["drops"]])
+        more = half | dict(weights=start, lr=start["lr"])
         return asked("image", **more) if self.method == "image" else recipe(
             "idfree", size, method=self.method, data=start["data"], seed=world, **more, **dict(self.other))
 
@@ -239,7 +240,8 @@ ARMS |= dict(
     search_none=SearchArm("no transform", size="tiny", other=(("transforms", []),)))
 for name in TRANSFORMS:
     rest = [other for other in TRANSFORMS if other != name]
-    ARMS[f"search_no_{name}"] = SearchArm(f"without {name.replace('_', ' ')}", size="tiny", other=(("transforms", rest),))
+    ARMS[f"search_no_{name}"] = SearchArm(f"without {name.replace('_', ' ')}", size="tiny",
+                                          other=(("transforms", rest),))
 BALANCES = (0., .05, .2, .6, 1., 2.)               # lambda, beside .4
 for balance in BALANCES:
     ARMS[f"search_lambda_{balance:g}"] = SearchArm(f"lambda {balance:g}", size="tiny", other=(("balance", balance),))

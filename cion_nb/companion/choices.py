@@ -37,7 +37,7 @@ TRIES = {
     "finetune": [dict(optimizer="sgd", lr=.4), dict(optimizer="sgd", lr=.1), dict(optimizer="sgd", lr=.025),
                  dict(optimizer="sgd", lr=.1, trunk_lr=.1), dict(optimizer="adam", lr=.004),
                  dict(optimizer="adam", lr=.0014)],
-    "idfree": [dict(lr=lr) for lr in (.0015, .003, .006)]}        # for 12 pairs; a batch of 4 takes a third
+    "idfree": [dict(lr=lr) for lr in (.0005, .001, .002)]}        # of batches of 4 pairs
 LADDER = ("dino", "cion", "cion_true")          # methods whose settings are looked for, and how far they get
 RUNGS = (9_600, 38_400, 153_600)                # presentations; the first is what settings are judged at
 WORLD, SIZE, HELD_OUT = 0, (64, 32), .3         # where settings are looked for; pixels; share of the training people

@@ -17,7 +17,15 @@ import pandas as pd
 import torch
 
 from .arms import ARMS, BUDGETS, Claim, CLAIMS, searched, SHARES, street_world, TRIALS
-from .choices import climb, learned_at, MOST_SECONDS, search_finetuning, search_losses, search_pretraining, settled
+from cion_nb.companion.choices import (
+    climb,
+    learned_at,
+    MOST_SECONDS,
+    search_finetuning,
+    search_losses,
+    search_pretraining,
+    settled,
+)
 from .claims import decide
 from .reproduce import frozen_features, make_runs, score_features
 from ..core.files import atomic, counted, fingerprint, read_json, resolve, write_json
@@ -37,8 +45,9 @@ from ..training.distill import feature_rank
 from ..training.pretrain import identity_labels
 
 # %% ../../nbs/9_companion/06_experiments.ipynb #8d8af4f6
-COLUMNS = ["world", "arm", "mAP", "rank1", "mAP_near", "AP50", "own_camera", "feature_rank", "identities", "label_f1", "label_precision",
-           "presentations", "seconds", "run", "commit", "cpu", "cores", "device", "torch", "precision"]
+COLUMNS = ["world", "arm", "mAP", "rank1", "mAP_near", "AP50", "own_camera", "feature_rank", "identities", "label_f1",
+           "label_precision", "presentations", "seconds", "run", "commit", "cpu", "cores", "device", "torch",
+           "precision"]
 
 TEXTS = ("arm", "run", "commit", "cpu", "device", "torch", "precision")
 REMEDY = "take the file from the repository again (git checkout), or delete it to compute everything anew"

@@ -162,14 +162,15 @@ def may_be_idfree(weights) -> bool:
 
 _PEOPLE = dict(pretrain_people=96, train_people=0, test_people=0, images_per_camera=0, distractors=0, frames=42)
 _WORLD = dict(stage="world", bank="A", values=_PEOPLE)                                     # 24 videos of six cameras
-_SMALL = dict(data=_WORLD, backbone="resnet10_tiny_ibn", image_size=[224, 384], epochs=4, images_per_epoch=1000,
-              drops=[3.], lr=1e-3, queue=4096, precision="auto", workers=0, checkpoint_minutes=5)
-_TINY = _SMALL | dict(image_size=[144, 256], epochs=1, drops=[.8], checkpoint_minutes=2)
+_SMALL = dict(data=_WORLD, backbone="resnet10_tiny_ibn", image_size=[224, 384], epochs=100, images_per_epoch=40,
+              warmup_epochs=1, drops=[80.], batch_size=4, lr=1e-3, lr_per=4, queue=4096, precision="auto", workers=0,
+              checkpoint_minutes=5)            # short epochs: rates change between epochs
+_TINY = _SMALL | dict(image_size=[144, 256], epochs=25, drops=[20.], checkpoint_minutes=2)
 _FEW = _PEOPLE | dict(pretrain_people=8, appearances=2, walks_per_video=4, frames=6)
 IdfreeSettings.profiles = dict(
     small=_SMALL, tiny=_TINY,
     smoke=_TINY | dict(data=_WORLD | dict(values=_FEW), image_size=[96, 160], channels=16, dim=32, epochs=2, drops=[1.],
-                       images_per_epoch=12, batch_size=4, lr_per=4))
+                       warmup_epochs=0, images_per_epoch=12))
 
 # %% ../../nbs/7_detection/04_idfree.ipynb #e4a5d8fc
 @dataclass

@@ -23,11 +23,11 @@ from ..retrieval.person_search import evaluate_search, SearchScore
 
 # %% ../../nbs/7_detection/06_search.ipynb #2c10f0dd
 def questions(
-    scenes: pd.DataFrame,   # rows a box, of a world's frames: `true_pid` (else `pid`), tracklet, turned, visibility
+    scenes: pd.DataFrame,   # rows a box, of a world's frames: `true_pid` (else `pid`), tracklet, turned
     fps: float = 12.,       # of the videos
     seconds: float = 2.,    # that a near frame is away at most
     least: float = .5,      # share of a person that must be seen
-) -> pd.DataFrame:          # a row a question: path, pid, x, y, w, h; `near` and `changed`: lists of paths that show her
+) -> pd.DataFrame:          # a row a question: path, pid, x, y, w, h; `near`, `changed`: lists of paths that show her
     "Who may be searched, and in which frames she should be found. ValueError without people to search."
     who = scenes["true_pid" if "true_pid" in scenes else "pid"].to_numpy()
     told = ["path", "camid", "video", "tracklet", "frame", "turned", *BOX]
@@ -89,7 +89,8 @@ def precision_of(
     (box, ignored), (boxes, score) = (corners(real), real["ignored"].to_numpy(bool)), (corners(found), found["score"])
     none = np.zeros(0, int)
     truth = [(box[r], ignored[r]) for r in (true.get(path, none) for path in paths)]
-    return average_precision([(boxes[r], score.to_numpy()[r]) for r in (mine.get(path, none) for path in paths)], truth)
+    told = [(boxes[r], score.to_numpy()[r]) for r in (mine.get(path, none) for path in paths)]
+    return average_precision(told, truth)
 
 # %% ../../nbs/7_detection/06_search.ipynb #e730aaf6
 def search_scores(

@@ -1,13 +1,9 @@
 """Arms of person search: they differ in what their claim is about, no identity reaches them, and weak ones are void."""
-import json
-
-import numpy as np
 import pandas as pd
 import pytest
+from places import ROOT
 
 from cion_nb.companion import arms as A, choices as C, experiments as E, search_pages as P
-from cion_nb.core.files import read_json
-from places import ROOT
 
 
 @pytest.fixture
@@ -28,7 +24,7 @@ def test_arms_differ_in_what_their_claim_is_about(chosen):
     assert (image["lr"], memory["lr"], classes["lr"]) == (.003, .001, .006)
     on, video = recipes("image_on", "video")
     assert differ(on, video) == {"method", "labels", "found"} and on["weights"] == image
-    assert on["images_per_epoch"] * 2 == image["images_per_epoch"] and video["found"]["model"] == image
+    assert on["epochs"] * 2 == image["epochs"] and on["drops"][0] < on["epochs"] and video["found"]["model"] == image
     whole, none, colourless = recipes("all", "none", "no_colour")
     assert differ(whole, none) == {"transforms"} and "colour" not in colourless["transforms"]
     assert differ(*recipes("all", "lambda_learned")) == {"balance"} and whole["balance"] == .4
@@ -54,17 +50,18 @@ def test_arms_of_small_wait_for_their_rates(monkeypatch):
 def test_the_search_for_rates_keeps_what_it_found(monkeypatch, tmp_path):
     made = []
     class Done:
-        def __init__(self, asked): self.recipe, self.name, self.result = asked, f"idfree-{len(made)}", dict(train_seconds=1.)
+        result = dict(train_seconds=1.)
+        def __init__(self, asked): self.recipe, self.name = asked, f"idfree-{len(made)}"
         machine = dict(commit="c", cpu="x")
         def require(self): return self
     monkeypatch.setattr(C, "Run", Done)
     monkeypatch.setattr(C, "make_runs", lambda asked, *a: made.extend(asked))
-    monkeypatch.setattr(C, "held_out_search", lambda run: .9 if run.recipe["lr"] == .003 else .1)
+    monkeypatch.setattr(C, "held_out_search", lambda run: .9 if run.recipe["lr"] == .002 else .1)
     def add(row, folder, whole=C.add_trial): whole(row | dict(run=f"{row['start']}{row['settings']}"), folder)
     monkeypatch.setattr(C, "add_trial", add)
     C.search_losses("small", tmp_path, methods=("image", "memory"))
     assert len(made) == 2 * len(C.TRIES["idfree"]) and all(r["held_out"] == C.HELD_OUT for r in made)
-    assert C.settled(made[0]["backbone"], "idfree", "image", tmp_path) == dict(lr=.003)
+    assert C.settled(made[0]["backbone"], "idfree", "image", tmp_path) == dict(lr=.002)
     C.search_losses("small", tmp_path, methods=("image",))
     assert len(made) == 2 * len(C.TRIES["idfree"])                                    # nothing is tried twice
     with pytest.raises(LookupError): C.settled(made[0]["backbone"], "idfree", "cross_entropy", tmp_path)

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from cion_nb.core.images import open_image
-from cion_nb.data.scenes import make_scenes
-from cion_nb.detection.pointid import normalised, PointDetector, PointID
-from cion_nb.detection.find import find_in
-from cion_nb.data.scenes import frames_of
-from cion_nb.detection.search import given_features, precision_of, questions, search_scores, search_world
 from cion_nb.core.samples import read_samples
+from cion_nb.data.scenes import frames_of, make_scenes
+from cion_nb.detection.find import find_in
+from cion_nb.detection.pointid import normalised, PointDetector, PointID
+from cion_nb.detection.search import given_features, precision_of, questions, search_scores, search_world
 
 BOX = ["x", "y", "w", "h"]
 
@@ -25,8 +24,8 @@ def table(rows):
 
 
 STREET = table([
-    (1, 1, 0, 0, 0, 1.), (1, 1, 0, 12, 0, 1.), (1, 1, 0, 24, 0, .3), (1, 1, 0, 25, 0, 1.),   # two seconds at 12 a second
-    (1, 1, 0, 20, 1, 1.),                                                                # soon, after a turn
+    (1, 1, 0, 0, 0, 1.), (1, 1, 0, 12, 0, 1.), (1, 1, 0, 24, 0, .3), (1, 1, 0, 25, 0, 1.),  # 2 s at 12 a second
+    (1, 1, 0, 20, 1, 1.),                              # soon, after a turn
     (1, 1, 5, 400, 0, 1.),                                                               # another walk, same camera
     (1, 2, 7, 3, 0, 1.), (1, 2, 7, 4, 0, .1),                                            # another camera, once hidden
     (2, 1, 1, 0, 0, 1.), (2, 2, 8, 3, 0, 1.)])
@@ -94,7 +93,7 @@ def test_a_given_box_is_read_at_its_middle(net, street):
     scenes = read_samples(street)
     rows = scenes[(~scenes["ignored"]) & (scenes["video"] == "v2")].reset_index(drop=True)
     x = given_features(net, street.parent, rows.iloc[::-1])
-    image = np.asarray(open_image(street.parent / rows["path"][3]))
+    image = np.array(open_image(street.parent / rows["path"][3]))
     with torch.no_grad(): m = net(normalised(image[None], net.input))["embedding"][0]
     cx, cy = (rows[["x", "y"]] + rows[["w", "h"]].to_numpy() / 2).iloc[3]
     at = torch.nn.functional.normalize(m[:, int(cy) // 4, int(cx) // 4], dim=0)
@@ -108,4 +107,5 @@ def test_a_search_among_what_a_network_found(net, street, tmp_path):
     score = search_world(scenes, street.parent, found, net, fps=2, min_score=0.)
     assert score.near.protocol == "cuhk_sysu" and 0 <= score.AP50 <= 1 and "AP50" in str(score)
     assert score.changed.n_detections == len(found)
-    with pytest.raises(ValueError, match="no one to search"): search_world(scenes.assign(pid=-1), street.parent, found, net)
+    nobody = scenes.assign(pid=-1)
+    with pytest.raises(ValueError, match="no one to search"): search_world(nobody, street.parent, found, net)
