@@ -249,8 +249,8 @@ ABOUT |= dict(
     idfree_table2="Id-Free trains on unlabelled videos by labels that it makes itself: density clusters inside each "
     "video, of which two filters keep the long and the sure ones. The supplement counts what is left. On generated "
     "videos it can also be asked how true these labels are, and what either filter is worth.",
-    idfree_table3="The supplement lists a benchmark's test sequences one by one. Whether its last row follows from them "
-    "is computed. Rows of ours are films of generated people, or sequences that the reader names.",
+    idfree_table3="The supplement lists a benchmark's test sequences one by one. Whether its last row follows from "
+    "them is computed. Rows of ours are films of generated people, or sequences that the reader names.",
     idfree_figure1="Two views of one frame are the whole supervision of Id-Free's first stage. Each of the six "
     "transforms that make them is shown alone, with the boxes where it moved them.",
     idfree_figure4="A person is asked for in one frame and looked for among all boxes that a detector found in the "
