@@ -15,6 +15,7 @@ from cion_nb.detection.pointid import (
     load_pointid,
     OVERLAP,
     padded,
+    peaks,
     PointDetector,
     PointID,
     radius_of,
@@ -259,3 +260,16 @@ def test_a_lower_overlap_makes_wider_bells():
     box = np.array([[40, 20, 17, 38.]])
     wide, narrow = (int((encode(box, SIZE, overlap=o).heat > .1).sum()) for o in (.3, .7))
     assert wide > narrow
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 90)])               # the second is padded inside
+def test_people_are_the_same_from_heads_at_the_peaks_alone(size):
+    torch.manual_seed(0)
+    net = PointID("resnet10_tiny_ibn", 8, 16, size=size).eval()
+    x = torch.randn(3, 3, *size)
+    with torch.inference_mode():
+        whole, there = net(x), net(x, lambda heat: peaks(heat, .05, 20)[:2])
+        assert there["box"].ndim == 2 and len(there["box"]) < whole["box"][:, 0].numel() / 4
+        for want, found in zip(decode(whole, .05, 20), decode(there, .05, 20), strict=True):
+            assert 3 < len(want[0]) <= 20
+            for a, b in zip(want, found): torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
