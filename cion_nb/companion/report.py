@@ -249,6 +249,10 @@ ABOUT |= dict(
     idfree_table2="Id-Free trains on unlabelled videos by labels that it makes itself: density clusters inside each "
     "video, of which two filters keep the long and the sure ones. The supplement counts what is left. On generated "
     "videos it can also be asked how true these labels are, and what either filter is worth.",
+    idfree_table1="Three losses can teach a detector to tell people apart from boxes alone: a class for each box, a "
+    "memory of each box, or a contrast between the boxes of a batch. Which of them finds a person again is asked here.",
+    idfree_figure3="One number weighs recognising people against finding them. The page shows how much the search for "
+    "a person depends on it, and what happens when the network learns the number itself.",
     idfree_table3="The supplement lists a benchmark's test sequences one by one. Whether its last row follows from "
     "them is computed. Rows of ours are films of generated people, or sequences that the reader names.",
     idfree_figure1="Two views of one frame are the whole supervision of Id-Free's first stage. Each of the six "

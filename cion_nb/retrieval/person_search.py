@@ -197,7 +197,7 @@ def evaluate_search(
     found, y = detections[is_sure], y[is_sure]
     frames = pd.Index(pd.unique(truth["path"]))
     search = _Search(truth, frames, found)
-    rows = [search.score(x[i] @ y.T, pid, gallery) for i, (pid, gallery) in
+    rows = [search.score(x[i], y, pid, gallery) for i, (pid, gallery) in
             enumerate(zip(query["pid"].to_numpy(), _galleries(query, frames, protocol, gallery_size, galleries)))]
     rows = pd.DataFrame(rows, columns=["present", "found", "AP", "first", "frames"])
     return _score(query, rows, protocol, len(found), max_rank)
@@ -216,15 +216,17 @@ class _Search:
 
     def rows_of(self, frame): return self.order[self.ends[frame]:self.ends[frame + 1]]
 
-    def score(self, similarity, pid, gallery):
-        "present, found, AP, first and number of frames of a query."
+    def score(self, x, y, pid, gallery):
+        "present, found, AP, first and number of frames of a query `x` (D,) among detections `y` (N, D)."
         rows = np.sort(np.concatenate([self.rows_of(f) for f in gallery] or [np.empty(0, np.int64)]))
         own = self.wanted.of(pid) if pid >= 0 else slice(0)
         is_here = np.isin(self.wanted.frame[own], gallery)
         hits = [h for h, here in zip(self.wanted.hits[own], is_here) if here]
-        best = np.array([h[similarity[h].argmax()] for h in hits if len(h)], np.int64)
         if not is_here.any(): return 0, 0, np.nan, 0, len(gallery)
-        AP, first = search_ranks(similarity[rows], np.searchsorted(rows, best), int(is_here.sum()))
+        similarity = (y @ x)[rows] if 2 * len(rows) > len(y) else y[rows] @ x      # a small gallery is gathered first
+        places = [np.searchsorted(rows, h) for h in hits if len(h)]
+        best = np.array([at[similarity[at].argmax()] for at in places], np.int64)
+        AP, first = search_ranks(similarity, best, int(is_here.sum()))
         return int(is_here.sum()), len(best), AP, first, len(gallery)
 
 # %% ../../nbs/4_retrieval/04_person_search.ipynb #8e2c6805
