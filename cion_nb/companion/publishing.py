@@ -37,7 +37,8 @@ def arms_table(
 ) -> pd.DataFrame:   # a row an arm: means over worlds, and the spread of mAP
     "What became of each arm of a claim."
     results = of_today(read_results(profile, folder), profile)
-    shown = {"mAP": ("mAP", 100, 1), "rank-1": ("rank1", 100, 1), "own camera": ("own_camera", 1, 1),
+    shown = {"mAP": ("mAP", 100, 1), "rank-1": ("rank1", 100, 1), "mAP, near": ("mAP_near", 100, 1),
+             "AP50": ("AP50", 100, 1), "own camera": ("own_camera", 1, 1),
              "rank of features": ("feature_rank", 1, 1), "F1 of identities": ("label_f1", 100, 1)}
     if claim.score == "seconds": shown = {"presentations": ("presentations", 1, 0), "seconds": ("seconds", 1, 1)}
     main = next(iter(shown)) if claim.score != "seconds" else "seconds"
@@ -63,7 +64,7 @@ def plot_arms(
     import matplotlib.pyplot as plt
     results = of_today(read_results(profile, folder), profile)
     if claim.score == "seconds": return _plot_time(results)
-    table = results.pivot(index="world", columns="arm", values="mAP").reindex(columns=claim.arms)
+    table = results.pivot(index="world", columns="arm", values=claim.column).reindex(columns=claim.arms)
     fig, ax = plt.subplots(figsize=(6.5, .6 + .42 * len(claim.arms)), dpi=90)
     at = np.arange(len(claim.arms))
     n = table.notna().sum()
