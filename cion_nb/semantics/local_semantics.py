@@ -55,7 +55,7 @@ class PartSource:
         "Masks are disjoint and lie inside the person; one without a pixel is an area that is not seen."
         raise NotImplementedError(f"{type(self).__name__} is a part source without `parts`")
 
-# %% ../../nbs/8_semantics/00_local_semantics.ipynb #33c89e25
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #a5482b2b
 def as_images(images) -> np.ndarray: # (N, H, W, 3) uint8
     "Images of one size as one array. ValueError for anything else."
     try: images = np.asarray(images)
@@ -70,6 +70,7 @@ def to_masks(
     "Label maps as masks of the parts, and of the person."
     return labels[:, None] == np.arange(1, 4, dtype=np.uint8)[:, None, None], labels > 0
 
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #fe250912
 def to_labels(
     masks,        # (N, 3, H, W) bool
     person=None,  # (N, H, W) bool; None: the parts alone
@@ -114,7 +115,7 @@ _AREAS = dict(hair=1, face=1, torso=2, right_arm=2, left_arm=2, right_leg=3, lef
               skirt=3, bag=NO_PART)
 _OF_WORLD = np.array([_AREAS.get(name.replace(" ", "_"), 0) for name in PARTS], np.uint8)
 
-# %% ../../nbs/8_semantics/00_local_semantics.ipynb #8d1424f2
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #c64a8b72
 _MEAN = (124, 116, 104)  # of ImageNet, what stands where a part is not
 
 def part_boxes(
@@ -130,6 +131,7 @@ def part_boxes(
         pixels[a] = np.count_nonzero(mask)
     return boxes, pixels
 
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #9713550a
 def local_crops(
     images,                  # N uint8 images: a list of (3, h, w) tensors or (h, w, 3) arrays, or all of a size in one
     masks,                   # N of their masks: (3, h, w) bool, or label maps (h, w) uint8
@@ -410,7 +412,7 @@ def nearest_bone(
     labels[y, x] = _PART[((to - along[..., None] * way) ** 2).sum(-1).argmin(1)]
     return labels
 
-# %% ../../nbs/8_semantics/00_local_semantics.ipynb #7b5cce81
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #6a6d025b
 class PoseParts(PartSource):
     """Parts by a pose-landmark `.tflite`. Where it finds nobody, the masks are empty. FileNotFoundError; ValueError for
     a file that takes or gives something else; ImportError that names the extra."""
@@ -441,6 +443,7 @@ class PoseParts(PartSource):
             if certainty >= self.least: own[:] = nearest_bone(logits > 0, points)
         return to_masks(labels)
 
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #cc713a1d
 def _letterbox(image: np.ndarray) -> tuple[np.ndarray, tuple]:
     "The image in the middle of the square, and its top, left, height, width there."
     H, W = image.shape[:2]
@@ -471,7 +474,7 @@ def _tflite(file: Path, threads: int):
         return [network.get_tensor(i) for i in at]
     return run
 
-# %% ../../nbs/8_semantics/00_local_semantics.ipynb #cb633fb8
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #7a1f96ab
 _JOINT_PART = np.repeat([1, 2, 3], [5, 8, 4])       # of COCO's 17 joints: 0-4 head, 5-12 upper, 13-16 lower body
 _DETECTOR, _KEYPOINTS = "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"
 
@@ -496,24 +499,27 @@ class SamParts(PartSource):
         self.settings = dict(source="sam", least=least, **{k: model_hash(v) for k, v in networks.items()})
         for network in networks.values(): network.eval().to(self.device)
 
-    @torch.inference_mode()
-    def parts(self, images, samples=None):
-        images = as_images(images)
-        x = [torch.from_numpy(image).to(self.device).permute(2, 0, 1) / 255 for image in images]
-        labels = [self._one(*found) for found in zip(x, self.detector(x), self.keypoints(x))]
-        return to_masks(np.stack(labels) if labels else np.zeros(images.shape[:3], np.uint8))
+# %% ../../nbs/8_semantics/00_local_semantics.ipynb #ae6c4494
+@patch
+@torch.inference_mode()
+def parts(self: SamParts, images, samples=None):
+    images = as_images(images)
+    x = [torch.tensor(image, device=self.device).permute(2, 0, 1) / 255 for image in images]
+    labels = [self._one(*found) for found in zip(x, self.detector(x), self.keypoints(x))]
+    return to_masks(np.stack(labels) if labels else np.zeros(images.shape[:3], np.uint8))
 
-    def _one(self, image, found, joints) -> np.ndarray:
-        "Label map of one image from what the two detectors say."
-        person = _largest(found, self.least)
-        if person is None: return np.zeros(image.shape[1:], np.uint8)
-        mask, points = found["masks"][person, 0] > .5, _joints_in(found["boxes"][person], joints)
-        label = torch.full(mask.shape, NO_PART, device=mask.device)
-        if points is not None:
-            logits = sam_logits(self.sam, image, points, torch.from_numpy(_JOINT_PART).to(mask.device))
-            best = logits.max(0)
-            label = torch.where(best.values > 0, best.indices + 1, label)
-        return torch.where(mask, label, 0).cpu().numpy().astype(np.uint8)
+@patch
+def _one(self: SamParts, image, found: dict, joints: dict) -> np.ndarray:
+    "Label map of one image from what the two detectors say."
+    person = _largest(found, self.least)
+    if person is None: return np.zeros(image.shape[1:], np.uint8)
+    mask, points = found["masks"][person, 0] > .5, _joints_in(found["boxes"][person], joints)
+    label = torch.full(mask.shape, NO_PART, device=mask.device)
+    if points is not None:
+        logits = sam_logits(self.sam, image, points, torch.from_numpy(_JOINT_PART).to(mask.device))
+        best = logits.max(0)
+        label = torch.where(best.values > 0, best.indices + 1, label)
+    return torch.where(mask, label, 0).cpu().numpy().astype(np.uint8)
 
 # %% ../../nbs/8_semantics/00_local_semantics.ipynb #3a08575e
 def _rcnn(name: str, weights):

@@ -13,7 +13,7 @@ from cion_nb.data.cameras import stream
 from cion_nb.data.film import make_world, render
 from cion_nb.data.people import random_person, wardrobe_of
 from cion_nb.retrieval.evaluate import Answers, evaluate
-from cion_nb.retrieval.protocols import sides
+from cion_nb.retrieval.protocols import sides, tracklet_rows
 
 FEW = dict(cameras=3, cameras_per_person=3, pretrain_people=4, appearances=2, walks_per_video=4, train_people=3,
            test_people=6, distractors=6, crop=(64, 32), clip_frames=4, frames=2)
@@ -78,6 +78,13 @@ def test_a_renderer_finds_the_same_clothes(world):
     told = P._describe(world)
     again = P._cast(told["profile"], told["seed"], P._LATER | told["values"])
     assert again.worn == world.worn and again.people == world.people
+
+
+def test_a_tracklet_wears_what_its_person_does(world):
+    "Though its end may show somebody else: the protocol goes by a tracklet's first row."
+    table, _ = tracklet_rows(world.clips)
+    worn = [f"{r.pid}_{world.worn[r.video, r.pid]}" if r.pid > 0 else "" for r in table.itertuples()]
+    assert table.clothes.tolist() == worn
 
 
 @pytest.mark.parametrize("change", [dict(lookalikes=.9), dict(twins="mark"), dict(twins="gait")])
