@@ -145,6 +145,7 @@ def _made(asked: dict) -> dict:
         told = {name: result[key] for name, key in names.items() if asked["stage"] in TRAININGS}
     return told | {k: about[k] for k in ("commit", "cpu", "cores", "device")} | dict(torch=about["versions"]["torch"])
 
+# %% ../../nbs/9_companion/06_experiments.ipynb #053a7e0e
 def _frozen(asked: dict) -> dict:
     "Scores of frozen features, and what they hold."
     with tempfile.TemporaryDirectory() as folder:

@@ -219,6 +219,7 @@ class PointID(nn.Module):
         near = _around(y, image, cell // columns, cell % columns)
         return dict(heat=heat) | {name: _at(head, near) for name, head in self.heads.items() if name != "heat"}
 
+# %% ../../nbs/7_detection/02_pointid.ipynb #e018cad7
 def _around(x: Tensor, image, row, column) -> Tensor:
     "(m, 9 C): the 3x3 cells around some cells, row by row; zeros beyond the map."
     x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
