@@ -98,7 +98,7 @@ def find_in(
 
     ValueError: another request in this folder, embeddings of another width than those that are there, NaN in them."""
     out, (i, n) = resolve(out), shard or (0, 1)
-    request = dict(detector=detector.settings, frames=fingerprint(frames["path"].tolist()))
+    request = dict(detector=detector.settings, frames=fingerprint(frames["path"].tolist()), block=block)
     if tracker: request |= dict(tracker=tracker)
     out.mkdir(parents=True, exist_ok=True)
     _same_request(out, request)
