@@ -268,7 +268,8 @@ def _model(path: str):
 def _parts_arguments(parser):
     add = parser.add_argument
     add("samples", help="a samples .parquet, or the name of a data set with --root: market1501, msmt17, …")
-    sources = "a pose-landmark .tflite; weights of Mask R-CNN, of keypoint R-CNN and a folder of SAM; or world"
+    sources = ("a pose-landmark .tflite; weights of Mask R-CNN, of keypoint R-CNN and a folder of SAM; world, or a "
+               "control: boxes, strips")
     add("--source", nargs="+", required=True, help=sources)
     add("--out", required=True, help="folder of the label maps")
     add("--root", help="folder that image paths are relative to (default: the folder of the .parquet)")
@@ -280,10 +281,11 @@ def _parts_arguments(parser):
          "OUT/labels.bin and OUT/index.npz, a map an image, with OUT/samples.parquet; goes on where it was killed",
          "parts tracks/samples.parquet --source pose_landmark_full.tflite --out parts", _parts_arguments)
 def parts(args):
-    from cion_nb.semantics.local_semantics import part_source, write_parts
+    from cion_nb.semantics.local_semantics import CONTROLS, part_source, write_parts
     settings = settings_for(write_parts, args.set)
     samples, root = _table(args.samples, args.root)
-    files = args.source if args.source == ["world"] else map(str, map(_here, args.source))
+    is_word = len(args.source) == 1 and args.source[0] in ("world", *CONTROLS)
+    files = args.source if is_word else map(str, map(_here, args.source))
     source = part_source(*files, root=root)
     if args.check: return _check_images(samples, root)
     print(write_parts(samples, root, source, _here(args.out), **settings))

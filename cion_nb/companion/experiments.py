@@ -19,6 +19,7 @@ import torch
 from .arms import ARMS, BUDGETS, Claim, CLAIMS, searched, SHARES, street_world, TRIALS
 from cion_nb.companion.choices import (
     climb,
+    climb_dino,
     learned_at,
     MOST_SECONDS,
     search_finetuning,
@@ -41,13 +42,14 @@ from ..models.features import extract
 from ..retrieval.evaluate import evaluate
 from ..retrieval.inspection import own_camera
 from ..retrieval.protocols import sides, tracklet_features
+from ..semantics.readings import world_reading
 from ..training.distill import feature_rank
 from ..training.pretrain import identity_labels
 
 # %% ../../nbs/9_companion/06_experiments.ipynb #8d8af4f6
-COLUMNS = ["world", "arm", "mAP", "rank1", "mAP_near", "AP50", "own_camera", "feature_rank", "identities", "label_f1",
-           "label_precision", "presentations", "seconds", "run", "commit", "cpu", "cores", "device", "torch",
-           "precision"]
+COLUMNS = ["world", "arm", "mAP", "rank1", "mAP_near", "AP50", "mass", "own_camera", "feature_rank", "identities",
+           "label_f1", "label_precision", "presentations", "seconds", "run", "commit", "cpu", "cores", "device",
+           "torch", "precision"]
 
 TEXTS = ("arm", "run", "commit", "cpu", "device", "torch", "precision")
 REMEDY = "take the file from the repository again (git checkout), or delete it to compute everything anew"
@@ -66,11 +68,12 @@ def read_results(
     if not file.exists(): return pd.DataFrame(columns=COLUMNS)
     try: table = pd.read_csv(file, dtype=dict.fromkeys(TEXTS, str))
     except ValueError as e: raise ValueError(f"{file} is no table of results ({e}): {REMEDY}") from None
-    if not set(LATER) & set(table): table = table.assign(**dict.fromkeys(LATER, np.nan))[_in_order(table)]
+    new = dict.fromkeys((name for name in LATER if name not in table), np.nan)
+    if new: table = table.assign(**new)[_in_order(table)]
     if wrong := damage(table): raise ValueError(f"{file} {wrong}: {REMEDY}")
     return table
 
-LATER = ("mAP_near", "AP50")     # columns of person search: tables from before have none
+LATER = ("mAP_near", "AP50", "mass")     # columns of person search and of attention: tables from before have none
 
 def _in_order(table) -> list[str]: return [name for name in COLUMNS if name in table or name in LATER] + [
     name for name in table if name not in COLUMNS]
@@ -89,7 +92,7 @@ def damage(table: pd.DataFrame) -> str:
     odd = (table["world"] < 1) | (table["world"] % 1 != 0) | table["world"].isna()
     if odd.any(): return f"has a world {table.loc[odd, 'world'].iloc[0]}: they are counted from 1"
     is_timed = table["arm"].str.startswith("time_") & table["mAP"].isna() & (table["seconds"] > 0)
-    if not (table["mAP"].between(0, 1) | is_timed).all():
+    if not (table["mAP"].between(0, 1) | is_timed | table["mass"].between(0, 1)).all():
         return "has a mAP that is empty, or no fraction between 0 and 1"
     if table["run"].isna().any(): return "has a row without its run"
     if table.duplicated(["world", "arm"]).any(): return "has two rows of one arm and world"
@@ -173,6 +176,11 @@ def _search(asked: dict) -> dict:
     score = search_world(scenes, root, Features.open(found.folder), model.folder)
     return dict(mAP=score.changed.mAP, rank1=score.changed.rank1, mAP_near=score.near.mAP, AP50=score.AP50)
 
+def _reading(arm: str, world: int, asked: dict) -> dict:
+    "What a run of vills answers to its arm's question."
+    about = ARMS[arm].asked_about(asked["profile"], world)
+    return world_reading(ARMS[arm].reading, Run(asked).require().folder, about)
+
 def measure(
     arm: str,
     world: int,
@@ -183,6 +191,7 @@ def measure(
     elif asked["stage"] in ("untrained", "pretrain"): scores = _frozen(asked)
     elif asked["stage"] in ("extract", "denoise"): scores = _mean_of_frames(asked)
     elif asked["stage"] == "idfree": scores = _search(asked)
+    elif asked["stage"] == "vills": scores = _reading(arm, world, asked)
     else: scores = {k: Run(asked).result[k] for k in ("mAP", "rank1")}
     return dict(world=world, arm=arm) | scores | _made(asked) | dict(run=run_name(asked))
 
@@ -195,9 +204,10 @@ def missing(
 ) -> dict[str, dict]:  # arm -> recipe
     "The arms of a world that have no row yet, or one of other settings; none of a network without chosen settings."
     stored = read_results(profile, folder)
-    there = set(stored["run"][stored["world"] == world])
+    own = stored[stored["world"] == world]
+    there = set(zip(own["arm"], own["run"]))
     asked = {arm: asked_of(arm, profile, world) for arm in claim.arms}
-    return {arm: made for arm, made in asked.items() if made and run_name(made) not in there}
+    return {arm: made for arm, made in asked.items() if made and (arm, run_name(made)) not in there}
 
 def asked_of(arm: str, profile: str, world: int) -> dict | None:
     "The recipe of an arm; None while its settings are not chosen, or where its network was not seen to learn."
@@ -247,6 +257,7 @@ def compute(
     for claim in _chosen(claims):
         numbers = range(1, (worlds or claim.worlds) + 1)
         if claim.of == "Id-Free" and profile == "small": search_losses(profile, jobs=jobs)
+        if claim.of == "VILLS" and profile == "small": climb_dino(profile, jobs=jobs)
         for network in claim.networks or [None]:
             if network: prepare(claim, network, profile, jobs)
             if together: _make_all(claim, numbers, profile, folder, jobs)
@@ -289,10 +300,13 @@ def is_prepared(network: str) -> bool:
     return True
 
 def _needed(asked: dict) -> list[dict]:
-    "Recipes that can be run; of an untrained network only its world, of a person search what it finds as well."
+    """Recipes that can be run; of an untrained network only its world, of a person search what it finds, of vills whom
+    it is asked about."""
     def last(made): return dict(untrained=lambda: made["data"], idfree=lambda: searched(made)).get(
         made["stage"], lambda: made)()
-    return [last(made) for made in asked.values()]
+    about = [ARMS[arm].asked_about(made["profile"], made["seed"]) for arm, made in asked.items()
+             if made["stage"] == "vills"]
+    return [last(made) for made in asked.values()] + about
 
 # %% ../../nbs/9_companion/06_experiments.ipynb #51073de6
 def of_today(

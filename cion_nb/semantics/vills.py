@@ -34,7 +34,7 @@ from ..core.weights import fill_module
 from ..models.architectures import architecture
 from ..models.backbones import create_backbone, load_backbone, save_backbone
 from ..models.checkpoints import load_backbone_weights
-from .local_semantics import PartStore, WorldParts, write_parts
+from .local_semantics import CONTROLS, part_source, PartStore, write_parts
 from ..training.distill import CollapseWatch, folded_targets, IdentityGuidedLoss, ProjectionHead
 from cion_nb.training.engine import (
     budget,
@@ -84,7 +84,8 @@ class TermSettings(Settings):
 
 class PartSettings(Settings):
     "Local semantics: crops of parts."
-    parts: str | None = setting(None, "masks: a folder of write_parts; none: the truth of an embedded world", _OURS)
+    parts: str | None = setting(
+        None, "masks: a folder of write_parts; boxes, strips: controls; none: the truth of an embedded world", _OURS)
     part_size: list[Count] = setting([128, 64], "height and width of a part's crop", _SUPPLEMENT, length=2)
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #145efe47
@@ -460,9 +461,9 @@ class Vills(Distillation):
         if has(r, "lse") and architecture(r["backbone"]).family != "vit":
             raise ValueError(f"backbone={r['backbone']!r} is no ViT and has no tokens that could be a part's: choose a "
                              "ViT, or set lambda_lse=0")
-        if has(r, "lse") and r["parts"] is None and not isinstance(r["data"], dict):
-            raise ValueError("lambda_lse needs the masks of head, upper and lower body: name a folder of write_parts "
-                             "in parts, or set lambda_lse=0")
+        if has(r, "lse") and r["parts"] in (None, "boxes") and not isinstance(r["data"], dict):
+            raise ValueError("lambda_lse needs the masks of head, upper and lower body, and only an embedded world "
+                             "brings its own: name a folder of write_parts in parts, or set lambda_lse=0")
         if has(r, "temp", "adapt"): check_batch(r["clip_batch"], [r["clip_n_id"]], pieces=r["accumulate"])
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #4c8d81a3
@@ -493,13 +494,14 @@ def masks_of(
     root: Path,
 ) -> PartStore:
     "Their masks; an embedded world's are written beside its images, once. ValueError for masks of other images."
-    if r["parts"] is not None: return PartStore.open(r["parts"]).of(samples).check(samples, root)
+    name = r["parts"] or "world"
+    if name != "world" and name not in CONTROLS: return PartStore.open(name).of(samples).check(samples, root)
     while True:
-        try: return write_parts(samples, root, WorldParts(root), _world_parts(samples, root))
+        try: return write_parts(samples, root, part_source(name, root=root), _own_parts(samples, root, name))
         except BusyRun: time.sleep(1)                    # another process of this training writes them
 
-def _world_parts(samples: pd.DataFrame, root: Path) -> Path:
-    return root / f"parts-{fingerprint(samples['path'].tolist())}"
+def _own_parts(samples: pd.DataFrame, root: Path, name: str) -> Path:
+    return root / f"parts-{'' if name == 'world' else f'{name}-'}{fingerprint(samples['path'].tolist())}"
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #267a3499
 @patch

@@ -8,7 +8,6 @@ __all__ = ['UPDATES', 'PoolingSettings', 'ClusterSettings', 'StepSettings', 'Nor
            'save_clusternet', 'load_clusternet', 'check_usl', 'usl', 'uda', 'check_uda']
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #a0dbf5fa
-import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -46,6 +45,7 @@ from cion_nb.training.finetune import (
     make_backbone,
     ScoreSettings,
     StartSettings,
+    test_between,
     test_model,
     test_set,
 )
@@ -418,16 +418,10 @@ def quality(self: ClusterContrast, labels) -> dict:
 
 @patch
 def test(self: ClusterContrast, epoch, run, accelerator) -> dict:
-    """Score of the model as it is, where the recipe asks for one between epochs: to look at, never to choose by.
-    All processes extract, the first one has the score."""
-    every, folder = self.recipe["test_every"], run.folder / f"test-{epoch}"
+    "Score of the model as it is, where the recipe asks for one between epochs."
+    every = self.recipe["test_every"]
     if not every or not epoch or epoch % every: return {}
-    if accelerator.is_main_process: shutil.rmtree(folder, ignore_errors=True)      # of a run killed in its test
-    accelerator.wait_for_everyone()
-    score = test_model(self.modules["model"], self.recipe, folder, accelerator)
-    if score is None: return {}
-    shutil.rmtree(folder)
-    return dict(test_mAP=score.mAP, test_rank1=score.rank1)
+    return test_between(self.modules["model"], self.recipe, run.folder / f"test-{epoch}", accelerator)
 
 # %% ../../nbs/5_training/08_cluster_contrast.ipynb #7291630c
 @patch

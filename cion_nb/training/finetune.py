@@ -8,10 +8,11 @@ __all__ = ['RELEASED_BATCHES', 'RELEASED_EXCEPTIONS', 'TUNINGS', 'ScoreSettings'
            'BranchSettings', 'FeatureSettings', 'released_finetuning', 'FinetuneSettings', 'BNNeck',
            'batch_hard_triplet', 'epoch_lr', 'part_of', 'held_out_score', 'BestSoFar', 'make_backbone', 'make_model',
            'FineTuning', 'rate_groups', 'check_tested', 'check_finetune', 'save_finetuned', 'load_finetuned',
-           'test_set', 'test_model', 'finetune', 'people_in_both']
+           'test_set', 'test_model', 'test_between', 'finetune', 'people_in_both']
 
 # %% ../../nbs/5_training/07_finetune.ipynb #3bcf6ca4
 import math
+import shutil
 import sys
 import warnings
 from copy import deepcopy
@@ -104,8 +105,9 @@ class CropSettings(Settings):
 
 # %% ../../nbs/5_training/07_finetune.ipynb #9c8d75a7
 class TuningSettings(Settings):
-    "Which method."
+    "Which method, and whether it is looked at on the way."
     method: str = setting("bnneck", "the network over the backbone and its losses: a key of `TUNINGS`", "CION Table 1")
+    test_every: Whole = setting(0, "epochs between tests, to look at and never to choose by; 0: none", since=0)
 
 class PartSettings(Settings):
     "On how much of the data."
@@ -572,6 +574,23 @@ def after_step(self: FineTuning, share):
     self.modules["best"].offer(self.modules["model"], self.held_out_mAP(), share * recipe["epochs"])
 
 @patch
+def horizon(self: FineTuning, seen):
+    period = self._period()
+    return (int(seen / period) + 1) * period
+
+@patch
+def _period(self: FineTuning) -> float:   # images between two tests
+    return self.total() / self.recipe["epochs"] * (self.recipe.get("test_every") or float("inf"))
+
+@patch
+def prepare(self: FineTuning, at, run, accelerator):
+    tests, before = (int(seen / self._period()) for seen in (at.seen, at.seen - self.recipe["batch_size"]))
+    if not at.seen or tests == before: return                                  # resumed between two tests
+    epoch = tests * self.recipe["test_every"]
+    told = test_between(self.modules["model"], self.recipe, run.folder / f"test-{epoch}", accelerator)
+    if told: run.log(seen=at.seen, epoch=epoch, **told)
+
+@patch
 def held_out_mAP(self: FineTuning) -> float:
     "Of the held-out people, every image searching among the others."
     size, rows = self.recipe["image_size"], self.held_out
@@ -701,6 +720,20 @@ def test_model(
     if ranks > 1: accelerator.wait_for_everyone()                # for equal shares of the work, not for one process's
     if rank: return None
     return _scored(found + [Features.open(folder) for folder in folders[1:]], samples.attrs, r)
+
+def test_between(
+    model: nn.Module,
+    r: dict,           # as of `test_model`
+    folder: Path,      # for the features, taken away again
+    accelerator,
+) -> dict:             # test_mAP, test_rank1; of processes beside the first one nothing
+    "Score of a model in training, to look at, never to choose by. All processes extract, the first one scores."
+    if accelerator.is_main_process: shutil.rmtree(folder, ignore_errors=True)      # of a run killed in its test
+    accelerator.wait_for_everyone()
+    score = test_model(model, r, folder, accelerator)
+    if score is None: return {}
+    shutil.rmtree(folder)
+    return dict(test_mAP=score.mAP, test_rank1=score.rank(1))
 
 def _scored(found, attrs, r):
     "The score of the features that the processes found."

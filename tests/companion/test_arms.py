@@ -9,6 +9,7 @@ def chosen(monkeypatch):
     "As if every network's settings were chosen."
     monkeypatch.setattr(A, "settled", lambda *a: {})
     for room in (A, E): monkeypatch.setattr(room, "learned_at", lambda *a: 38_400)
+    monkeypatch.setattr(A, "dino_learned_at", lambda *a: 28_800)
 
 
 def world_of(asked: dict) -> int:

@@ -65,7 +65,7 @@ def test_a_later_setting_of_a_nested_recipe(monkeypatch):
 
 
 def test_a_later_setting_that_nothing_reads():
-    always = {"lr_by", "interpolation", "trunk_lr"}
+    always = {"lr_by", "interpolation", "trunk_lr", "test_every"}
     for drawn, more in ((0., {"erasing_rule"}), (.5, set())):
         assert as_before(recipe("finetune", "tiny", erasing=drawn, erasing_rule="zhong")) == always | more
     assert (as_before(recipe("pretrain", "paper")) == {"erasing_rule"}
