@@ -262,6 +262,12 @@ ABOUT |= dict(
     idfree_road="The tracker that the road begins with sees no appearance. Here the same boxes are also tracked by "
     "where people go and what they look like, and the tracklets of both are denoised. What was wrong before, and what "
     "is left?",
+    vills_terms="One network learns from images, from crops of body areas and from clips. Each of these is taken away "
+    "in turn, in worlds whose people change clothes, and what the network then answers is compared.",
+    vills_figure1="A network of tokens weighs every patch of an image. Shown is where the token of the whole image "
+    "looks, where those of head, upper and lower body do, and what is looked at in a clip.",
+    vills_figure2="How soon does a fine-tuned network find people in other clothes? Ours are asked after every epoch; "
+    "of the paper's curve three points are told in words.",
 )
 
 # %% ../../nbs/9_companion/02_report.ipynb #8287171e
