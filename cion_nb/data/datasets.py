@@ -532,7 +532,8 @@ def read_by_pattern(
     """A data set whose paths follow one pattern. pid -1 (junk) is dropped and counted where people have numbers.
     A warning where the counts are not the published; FileNotFoundError where it is not found;
     ValueError for two copies side by side, an empty folder, a file of another name."""
-    refuse_unknown("data set with a pattern", name, [name for name, facts in DATASETS.items() if facts.pattern])
+    if not getattr(DATASETS.get(name), "pattern", ""):
+        raise ValueError(f"data set {name!r} has no entry with a pattern: add one to DATASETS, or take its reader_of")
     facts, root, home = DATASETS[name], Path(root), Path(root)
     word = facts.word or re.sub("[^a-z0-9]", "", name.lower())
     if facts.folders: home = find_home(root, facts.title, word, facts.folders, anywhere=False)  # many have such folders
@@ -563,7 +564,8 @@ def check_data_name(
     """ValueError for text that is no data set's name and no samples .parquet, with the nearest: a misspelt name has no
     facts, so that a score by it would follow another protocol than its data set's. TypeError for anything else."""
     if isinstance(data, str) and not data.endswith(".parquet"):
-        refuse_unknown("data set", data, dict.fromkeys([*data_sets(), *DATASETS]))
+        whole = (re.sub(r"_\d$", "", name) for name in data_sets())                # of a set with splits
+        refuse_unknown("data set", data, dict.fromkeys([*data_sets(), *DATASETS, *whole]))
     if data is not None and not isinstance(data, (str, Path, dict)):
         raise TypeError(f"data={data!r}: give a data set's name, a samples .parquet, a world's recipe, or None")
 

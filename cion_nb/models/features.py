@@ -254,7 +254,7 @@ def _pixels_of(image, spec: InputSpec) -> np.ndarray: # (h, w, 3), or (T, h, w, 
         if not isinstance(image, (list, tuple)): return to_pixels(image, spec)
         raise TypeError(f"this model takes single images, not clips ({len(image)} images in a {type(image).__name__}): "
                         "embed(model, [image, …]), or embed(TemporalMean(model, T), clips)")
-    if isinstance(image, (str, os.PathLike, Image.Image)):
+    if isinstance(image, (str, os.PathLike, Image.Image)) or getattr(image, "ndim", 4) == 3:
         raise TypeError(f"this model takes clips of {spec.frames} images, not one {type(image).__name__}: "
                         "embed(model, [[image, …]])")
     if len(image) != spec.frames:

@@ -185,9 +185,11 @@ def rows(self: Clips,
     epoch: int | None = None,  # any whole number that names the pass; None: the first frame of each chunk
 ) -> np.ndarray:               # (n, T) rows of `samples`
     "The frames that these tracklets show."
-    tracklets = np.asarray(tracklets, np.int64)
-    if ((tracklets < 0) | (tracklets >= len(self))).any():
-        raise ValueError(f"tracklets {tracklets}: the table numbers {len(self):,}, from 0")
+    tracklets = np.asarray(tracklets)
+    if tracklets.size: check_numbers(tracklets, "tracklets")
+    tracklets = tracklets.astype(np.int64)
+    if len(bad := tracklets[(tracklets < 0) | (tracklets >= len(self))]):
+        raise ValueError(f"there is no tracklet {bad[0]}: they are numbered as in .table, 0 to {len(self) - 1}")
     u = None if epoch is None else sample_draws(self.seed + _OWN_STREAM, epoch, tracklets, self.n_frames)
     at = restricted_random(self._n[tracklets], self.n_frames, u, self.chunks)
     return self._first[tracklets][:, None] + at
@@ -248,6 +250,7 @@ def _check_clips(clips, index) -> None:
     if getattr(clips, "ndim", 5) == 4 or getattr(clips[0], "ndim", 4) == 3:
         raise ValueError("images are given, and clips are needed: n lists of T uint8 (3, h, w), or (n, T, 3, h, w)")
     if len(clips) != len(index): raise ValueError(f"{len(clips)} clips but {len(index)} tracklet numbers")
+    if not len(clips[0]): raise ValueError("a clip without frames")
     if len(set(map(len, clips))) > 1: raise ValueError("the clips of a batch have different numbers of frames")
 
 # %% ../../nbs/6_video/00_clips.ipynb #c7241262

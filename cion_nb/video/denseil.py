@@ -129,7 +129,8 @@ def tap(
     x: Tensor,             # (n, 3, h, w)
     taps: list[int],
 ) -> list[Tensor]:         # (n, C, H, W) each, from low to high
-    "Maps of the levels of a network."
+    "Maps of the levels of a network. TypeError for one that does not give them."
+    if not hasattr(encoder, "forward_intermediates"): n_levels(encoder)
     return encoder.forward_intermediates(x, indices=list(taps), intermediates_only=True)
 
 # %% ../../nbs/6_video/01_denseil.ipynb #7d8c4443
