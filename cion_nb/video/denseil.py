@@ -196,8 +196,8 @@ def _checked_taps(encoder, taps) -> list[int]:
     n, listed = n_levels(encoder), isinstance(taps, (list, tuple, range)) and len(taps) > 0
     is_whole = listed and all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in taps)
     if not is_whole or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= n:
-        raise ValueError(f"taps={taps!r}: a list of levels of {encoder.name} is needed, from low to high, each once, "
-                         f"of 0 to {n - 1}")
+        raise ValueError(f"taps={taps!r}: name levels of {encoder.name} from low to high, each once, of 0 to {n - 1}, "
+                         "in a list")
     return [int(t) for t in taps]
 
 @torch.no_grad()

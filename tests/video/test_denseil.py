@@ -211,7 +211,7 @@ def test_every_family_has_levels(name):
     (dict(P=2.), "P must be .*got 2.0"),
     (dict(T=0), "T must be .* of frames .frames=.*got 0"), (dict(d=0), "d must be .*width.*got 0"),
     (dict(heads=0), "heads must be .*got 0"), (dict(blocks=0), "blocks must be .*got 0"),
-    *((dict(taps=taps), "taps=.*: a list of levels of resnet10_tiny_ibn .*of 0 to 4")
+    *((dict(taps=taps), "taps=.*: name levels of resnet10_tiny_ibn .*of 0 to 4, in a list")
       for taps in (2, [], [9], [-1, 2], [2, 1], [1, 1], [1.5], [True], "12"))])
 def test_what_cannot_be_built_is_refused(encoder, changes, said):
     with pytest.raises(ValueError, match=said): made(encoder, **changes)
