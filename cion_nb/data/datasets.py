@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'SUBSETS', 'read_market1501', 'read_msmt17', 'read_cion_al', 'read_cuhk03np', 'read_viper', 'read_prcc',
-           'read_ltcc', 'read_mars', 'read_ilids_vid', 'read_prid2011', 'read_by_pattern', 'data_sets', 'reader_of',
-           'refuse_no_world', 'read_data']
+           'read_ltcc', 'read_mars', 'read_ilids_vid', 'read_prid2011', 'read_by_pattern', 'data_sets',
+           'check_data_name', 'reader_of', 'refuse_no_world', 'read_data']
 
 # %% ../../nbs/1_data/01_datasets.ipynb #c891cb00
 import re
@@ -437,18 +437,19 @@ def read_ilids_vid(
 def _ilids_tested(file: Path, people: list, split: int, folder: Path) -> set:
     "Folders of the people who are tested. ValueError where the splits count other people than are there."
     places = _mat(file, "ls_set")
+    _require_split(split, len(places), file)
     n = places.shape[1]
     if len(people) != n:
         raise ValueError(f"{folder} holds {len(people):,} people, {file} counts {n:,}: its numbers are places in the "
                          "sorted list of folders and would name others; unpack the whole data set, and nothing else "
                          "into it")
-    _require_split(split, len(places), file)
     bad = np.flatnonzero((np.sort(places, 1) != np.arange(1, n + 1)).any(1))
     if len(bad): raise ValueError(f"{file}: row {bad[0] + 1} of ls_set does not hold each of 1 to {n:,} once")
     return {people[place - 1] for place in places[split, :n // 2]}
 
 def _require_split(split, n: int, file: Path) -> None:
     "ValueError for what is none of `n` splits."
+    if not n: raise ValueError(f"{file} lists no splits: take the one that is published")
     if isinstance(split, bool) or not isinstance(split, (int, np.integer)) or not 0 <= split < n:
         raise ValueError(f"split={split!r}: choose one of {file}, 0 to {n - 1}")
 
@@ -531,6 +532,8 @@ def read_by_pattern(
     """A data set whose paths follow one pattern. pid -1 (junk) is dropped and counted where people have numbers.
     A warning where the counts are not the published; FileNotFoundError where it is not found;
     ValueError for two copies side by side, an empty folder, a file of another name."""
+    if not getattr(DATASETS.get(name), "pattern", ""):
+        raise ValueError(f"data set {name!r} has no entry with a pattern: add one to DATASETS, or take its reader_of")
     facts, root, home = DATASETS[name], Path(root), Path(root)
     word = facts.word or re.sub("[^a-z0-9]", "", name.lower())
     if facts.folders: home = find_home(root, facts.title, word, facts.folders, anywhere=False)  # many have such folders
@@ -554,6 +557,17 @@ READERS |= {f"cuhk03np_{boxes}": lambda root, boxes=boxes: read_cuhk03np(root, b
 def data_sets() -> list[str]:
     "Names that a recipe's `data` can have: those of `READERS`, and of the entries of `DATASETS` with a pattern."
     return list(dict.fromkeys([*READERS, *(name for name, facts in DATASETS.items() if facts.pattern)]))
+
+def check_data_name(
+    data,       # as a caller names a data set: None, text, a path, or a world's recipe
+) -> None:
+    """ValueError for text that is no data set's name and no samples .parquet, with the nearest: a misspelt name has no
+    facts, so that a score by it would follow another protocol than its data set's. TypeError for anything else."""
+    if isinstance(data, str) and not data.endswith(".parquet"):
+        whole = (re.sub(r"_\d$", "", name) for name in data_sets())                # of a set with splits
+        refuse_unknown("data set", data, dict.fromkeys([*data_sets(), *DATASETS, *whole]))
+    if data is not None and not isinstance(data, (str, Path, dict)):
+        raise TypeError(f"data={data!r}: give a data set's name, a samples .parquet, a world's recipe, or None")
 
 def reader_of(
     name: str,  # one of `data_sets`

@@ -250,8 +250,11 @@ def embed(
 
 # %% ../../nbs/2_models/05_features.ipynb #99455ef5
 def _pixels_of(image, spec: InputSpec) -> np.ndarray: # (h, w, 3), or (T, h, w, 3) of a clip
-    if not spec.frames: return to_pixels(image, spec)
-    if isinstance(image, (str, os.PathLike, Image.Image)):
+    if not spec.frames:
+        if not isinstance(image, (list, tuple)): return to_pixels(image, spec)
+        raise TypeError(f"this model takes single images, not clips ({len(image)} images in a {type(image).__name__}): "
+                        "embed(model, [image, …]), or embed(TemporalMean(model, T), clips)")
+    if isinstance(image, (str, os.PathLike, Image.Image)) or getattr(image, "ndim", 4) == 3:
         raise TypeError(f"this model takes clips of {spec.frames} images, not one {type(image).__name__}: "
                         "embed(model, [[image, …]])")
     if len(image) != spec.frames:

@@ -13,15 +13,18 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, first_few
+from ..data.datasets import check_data_name
 from ..data.facts import facts_of
 from .evaluate import Answers, answers_of, as_matrix, check_sizes, evaluate, names_of, product_blocks
 
 # %% ../../nbs/4_retrieval/01_protocols.ipynb #59743994
 def sides(
     table: pd.DataFrame,  # a row an image or a tracklet, with `split`
-    data=None,            # name of the data set; None, or no such name: what the table's `attrs` say
+    data=None,            # name of the data set; None, a .parquet or a recipe: what the table's `attrs` say
 ) -> tuple[np.ndarray, np.ndarray]: # (Q,) and (G,) rows of the table, increasing
-    "Rows of the queries and of the gallery by the data set's official protocol. ValueError where one side is empty."
+    """Rows of the queries and of the gallery by the data set's official protocol. ValueError where one side is empty,
+    and for a name that is not known."""
+    check_data_name(data)
     if "split" not in table:
         raise ValueError(f"the table has no column split, but {', '.join(map(str, table))}; "
                          "`make_samples(..., split=...)` says what is query and what gallery")
@@ -212,9 +215,10 @@ def tracklet_features(
 def ranked(
     features,                     # (N, D) L2-normalised
     samples: pd.DataFrame,        # their N rows
-    data=None,                    # name of the data set; None: what the table says
+    data=None,                    # as of `sides`
     tracklets: bool|None = None,  # None: as the data set's facts say
 ) -> tuple[np.ndarray, pd.DataFrame]:
     "What a query finds and is: images as they are, or whole tracklets by their mean features, as the data set ranks."
+    check_data_name(data)
     if tracklets is None: tracklets = facts_of(data, samples).ranks == "tracklets"
     return tracklet_features(features, samples) if tracklets else (features, samples)

@@ -464,7 +464,8 @@ class Vills(Distillation):
         if has(r, "lse") and r["parts"] in (None, "boxes") and not isinstance(r["data"], dict):
             raise ValueError("lambda_lse needs the masks of head, upper and lower body, and only an embedded world "
                              "brings its own: name a folder of write_parts in parts, or set lambda_lse=0")
-        if has(r, "temp", "adapt"): check_batch(r["clip_batch"], [r["clip_n_id"]], pieces=r["accumulate"])
+        called = "clip_batch", "clip_n_id", "clips"
+        if has(r, "temp", "adapt"): check_batch(r["clip_batch"], [r["clip_n_id"]], 1, r["accumulate"], called)
 
 # %% ../../nbs/8_semantics/01_vills.ipynb #4c8d81a3
 @patch

@@ -623,7 +623,7 @@ def check_finetune(
     check_tested(recipe)
     _check_finetuning(recipe)
     _check_branches(recipe)
-    check_batch(recipe["batch_size"], [recipe["k"]])
+    check_batch(recipe["batch_size"], [recipe["k"]], called=("batch_size", "k", "images"))
 
 # %% ../../nbs/5_training/07_finetune.ipynb #6f98be82
 def save_finetuned(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from ..models.architectures import check_kind
+
 # %% ../../nbs/5_training/05_mgn.ipynb #0a737560
 class GeM(nn.Module):
     "Generalised mean over positions with a learned exponent. (n, C, h, w) -> (n, C), float32."
@@ -86,6 +88,7 @@ class MGN(nn.Module):
         return found
 
     def forward(self, x: Tensor):
+        check_kind(x, self.input)
         out = {name: self.parts[name](m) for name, m in self.maps(x).items()}
         return out if self.training else torch.cat([out[name] for name in PARTS], 1)
 

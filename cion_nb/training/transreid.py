@@ -12,6 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..models.architectures import check_kind
+
 # %% ../../nbs/5_training/06_transreid.ipynb #1d2e37b7
 def jigsaw_groups(
     patches: Tensor,    # (n, N, D) patch tokens, row by row
@@ -58,6 +60,7 @@ class TransReID(nn.Module):
         self.columns = tuple(self.column_sizes)                                    # what forward takes beside images
 
     def forward(self, x: Tensor, camid: Tensor | None = None):
+        check_kind(x, self.input)
         x = self.tokens(x, camid)
         features, prefix = [self.whole(x)[:, 0]], self.vit.num_prefix_tokens
         if self.group is not None:

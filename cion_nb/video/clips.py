@@ -20,13 +20,15 @@ from torch import nn, Tensor
 from ..core.files import counted, first_few, resolve
 from ..core.images import UnreadableImage
 from ..core.samples import as_samples
+from ..core.settings import check_whole
 from ..core.store import Features
-from ..models.architectures import InputSpec
+from ..models.architectures import check_kind, InputSpec
 from ..models.features import check_extraction, decoders, Extraction, model_hash, read_ahead, to_pixels
 from ..retrieval.protocols import tracklet_rows
-from ..training.samplers import PKSampler
+from ..training.samplers import check_numbers, PKSampler
 from cion_nb.training.views import (
     check_images,
+    check_size,
     erase_,
     erase_boxes,
     ERASING,
@@ -43,22 +45,31 @@ def restricted_random(
     n_frames,               # F of a tracklet, or (n,) of several
     T: int,                 # frames of a clip
     u=None,                 # (T,), or (n, T), in [0, 1): which frame of each chunk; None: the first
-    chunks: str = "equal",  # one of `CHUNKS`: as equal as can be, or of ⌈F/T⌉ frames, the last frame repeated
+    chunks: str = "equal",  # one of `CHUNKS`
 ) -> np.ndarray:            # (T,), or (n, T), frame numbers from 0 that never fall
-    "A frame of each chunk of a tracklet. ValueError for one without frames."
+    """A frame of each of T chunks of a tracklet. ValueError for a tracklet without frames.
+
+    "equal": lengths that differ by one at most, a partition where F >= T; else chunks share a frame, evenly.
+    "ceil": ⌈F/T⌉ frames each, a partition where T divides F; else the last frame stands for all beyond the end."""
+    _check_sampling(n_frames, T, u, chunks)
     F, i = np.asarray(n_frames, np.int64)[..., None], np.arange(T)
-    _check_sampling(F, T, u, chunks)
     if chunks == "ceil": first, length = i * -(-F // T), -(-F // T)
     else: first, length = i * F // T, np.maximum((i + 1) * F // T - i * F // T, 1)
     at = first if u is None else first + (np.asarray(u) * length).astype(np.int64)
     return np.minimum(at, F - 1)
 
-def _check_sampling(F, T, u, chunks) -> None:
+def _check_sampling(n_frames, T, u, chunks) -> None:
     "ValueError for frames that cannot be chosen."
     if chunks not in CHUNKS: raise ValueError(f"chunks={chunks!r}: use one of {', '.join(CHUNKS)}")
-    if T < 1: raise ValueError(f"T={T}: a clip has at least one frame")
+    check_whole("T", T, 1, " of frames")
+    F = np.asarray(n_frames)
+    if F.size and F.dtype.kind not in "iu": raise ValueError(f"n_frames={n_frames!r}: whole numbers are needed")
     if (F < 1).any(): raise ValueError("a tracklet without frames has no clip")
-    if u is not None and not ((0 <= np.asarray(u)) & (np.asarray(u) < 1)).all():
+    if u is None: return
+    u = np.asarray(u)
+    if u.shape not in ((T,), (*F.shape, T)):
+        raise ValueError(f"u is of shape {u.shape}: T={T} numbers are needed for each of n_frames, {(*F.shape, T)}")
+    if u.dtype.kind not in "fiu" or not ((0 <= u) & (u < 1)).all():
         raise ValueError("u picks a frame by numbers in [0, 1)")
 
 # %% ../../nbs/6_video/00_clips.ipynb #a921c869
@@ -99,6 +110,15 @@ def _most_frequent(samples) -> pd.Series: # (N,) pids, the smallest of equals
     most = counts.sort_values("n", ascending=False, kind="stable").drop_duplicates("tracklet")
     return samples["tracklet"].map(most.set_index("tracklet")["pid"]).astype("int64")
 
+def _warn_of_doubles(rows) -> None:
+    "An image that a tracklet has twice is two of its frames: of chunks and of the mean over all."
+    again = rows.duplicated(["tracklet", "path"])
+    if not again.any(): return
+    first, n = rows[again].iloc[0], int(again.sum())
+    warnings.warn(f"{counted(n, 'row repeats', 'rows repeat')} an image of the same tracklet and count as frames of "
+                  f"their own, the first: tracklet {first.tracklet}, {first.path}; "
+                  "samples.drop_duplicates(['tracklet', 'path']) takes them out", stacklevel=3)
+
 # %% ../../nbs/6_video/00_clips.ipynb #da59997a
 def tracklet_table(
     samples: pd.DataFrame,  # rows with `tracklet`
@@ -119,7 +139,7 @@ def cut_in_time(
 ) -> pd.DataFrame:          # the same rows; `part`, from 0; `tracklet`, the pieces numbered from 0
     """Tracklets cut into pieces of time, which are tracklets of their own. One of fewer frames than `parts` lacks some,
     the first among them. ValueError for `parts` below 1, an image without a tracklet, a tracklet of two cameras."""
-    if parts < 1: raise ValueError(f"parts={parts}: a tracklet is cut into at least one piece")
+    check_whole("parts", parts, 1, " of pieces")
     samples = as_samples(samples)
     _, of = tracklet_rows(samples.assign(pid=-1))
     frames = samples["frame"].groupby(of)
@@ -143,7 +163,9 @@ class Clips:
         mixed: str = "raise",    # as of `by_tracklet`
         **store,                 # size, memory, threads, … of the `ImageStore`
     ):
+        check_whole("n_frames", n_frames, 1)
         self.samples = by_tracklet(samples, mixed)
+        _warn_of_doubles(self.samples)
         if not len(self.samples): raise ValueError("the table has no tracklet: no row is left to make clips of")
         self.table, self.n_frames, self.chunks, self.seed = tracklet_table(self.samples), n_frames, chunks, seed
         self._n, self._first = (self.table[c].to_numpy() for c in ("n_frames", "first_row"))
@@ -163,7 +185,11 @@ def rows(self: Clips,
     epoch: int | None = None,  # any whole number that names the pass; None: the first frame of each chunk
 ) -> np.ndarray:               # (n, T) rows of `samples`
     "The frames that these tracklets show."
-    tracklets = np.asarray(tracklets, np.int64)
+    tracklets = np.asarray(tracklets)
+    if tracklets.size: check_numbers(tracklets, "tracklets")
+    tracklets = tracklets.astype(np.int64)
+    if len(bad := tracklets[(tracklets < 0) | (tracklets >= len(self))]):
+        raise ValueError(f"there is no tracklet {bad[0]}: they are numbered as in .table, 0 to {len(self) - 1}")
     u = None if epoch is None else sample_draws(self.seed + _OWN_STREAM, epoch, tracklets, self.n_frames)
     at = restricted_random(self._n[tracklets], self.n_frames, u, self.chunks)
     return self._first[tracklets][:, None] + at
@@ -193,7 +219,8 @@ class ClipTransform:
         if not (0 <= chance <= 1 and 0 <= erase <= 1):
             raise ValueError(f"chance={chance}, erase={erase}: chances lie in [0, 1]")
         if rule not in ERASING: raise ValueError(f"erasing rule {rule!r}: use one of {', '.join(ERASING)}")
-        self.size, self.flip, self.erase, self.seed, self.chance = tuple(size), flip, erase, seed, chance
+        self.size = check_size(size, "size", interpolation)
+        self.flip, self.erase, self.seed, self.chance = flip, erase, seed, chance
         self.interpolation, self.rule = interpolation, rule
 
 # %% ../../nbs/6_video/00_clips.ipynb #13053460
@@ -204,8 +231,8 @@ def __call__(self: ClipTransform,
     epoch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (n, T, 3, H, W) uint8; (n, 4) boxes to erase; (n,) seeds of their noise
     "The batch as uint8, and what `clip_input` needs beside it."
+    _check_clips(clips, index)
     n, T = len(clips), len(clips[0])
-    if any(len(clip) != T for clip in clips): raise ValueError("the clips of a batch have different numbers of frames")
     images = clips.flatten(0, 1) if isinstance(clips, Tensor) else [image for clip in clips for image in clip]
     check_images(images, np.repeat(index, T))
     u = sample_draws(self.seed, epoch, index, 23 + (T if self.flip == "frame" else 1))
@@ -216,6 +243,15 @@ def __call__(self: ClipTransform,
     boxes = erase_boxes(u[:, 1:23], u[:, 0] < self.erase, self.size, self.rule)
     seeds = (u[:, 0] * 2**53).astype(np.int64)
     return x.unflatten(0, (n, T)), torch.from_numpy(boxes), torch.from_numpy(seeds)
+
+def _check_clips(clips, index) -> None:
+    "ValueError for what is no batch of clips."
+    if not len(clips): raise ValueError("a batch without clips")
+    if getattr(clips, "ndim", 5) == 4 or getattr(clips[0], "ndim", 4) == 3:
+        raise ValueError("images are given, and clips are needed: n lists of T uint8 (3, h, w), or (n, T, 3, h, w)")
+    if len(clips) != len(index): raise ValueError(f"{len(clips)} clips but {len(index)} tracklet numbers")
+    if not len(clips[0]): raise ValueError("a clip without frames")
+    if len(set(map(len, clips))) > 1: raise ValueError("the clips of a batch have different numbers of frames")
 
 # %% ../../nbs/6_video/00_clips.ipynb #c7241262
 def clip_input(
@@ -228,6 +264,9 @@ def clip_input(
 ) -> Tensor:             # (n, T, 3, H, W) float32
     "A batch of clips as a model takes it, boxes filled."
     if fill not in ("pixel", "const", "black"): raise ValueError(f"fill={fill!r}: use pixel, const or black")
+    if pixels.ndim != 5 or pixels.dtype != torch.uint8:
+        raise ValueError(f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}: uint8 (n, T, 3, H, W) are needed, "
+                         "as ClipTransform gives them")
     n, T = pixels.shape[:2]
     x, boxes, noise = pixels.flatten(0, 1), boxes.repeat_interleave(T, 0), noise.repeat_interleave(T, 0)
     if device is not None: x = x.to(device, non_blocking=True)
@@ -241,6 +280,7 @@ def clip_input(
 # %% ../../nbs/6_video/00_clips.ipynb #9e8a93c6
 class TrackletSampler(PKSampler):
     "Batches of tracklet numbers: batch_size / k people with k tracklets each."
+    _called = "k", "tracklets"
     def __init__(self,
         labels,           # (N,) person of each tracklet, or of each row; -1 sits out
         tracklets,        # (N,) their tracklets, the numbers that are handed out; -1 sits out
@@ -250,8 +290,12 @@ class TrackletSampler(PKSampler):
         **kwargs,         # as of `IdentitySampler`
     ):
         labels, tracklets = np.asarray(labels), np.asarray(tracklets)
+        check_numbers(labels)
+        check_numbers(tracklets, "tracklets")
         if labels.shape != tracklets.shape: raise ValueError(
             f"labels and tracklets are one each: {labels.shape} against {tracklets.shape}")
+        if camids is not None and np.shape(camids) != labels.shape:
+            raise ValueError(f"camids need one value a label: {np.shape(camids)} against {labels.shape}")
         self.tracklets, first, of = np.unique(tracklets, return_index=True, return_inverse=True)
         person = np.where(self.tracklets < 0, -1, labels[first])
         if (two := (labels != labels[first][of]) & (tracklets >= 0)).any():
@@ -279,12 +323,17 @@ class TemporalMean(nn.Module):
         n_frames: int = 8,       # T that it is meant for
     ):
         super().__init__()
+        if not hasattr(model, "input") or not hasattr(model, "embed_dim"):
+            raise TypeError(f"{type(model).__name__} does not say what it takes: take a model of create_backbone, or "
+                            "set model.input = InputSpec(...) and model.embed_dim = D")
         if model.input.frames: raise ValueError(f"{type(model).__name__} takes clips already, of {model.input.frames}")
+        check_whole("n_frames", n_frames, 1)
         self.model, self.input, self.embed_dim = model, replace(model.input, frames=n_frames), model.embed_dim
         self.name = f"mean of {getattr(model, 'name', type(model).__name__)}"
         self.columns, self.column_sizes = getattr(model, "columns", ()), getattr(model, "column_sizes", {})
 
     def forward(self, x: Tensor, *columns: Tensor) -> Tensor:
+        check_kind(x, self.input)
         n, T = x.shape[:2]
         y = self.model(x.flatten(0, 1), *(column.repeat_interleave(T) for column in columns))
         return y.unflatten(0, (n, T)).mean(1)
@@ -293,12 +342,16 @@ class FrameByFrame(nn.Module):
     "A model of clips of any length, such as a trained mean, as a model of images: (n, 3, H, W) -> (n, D)."
     def __init__(self, model):
         super().__init__()
+        frames = getattr(getattr(model, "input", None), "frames", 0)
+        if not frames: raise ValueError(f"{type(model).__name__} is no model of clips: use it as it is")
         if not getattr(model, "any_length", False):
-            raise ValueError(f"{type(model).__name__} takes clips of {model.input.frames} frames, and no single images")
+            raise ValueError(f"{type(model).__name__} takes clips of {frames} frames, and no single images")
         self.model, self.input, self.embed_dim = model, replace(model.input, frames=0), model.embed_dim
         self.name = f"frames of {getattr(model, 'name', type(model).__name__)}"
 
-    def forward(self, x: Tensor) -> Tensor: return self.model(x[:, None])
+    def forward(self, x: Tensor) -> Tensor:
+        check_kind(x, self.input)
+        return self.model(x[:, None])
 
 # %% ../../nbs/6_video/00_clips.ipynb #3e058786
 SAMPLINGS = ("chunks", "all")
@@ -416,10 +469,12 @@ def extract_clips(
     model's, and as of `by_tracklet` and `extract`."""
     check_extraction(batch_size, workers, resume=resume, flush_seconds=flush_seconds, **as_extract)
     if sampling not in SAMPLINGS: raise ValueError(f"sampling={sampling!r}: use one of {', '.join(SAMPLINGS)}")
+    if n_frames is not None: check_whole("n_frames", n_frames, 1, ", or None for the model's")
     model, T, more = _of_clips(model, n_frames)
     rows = by_tracklet(samples, mixed)
+    _warn_of_doubles(rows)
     table = tracklet_table(rows)
-    restricted_random(np.ones(1), T, chunks=chunks)
+    restricted_random(1, T, chunks=chunks)
     asked = Extraction(rows, resolve(root), model, n_frames=T, sampling=sampling, chunks=chunks, **more, **as_extract)
     cutting = _Cutting(table.n_frames.to_numpy(), table.first_row.to_numpy(), T, sampling, chunks,
                        getattr(model, "any_length", False), batch_size)

@@ -8,10 +8,14 @@ __all__ = ['VARIANTS', 'MEMORIES', 'ppool', 'StepEmbedding', 'Block', 'default_t
 # %% ../../nbs/6_video/01_denseil.ipynb #71dde1af
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
+
+from ..core.settings import check_whole
+from ..models.architectures import check_kind
 
 # %% ../../nbs/6_video/01_denseil.ipynb #726623fc
 def ppool(
@@ -19,9 +23,16 @@ def ppool(
     P: int,      # stripes
 ) -> Tensor:     # (..., P, C)
     "Horizontal partition pooling: the mean of each of `P` stripes, from the top. ValueError where P does not divide H."
+    check_whole("P", P, 1, " of stripes")
     height = x.shape[-2]
-    if P < 1 or height % P: raise ValueError(f"P={P} stripes do not divide a map {height} high: choose a divisor of it")
+    if height % P: raise ValueError(f"P={P} stripes do not divide a map {height} high: choose a divisor of it")
     return x.unflatten(-2, (P, height // P)).mean((-2, -1)).transpose(-1, -2)
+
+_CALLED = dict(T=" of frames (frames=)", P=" of stripes (stripes=)", d=" (width=)")   # and what a recipe calls them
+
+def _check_sizes(**sizes) -> None:
+    "ValueError for a size below 1, by the name it was given by."
+    for name, value in sizes.items(): check_whole(name, value, 1, _CALLED.get(name, ""))
 
 # %% ../../nbs/6_video/01_denseil.ipynb #0f27a355
 class StepEmbedding(nn.Module):
@@ -36,6 +47,7 @@ class StepEmbedding(nn.Module):
         super().__init__()
         if kind not in ("absolute", "relative", None):
             raise ValueError(f"kind={kind!r}: choose absolute, relative or None")
+        _check_sizes(T=T, P=P, d=d, heads=heads)
         self.T, self.P, self.kind = T, P, kind
         if kind == "absolute":
             self.frame, self.stripe = nn.Parameter(torch.empty(T, 1, d)), nn.Parameter(torch.empty(P, d))
@@ -64,6 +76,8 @@ class Block(nn.Module):
                  reads: bool,      # whether it attends to a memory
                 ):
         super().__init__()
+        _check_sizes(d=d, heads=heads)
+        if d % heads: raise ValueError(f"d={d} (width=) is no multiple of heads={heads}")
         self.norm1, self.attention = nn.LayerNorm(d), nn.MultiheadAttention(d, heads, batch_first=True)
         if reads: self.norm2, self.memory = nn.LayerNorm(d), nn.MultiheadAttention(d, heads, batch_first=True)
         self.norm3, self.reads = nn.LayerNorm(d), reads
@@ -94,20 +108,29 @@ def default_taps(
 ) -> list[int]:           # indices for timm's `forward_intermediates`
     "The last four stages of a convolutional network, four equally deep blocks of a ViT."
     n = n_levels(encoder)
+    check_whole("levels", levels, 1)
     if n < levels: raise ValueError(f"{encoder.name} has {n} levels, {levels} are asked for: name taps=")
     if not _is_vit(encoder): return list(range(n - levels, n))
     return [(i + 1) * n // levels - 1 for i in range(levels)]
 
 def _is_vit(encoder) -> bool: return hasattr(encoder, "pos_embed") and hasattr(encoder, "blocks")
 
-def n_levels(encoder) -> int: return len(encoder.blocks if _is_vit(encoder) else encoder.feature_info)
+def n_levels(encoder) -> int:
+    "How many levels there are to tap. TypeError for a network that does not tell."
+    lacks = [name for name in ("name", "input", "forward_intermediates") if not hasattr(encoder, name)]
+    if not _is_vit(encoder) and not hasattr(encoder, "feature_info"): lacks.append("feature_info")
+    if not lacks: return len(encoder.blocks if _is_vit(encoder) else encoder.feature_info)
+    inside = "; give its .backbone" * hasattr(encoder, "backbone")
+    raise TypeError(f"encoder is a {type(encoder).__name__} without {', '.join(lacks)}: a network of create_backbone "
+                    f"or load_backbone is needed, which gives the maps of its levels{inside}")
 
 def tap(
     encoder: nn.Module,
     x: Tensor,             # (n, 3, h, w)
     taps: list[int],
 ) -> list[Tensor]:         # (n, C, H, W) each, from low to high
-    "Maps of the levels of a network."
+    "Maps of the levels of a network. TypeError for one that does not give them."
+    if not hasattr(encoder, "forward_intermediates"): n_levels(encoder)
     return encoder.forward_intermediates(x, indices=list(taps), intermediates_only=True)
 
 # %% ../../nbs/6_video/01_denseil.ipynb #7d8c4443
@@ -130,9 +153,10 @@ class DenseIL(nn.Module):
                  step: str | None = "absolute",   # kind of STEP-Emb
                 ):
         super().__init__()
-        _check_choices(variant, memory, d, heads)
+        _check_choices(variant, memory)
+        _check_sizes(T=T, P=P, d=d, blocks=blocks, heads=heads)
         self.encoder, self.variant, self.kind = encoder, variant, memory
-        self.taps = list(default_taps(encoder) if taps is None else taps)
+        self.taps = default_taps(encoder) if taps is None else _checked_taps(encoder, taps)
         self.embed_dim, self.T, self.P, self.name = d, T, P, f"denseil over {encoder.name}"
         self.input = replace(encoder.input, frames=T)
         widths = _widths(encoder, self.taps, P)
@@ -164,17 +188,21 @@ class DenseIL(nn.Module):
     def forward(self, clips: Tensor) -> Tensor: return self.decode(self.levels(clips))
 
 # %% ../../nbs/6_video/01_denseil.ipynb #c350e423
-def _check_choices(variant, memory, d, heads):
+def _check_choices(variant, memory):
     for name, value, known in (("variant", variant, VARIANTS), ("memory", memory, MEMORIES)):
         if value not in known: raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
-    if d % heads: raise ValueError(f"d={d} (width=) is no multiple of heads={heads}")
+
+def _checked_taps(encoder, taps) -> list[int]:
+    n, listed = n_levels(encoder), isinstance(taps, (list, tuple, range)) and len(taps) > 0
+    is_whole = listed and all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in taps)
+    if not is_whole or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= n:
+        raise ValueError(f"taps={taps!r}: name levels of {encoder.name} from low to high, each once, of 0 to {n - 1}, "
+                         "in a list")
+    return [int(t) for t in taps]
 
 @torch.no_grad()
 def _widths(encoder, taps, P) -> list[int]:
-    "Channels of the levels; their numbers and heights are held against what there is."
-    n = n_levels(encoder)
-    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= n:
-        raise ValueError(f"taps={taps}: name levels of {encoder.name} from low to high, each once, of 0 to {n - 1}")
+    "Channels of the levels; their heights are held against the stripes."
     spec, was_training = encoder.input, encoder.training
     device = next(encoder.parameters()).device
     maps = tap(encoder.eval(), torch.zeros(1, 3, spec.height, spec.width, device=device), taps)
@@ -189,6 +217,7 @@ def _widths(encoder, taps, P) -> list[int]:
 @patch
 def levels(self: DenseIL, clips: Tensor) -> list[Tensor]:   # (n, T, 3, h, w) -> (n, T, P, d) each, from low to high
     "Stripes of every level, in one width, with their place: the tokens."
+    check_kind(clips, self.input)
     n, T = clips.shape[:2]
     if T != self.T:
         raise ValueError(f"clips of {T} frames, and the model was made for T={self.T}: its table of positions has no "

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from ..core.settings import check_whole
+
 # %% ../../nbs/6_video/03_resampler.ipynb #33ae972a
 class _Layer(nn.Module):
     "The latents look at tokens and at themselves, then think."
@@ -46,9 +48,8 @@ class Resampler(nn.Module):
     ):
         super().__init__()
         sizes = dict(dim=dim, latents=latents, depth=depth, heads=heads, dim_head=dim_head)
-        bad = next((name for name, value in sizes.items() if value < 1), "frames" if frames < 0 else None)
-        if bad: raise ValueError(f"{bad}={(sizes | dict(frames=frames))[bad]}: a resampler needs "
-                                 f"{'0 or more' if bad == 'frames' else 'at least 1'}")
+        for name, value in sizes.items(): check_whole(name, value, 1)
+        check_whole("frames", frames)
         self.sizes, self.dim, self.frames = sizes | dict(frames=frames), dim, frames
         self.latents = nn.Parameter(torch.randn(latents, dim))
         self.frame = nn.Parameter(torch.randn(frames, 1, dim)) if frames else None
@@ -56,6 +57,8 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 4:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: (n, T, m, D) are needed, a frame's m on an axis")
         n, T, _, D = tokens.shape
         if D != self.dim:
             raise ValueError(f"tokens of width {D} for a resampler of width {self.dim}: it belongs to another network")

@@ -9,7 +9,7 @@ from cion_nb.companion.score import score
 from cion_nb.core.samples import read_samples, write_samples
 from cion_nb.core.settings import recipe
 from cion_nb.data.check import check
-from cion_nb.data.datasets import data_sets, read_data, reader_of, READERS
+from cion_nb.data.datasets import data_sets, read_by_pattern, read_data, reader_of, READERS
 from cion_nb.data.facts import DatasetFacts, DATASETS
 from cion_nb.models.backbones import create_backbone, save_backbone
 
@@ -133,6 +133,12 @@ def test_an_unknown_name_is_told_the_nearest(tmp_path):
         read_data(dict(data="campsu", data_root=str(tmp_path)), "train")
     with pytest.raises(ValueError, match="did you mean 'market1501'"): reader_of("market151")
     with pytest.raises(ValueError, match="'world' is not known"): reader_of("world")      # facts, but no pattern
+
+
+@pytest.mark.parametrize("name", ["campsu", "mars"])
+def test_a_name_without_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"data set '{name}' has no entry with a pattern"):
+        read_by_pattern(name, tmp_path)
 
 
 def test_a_reader_of_its_own_goes_before_a_pattern(monkeypatch):

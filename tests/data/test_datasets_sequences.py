@@ -163,9 +163,19 @@ def test_prid_is_its_splits_people(tmp_path, root):
     ([dict(train=["person_0001"])], ValueError, "split 0: expected train and test, each a list"),
     ([dict(train=[1], test=[2])], ValueError, "each a list of folders"),
     (["train"], ValueError, "split 0: expected train"),
+    ([dict(train=[], test=[])], ValueError, "each a list of folders"),
     (dict(train=[], test=[]), ValueError, "expected a list of splits")])
 def test_faults_of_prids_splits_are_named(tmp_path, splits, kind, words):
     with pytest.raises(kind, match=words): quiet(read_prid2011, prid(tmp_path, splits))
+
+
+def test_a_list_without_splits_is_told_so(tmp_path):
+    home = prid(tmp_path / "a")
+    (home / "splits_prid2011.json").write_text("[]")
+    with pytest.raises(ValueError, match="splits_prid2011.json lists no splits: take the one"): read_prid2011(home)
+    for shape in ((0, 6), (0, 0)):
+        home = ilids(tmp_path / f"b{shape[1]}", places=np.zeros(shape))
+        with pytest.raises(ValueError, match=f"{NAME} lists no splits"): read_ilids_vid(home)
 
 
 def test_prid_without_its_splits(tmp_path):

@@ -8,7 +8,7 @@ from examples import quiet
 
 from cion_nb.core.samples import make_samples, read_samples, write_samples
 from cion_nb.data.check import check
-from cion_nb.data.datasets import data_sets
+from cion_nb.data.datasets import data_sets, READERS
 from cion_nb.data.facts import DATASETS, facts_of
 from cion_nb.retrieval.evaluate import Answers, evaluate
 from cion_nb.retrieval.protocols import ranked, sides, tracklet_rows
@@ -113,6 +113,32 @@ def test_one_side_alone_is_refused(split, words):
             sides(table, data)
     without = pd.DataFrame(dict(path=["a"]))
     with pytest.raises(ValueError, match="the table has no column split, but path"): sides(without)
+
+
+def test_a_misspelt_name_is_refused(mars):
+    "It would be no data set's name: MARS's queries would not join the gallery, and the score would be another one."
+    nameless, x = mars.copy(), np.ones((len(mars), 2), np.float32)
+    nameless.attrs = {}
+    for name in ("mras", "Mars", "foo", "viper_12", "mars.csv", ""):
+        said = f"data set '{name}' is not known"
+        with pytest.raises(ValueError, match=said): sides(nameless, name)
+        for tracklets in (None, False):
+            with pytest.raises(ValueError, match=said): ranked(x, nameless, name, tracklets)
+    with pytest.raises(ValueError, match="did you mean 'mars'.*Known: market1501, .*world_clips"): sides(mars, "mras")
+    for data in (5, ["mars"]):
+        with pytest.raises(TypeError, match="give a data set's name, a samples .parquet"): sides(mars, data)
+
+
+@pytest.mark.parametrize("name", [*data_sets(), *DATASETS])
+def test_every_name_that_is_known_is_taken(name):
+    table = make_samples(list("ab"), 1, [1, 2], tracklet=[0, 1], split=["query", "gallery"])
+    assert len(sides(table, name)[0]) == 1 and len(ranked(np.eye(2, dtype=np.float32), table, name)[1]) == 2
+
+
+def test_a_reader_of_ones_own_is_known_by_its_name_and_without_its_split(mars, monkeypatch):
+    for k in (0, 1): monkeypatch.setitem(READERS, f"campus_{k}", lambda root: mars)
+    assert {len(sides(mars, name)[1]) for name in ("campus_0", "campus_1", "campus")} == {11_310}
+    with pytest.raises(ValueError, match="'campus_2' is not known; did you mean 'campus_"): sides(mars, "campus_2")
 
 
 @pytest.mark.slow("two products of 1,980 by 11,310 by 512")

@@ -279,7 +279,8 @@ REFUSED = [
     (dict(parts=None), "name a folder of write_parts in parts"),
     (dict(backbone="resnet10_tiny_ibn"), "is no ViT and has no tokens.*lambda_lse=0"),
     (only(), "every lambda is 0"), (dict(clip_batch=17), "clip_batch=17, and there are 16 tracklets"),
-    (dict(clip_batch=3, clip_n_id=2), "batch_size 3"), (dict(frames=3, image_size=[64, 30]), "multiples of 8"),
+    (dict(clip_batch=3, clip_n_id=2), "clip_batch 3 .* 3 clips .* not a multiple of clip_n_id=2"),
+    (dict(frames=3, image_size=[64, 30]), "multiples of 8"),
     (dict(method="vils"), "did you mean 'vills'"), (dict(lambda_temp=-1.), "must not be negative"),
     (dict(weights="nowhere.safetensors"), "nowhere.safetensors")]
 

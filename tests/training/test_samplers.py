@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from cion_nb.training import samplers
-from cion_nb.training.samplers import id_curriculum, IdentitySampler, PKSampler, spread_groups
+from cion_nb.training.samplers import ClusterSampler, id_curriculum, IdentitySampler, PKSampler, spread_groups
 
 torch.set_num_threads(1)
 
@@ -195,15 +195,27 @@ def test_one_image_an_identity_is_uniform_over_images():
     (dict(batch_size=50), "not a multiple of n_id=4"), (dict(world_size=5), "over 5 ranks is 9.6"),
     (dict(labels=np.zeros((4, 4), int)), r"\(4, 4\)"),
     (dict(labels=np.zeros(100)), "float64"), (dict(rank=2), "rank 2 of 1"),
-    (dict(camids=np.zeros(3)), "one value a label"), (dict(n_id=0), "at least 1"),
+    (dict(camids=np.zeros(3)), "one value a label"), (dict(n_id=0), "n_id must be .*got 0"),
+    (dict(n_id=4.), "n_id must be .*4.0"), (dict(batch_size="48"), "batch_size must be .*'48'"),
+    (dict(labels=np.array(list("ab"))), "labels must be .*; pandas.factorize numbers names"),
     (dict(batch_size=32, curriculum=(2, 4, 6, 8)), "not a multiple of n_id=6; use a multiple of 24 "),
     (dict(batch_size=72, curriculum=(2, 4, 6, 8), world_size=2), "n_id=8; use a multiple of 48 "),
-    (dict(curriculum=(0, 2)), "n_id=0: both at least 1"),
+    (dict(curriculum=(0, 2)), "n_id must be a whole number, 1 or more, got 0"),
     (dict(labels=np.arange(100) // 50, batch_size=96, curriculum=[32]), "needs 3 groups of 32, the labels give 2"),
     (dict(labels=np.full(100, -1)), "smaller batch_size"), (dict(batch_size=4800), "the labels give 25")])
 def test_wrong_sampler_settings(change, says):
     with pytest.raises(ValueError, match=says):
         IdentitySampler(**(dict(labels=np.arange(100) // 4, batch_size=48, n_id=4) | change))
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(k=0), "^k must be a whole number, 1 or more, got 0"), (dict(batch_size=0), "^batch_size must .*got 0"),
+    (dict(k=5), "multiple of k=5"), (dict(labels=np.array(list("abcd"))), "labels must be .*factorize")])
+def test_other_samplers_name_the_arguments_they_have(change, says):
+    given = dict(labels=np.arange(100) // 4, batch_size=48, k=4) | change
+    with pytest.raises(ValueError, match=says): PKSampler(**given)
+    with pytest.raises(ValueError, match=says): ClusterSampler(camids=np.zeros(len(given["labels"]), int), **given)
+    with pytest.raises(ValueError, match="camids .*one value a label"): ClusterSampler([0, 0, 1], [1], 2, 2)
 
 
 def test_pk_sampler_repeats_what_is_short():

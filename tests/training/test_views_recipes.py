@@ -261,6 +261,10 @@ def test_train_transform_is_resize_flip_pad_crop():
     with pytest.raises(ValueError, match="mode 'rand'"): erase_(z, boxes, seeds, "rand")
     with pytest.raises(ValueError, match="chances"): TrainTransform(flip=2)
     with pytest.raises(ValueError, match="pad"): TrainTransform(pad=-1)
+    with pytest.raises(ValueError, match="size=64: two numbers"): TrainTransform(64)
+    with pytest.raises(ValueError, match="height must be .* of pixels.* got 0"): TrainTransform((0, 1))
+    with pytest.raises(ValueError, match="interpolation='area'"): TrainTransform(interpolation="area")
+    with pytest.raises(ValueError, match="interpolation='area'"): resize(images, (8, 4), "area")
     with pytest.raises(ValueError, match="sample numbers"): TrainTransform((64, 32))(images, [0])
 
 

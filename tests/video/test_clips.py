@@ -65,10 +65,27 @@ def test_many_tracklets_are_as_one_by_one(counts, T, seed):
 
 @pytest.mark.parametrize("call, says", [
     (dict(n_frames=0, T=8), "without frames"), (dict(n_frames=[3, 0], T=8), "without frames"),
-    (dict(n_frames=5, T=0), "T=0"), (dict(n_frames=5, T=2, chunks="half"), "equal, ceil"),
-    (dict(n_frames=5, T=2, u=[.5, 1.]), "in .0, 1.")])
+    (dict(n_frames=5, T=0), "T must be .*, got 0"), (dict(n_frames=5, T=2, chunks="half"), "equal, ceil"),
+    (dict(n_frames=5, T=2, u=[.5, 1.]), "in .0, 1."), (dict(n_frames=5, T=2, u=["a", "b"]), "in .0, 1."),
+    (dict(n_frames=5, T=2, u=[.5] * 3), r"shape \(3,\): T=2 numbers .*, \(2,\)"),
+    (dict(n_frames=[5, 6, 7], T=2, u=np.zeros((2, 2))), r"shape \(2, 2\).*\(3, 2\)"),
+    (dict(n_frames=2.5, T=2), "n_frames=2.5: whole numbers"), (dict(n_frames="5", T=2), "n_frames='5': whole numbers"),
+    (dict(n_frames=[5, 2.5], T=2), "whole numbers"), (dict(n_frames=5, T=2.), "T must be .*, got 2.0")])
 def test_what_cannot_be_sampled(call, says):
     with pytest.raises(ValueError, match=says): restricted_random(**call)
+
+
+@pytest.mark.parametrize("F", range(1, 40))
+def test_chunks_are_a_partition_where_the_docstring_says(F):
+    for T in range(1, 18):
+        for chunks, holds in (("equal", F >= T), ("ceil", F % T == 0)):
+            parts = [chunk(F, T, i, chunks) for i in range(T)]
+            assert (sum(parts, []) == list(range(F))) == holds, (T, chunks)
+        if F < T:
+            shown = np.bincount(restricted_random(F, T))
+            assert shown.max() - shown.min() <= 1, "each about as often"
+            assert np.bincount(restricted_random(F, T, chunks="ceil")).tolist() == [1] * (F - 1) + [T - F + 1]
+    assert np.bincount(restricted_random(9, 8, np.full(8, .3), "ceil"))[8] == 4, "half of a clip is one frame"
 
 
 # ── tables ──
@@ -128,7 +145,21 @@ def test_clips_of_one_frame_and_of_many(crops):
     assert np.array_equal(drawn[7, 1], clips.rows([3], 7)[0]), "whoever else is in the batch"
     assert not np.array_equal(*clips.rows([3, 3], 7)), "a repeated tracklet shows other frames"
     with pytest.raises(ValueError, match="no tracklet"): Clips(samples[:0], root)
-    with pytest.raises(ValueError, match="T=0"): Clips(samples, root, n_frames=0)
+    for n_frames in (0, 2.5, "4"):
+        with pytest.raises(ValueError, match="n_frames must be a whole number"): Clips(samples, root, n_frames=n_frames)
+    for tracklets in ([4], [0, -1]):
+        with pytest.raises(ValueError, match=rf"no tracklet {tracklets[-1]}: .* 0 to 3"): clips.rows(tracklets)
+    with pytest.raises(ValueError, match="tracklets must be .* whole numbers.*float64"): clips.rows([1.5])
+    assert clips.load([]) == []
+
+
+def test_an_image_that_a_tracklet_has_twice_is_told(crops):
+    root, samples = crops
+    doubled = samples.loc[samples.index.repeat(1 + samples.path.isin(["1_00.png", "3_04.png"]))]
+    said = warned(Clips, doubled, root, n_frames=2)[1]
+    assert len(said) == 1 and "2 rows repeat an image of the same tracklet" in said[0]
+    assert "tracklet 10, 1_00.png" in said[0] and "drop_duplicates" in said[0]
+    assert not warned(Clips, doubled.drop_duplicates(["tracklet", "path"]), root, n_frames=2)[1]
 
 
 def test_unreadable_frames_of_a_clip(crops, tmp_path):
@@ -201,7 +232,9 @@ def test_the_erased_region_is_one_and_flips_differ(fill):
 
 @pytest.mark.parametrize("change, says", [
     (dict(flip="clip"), "frame, sequence"), (dict(erase=1.5), "chances"), (dict(chance=-1), "chances"),
-    (dict(rule="mine"), "zhong, timm")])
+    (dict(rule="mine"), "zhong, timm"), (dict(interpolation="nearest"), "interpolation='nearest': use .*bicubic"),
+    (dict(size=64), r"size=64: two numbers are needed, .height, width."), (dict(size=(8, 4, 3)), "two numbers"),
+    (dict(size=(0, 1)), "size: height must be .* of pixels.* got 0"), (dict(size=(8, 4.)), "width must be .*4.0")])
 def test_bad_transforms(change, says):
     with pytest.raises(ValueError, match=says): ClipTransform(**change)
 
@@ -209,10 +242,17 @@ def test_bad_transforms(change, says):
 def test_bad_batches():
     image = picture(20, 10, 0)
     with pytest.raises(ValueError, match="different numbers of frames"): ClipTransform()([[image], [image] * 2], [0, 1])
-    with pytest.raises(ValueError, match="1 images but 2 sample numbers"): ClipTransform()([[image]], [0, 1])
+    with pytest.raises(ValueError, match="1 clips but 2 tracklet numbers"): ClipTransform()([[image]], [0, 1])
+    for images in ([image, image], torch.stack([image, image])):
+        with pytest.raises(ValueError, match="images are given, and clips are needed"): ClipTransform()(images, [0, 1])
+    with pytest.raises(ValueError, match="a batch without clips"): ClipTransform()([], [])
+    with pytest.raises(ValueError, match="a clip without frames"): ClipTransform()([[]], [0])
     with pytest.raises(ValueError, match="float32"): ClipTransform()([[image.float()]], [0])
     x, boxes, noise = ClipTransform((8, 4))([[image]], [0])
     with pytest.raises(ValueError, match="fill='white'"): clip_input(x, boxes, noise, InputSpec(8, 4), "white")
+    for pixels, found in ((x[0], r"uint8 of shape \(1, 3, 8, 4\)"), (x.float(), "float32")):
+        with pytest.raises(ValueError, match=f"{found}.*ClipTransform gives"):
+            clip_input(pixels, boxes, noise, InputSpec(8, 4))
 
 
 class Loads:
@@ -269,10 +309,18 @@ def test_people_with_one_tracklet_repeat_it_and_are_told(crops):
     assert sorted(sits_out.plan(0)[0]) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("labels, tracklets, says", [
-    ([0, 1], [3, 3], "tracklet 3 has two labels"), ([0, 1], [3], "one each"), ([0, 1], [0, 1], "smaller batch_size")])
-def test_bad_samplers(labels, tracklets, says):
-    with pytest.raises(ValueError, match=says): TrackletSampler(labels, tracklets, batch_size=8, k=2)
+@pytest.mark.parametrize("change, says", [
+    (dict(tracklets=[3, 3]), "tracklet 3 has two labels"), (dict(tracklets=[3]), "one each"),
+    (dict(), "8 tracklets needs 4 groups of 2, the labels give 2: use a smaller batch_size"),
+    (dict(tracklets=["a", "b"]), "tracklets must be .* whole numbers.*factorize"),
+    (dict(labels=["a", "b"]), "labels must be .*factorize"),
+    (dict(tracklets=[0., 1.]), "tracklets must be .*float64"), (dict(camids=[1]), r"camids need one value .*\(1,\)"),
+    (dict(k=0), "^k must be a whole number, 1 or more, got 0"), (dict(k=2.), "^k must be .*2.0"),
+    (dict(batch_size=0), "^batch_size must be .*got 0"), (dict(batch_size="8"), "^batch_size must be .*'8'"),
+    (dict(batch_size=7), "7 tracklets at a time, not a multiple of k=2; use a multiple of 2$")])
+def test_bad_samplers(change, says):
+    with pytest.raises(ValueError, match=says):
+        TrackletSampler(**dict(labels=[0, 1], tracklets=[0, 1], batch_size=8, k=2) | change)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
@@ -291,6 +339,9 @@ def test_pieces_of_time_partition_their_tracklets(parts):
         want = [(i + 1) * n // parts - i * n // parts for i in range(parts)]
         assert np.bincount(rows.part, minlength=parts).tolist() == want
     assert cut.groupby("tracklet").pid.nunique().eq(1).all()
+    for bad in (0, 1.5):
+        said = f"parts must be a whole number of pieces.*{bad}"
+        with pytest.raises(ValueError, match=said): cut_in_time(samples, bad)
 
 
 def test_a_half_belongs_to_whom_most_of_it_shows():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from examples import ClipReader, Mean, SPEC, WALKS, walks
+from examples import ClipReader, Mean, SPEC, WALKS, walks, warned
 from places import TESTS
 from torch import nn
 
@@ -19,9 +19,12 @@ from cion_nb.core.samples import make_samples
 from cion_nb.core.store import Features
 from cion_nb.models import features as room
 from cion_nb.models.architectures import InputSpec
+from cion_nb.models.backbones import create_backbone
 from cion_nb.models.features import embed, extract, normalise, OnnxModel, to_pixels
 from cion_nb.models.leaving import export_onnx
-from cion_nb.video.clips import extract_clips, restricted_random, TemporalMean, tracklet_table
+from cion_nb.training.finetune import BNNeck
+from cion_nb.training.mgn import MGN
+from cion_nb.video.clips import extract_clips, FrameByFrame, restricted_random, TemporalMean, tracklet_table
 
 torch.set_num_threads(1)
 
@@ -211,7 +214,10 @@ def test_bad_calls(street, tmp_path):
     for change, error, says in [
             (dict(sampling="some"), ValueError, "chunks, all"), (dict(chunks="half"), ValueError, "equal, ceil"),
             (dict(n_frames=8), ValueError, "n_frames=8, but this model takes clips of 4"),
-            (dict(model=Mean(), n_frames=-1), ValueError, "frames=-1"), (dict(batch_size=0), ValueError, "batch_size"),
+            (dict(batch_size=0), ValueError, "batch_size"), (dict(model=Mean(), n_frames=2.5), ValueError, "2.5"),
+            (dict(model=Mean(), n_frames=-1), ValueError, "n_frames must be .*or None for the model's.*got -1"),
+            (dict(model=Mean(), n_frames=0), ValueError, "n_frames must .*got 0"),
+            (dict(n_frames=0), ValueError, "n_frames must .*got 0"),
             (dict(precision="int8"), ValueError, "precision"), (dict(model="resnet18"), TypeError, "is a name"),
             (dict(samples=samples.assign(tracklet=-1)), ValueError, "no tracklet"),
             (dict(samples=samples.assign(tracklet=1)), ValueError, "tracklet 1 has 4 values of pid")]:
@@ -220,8 +226,34 @@ def test_bad_calls(street, tmp_path):
     with pytest.raises(TypeError, match="extract_clips gives a row a tracklet"):
         extract(samples, root, ClipReader(), tmp_path / "s")
     with pytest.raises(ValueError, match="takes clips already, of 4"): TemporalMean(ClipReader())
-    empty = extract_clips(make_samples([]), root, ClipReader(), tmp_path / "e")
-    assert len(empty) == 0 and empty.x.shape == (0, 6)
+    for n_frames in (0, "4"):
+        with pytest.raises(ValueError, match="n_frames must be"): TemporalMean(Mean(), n_frames)
+    with pytest.raises(TypeError, match="Linear does not say what it takes"): TemporalMean(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Mean is no model of clips: use it as it is"): FrameByFrame(Mean())
+    for model in (ClipReader(), Mean()):
+        empty = extract_clips(make_samples([]), root, model, tmp_path / type(model).__name__)
+        assert len(empty) == 0 and empty.x.shape == (0, 6)
+    doubled = pd.concat([samples[:6], samples[3:6]]).sort_values("frame", kind="stable")
+    said = warned(extract_clips, doubled, root, Mean(), tmp_path / "doubled", sampling="all")[1]
+    assert len(said) == 1 and "3 rows repeat an image of the same tracklet" in said[0]
+
+
+def test_images_and_clips_are_not_taken_for_one_another():
+    image = create_backbone("resnet10_tiny_ibn", (64, 32)).eval()
+    mean, images, clips = TemporalMean(image, 2), torch.zeros(2, 3, 64, 32), torch.zeros(2, 2, 3, 64, 32)
+    for model, given, says in [
+            (image, clips, r"\(2, 2, 3, 64, 32\) is clips, and this model takes images .*; TemporalMean.model. takes"),
+            (BNNeck(image, 3).eval(), clips, "is clips, and this model takes images"),
+            (FrameByFrame(mean), clips, "is clips, and this model takes images"),
+            (MGN(create_backbone("resnet18", (96, 48)), 3, 8).eval(), clips, "is clips"),
+            (mean, images, r"\(2, 3, 64, 32\) is images, and this model takes clips .n, T, 3, height, width.$"),
+            (mean, images[0], "without a batch axis"), (image, images[0, 0], "neither images nor clips")]:
+        with pytest.raises(ValueError, match=says): model(given)
+    array = np.zeros((64, 32, 3), np.uint8)
+    said = "takes single images, not clips .3 images in a list."
+    with pytest.raises(TypeError, match=said): embed(image, [[array] * 3])
+    with pytest.raises(TypeError, match="takes clips of 2 images, not one ndarray"): embed(mean, [array])
+    assert embed(mean, [np.stack([array] * 2)]).shape == (1, image.embed_dim), "an array of frames is a clip"
 
 
 class ByCamera(Mean):

@@ -1,11 +1,13 @@
 """DenseIL against PyTorch's own layers and plain versions: stripes, positions, memories, what moves what."""
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 from cion_nb.models.architectures import ARCHITECTURES, count_gflops
 from cion_nb.models.backbones import create_backbone
+from cion_nb.training.finetune import BNNeck
 from cion_nb.video.denseil import Block, default_taps, DenseIL, MEMORIES, ppool, StepEmbedding, tap, VARIANTS
 
 D, HEADS, T, P = 32, 4, 3, 2
@@ -34,6 +36,9 @@ def test_stripes_partition_a_map(shape, stripes):
         said = f"P={stripes} stripes do not divide a map {shape[0]} high"
         with pytest.raises(ValueError, match=said): ppool(x, stripes)
         return
+    for bad in (0, float(stripes), True):
+        said = f"P must be a whole number of stripes, 1 or more, got {bad}"
+        with pytest.raises(ValueError, match=said): ppool(x, bad)
     found, rows = ppool(x, stripes), shape[0] // stripes
     for p in range(stripes):
         torch.testing.assert_close(found[:, :, p], x[..., p * rows:(p + 1) * rows, :].mean((-2, -1)))
@@ -201,14 +206,45 @@ def test_every_family_has_levels(name):
 @pytest.mark.parametrize("changes, said", [
     (dict(variant="sparse"), "variant='sparse': choose one of dense"), (dict(memory="none"), "memory='none'"),
     (dict(step="learned"), "kind='learned'"), (dict(d=30), "d=30 .width=. is no multiple of heads=4"),
-    (dict(P=3), "P=3 stripes do not divide level 1 of resnet10_tiny_ibn, which is 16 high for 64x32")])
+    (dict(P=3), "P=3 stripes do not divide level 1 of resnet10_tiny_ibn, which is 16 high for 64x32"),
+    (dict(P=0), "P must be a whole number of stripes .stripes=., 1 or more, got 0"),
+    (dict(P=2.), "P must be .*got 2.0"),
+    (dict(T=0), "T must be .* of frames .frames=.*got 0"), (dict(d=0), "d must be .*width.*got 0"),
+    (dict(heads=0), "heads must be .*got 0"), (dict(blocks=0), "blocks must be .*got 0"),
+    *((dict(taps=taps), "taps=.*: name levels of resnet10_tiny_ibn .*of 0 to 4, in a list")
+      for taps in (2, [], [9], [-1, 2], [2, 1], [1, 1], [1.5], [True], "12"))])
 def test_what_cannot_be_built_is_refused(encoder, changes, said):
     with pytest.raises(ValueError, match=said): made(encoder, **changes)
+
+
+@pytest.mark.parametrize("network, said", [
+    (nn.Linear(3, 3), "Linear without name, input, forward_intermediates, feature_info: a network of create_backbone"),
+    (timm.create_model("resnet18"), "ResNet without name, input:"), ("resnet18", "a str without name")])
+def test_a_network_whose_levels_nobody_knows_is_refused(network, said):
+    for taps in (None, [1]):
+        with pytest.raises(TypeError, match=said): DenseIL(network, taps=taps)
+    if not hasattr(network, "forward_intermediates"):
+        with pytest.raises(TypeError, match=said): tap(network, torch.zeros(1, 3, 8, 8), [0])
+
+
+def test_what_wraps_a_network_is_told_from_it(encoder):
+    with pytest.raises(TypeError, match="BNNeck without .*; give its .backbone"): DenseIL(BNNeck(encoder, 2))
+    assert made(BNNeck(encoder, 2).backbone)(clips()).shape == (2, D)
+
+
+def test_the_parts_refuse_what_the_whole_does():
+    with pytest.raises(ValueError, match="T must be"): StepEmbedding(0, P, D)
+    with pytest.raises(ValueError, match="d=30 .width=. is no multiple of heads=4"): Block(30, 4, reads=True)
+    with pytest.raises(ValueError, match="heads must be .*got 0"): Block(D, 0, reads=True)
+    with pytest.raises(ValueError, match="levels must be .*got 0"):
+        default_taps(create_backbone("resnet10_tiny", (64, 32)), 0)
 
 
 def test_clips_of_another_length_are_refused_with_both_numbers(encoder):
     with pytest.raises(ValueError, match="clips of 5 frames, and the model was made for T=3"):
         made(encoder)(torch.zeros(1, 5, 3, 64, 32))
+    with pytest.raises(ValueError, match=r"\(2, 3, 64, 32\) is images, and this model takes clips"):
+        made(encoder)(torch.zeros(2, 3, 64, 32))
 
 
 def test_relative_biases_are_one_a_difference():

@@ -61,7 +61,9 @@ def test_parameters_by_the_formula():
 @pytest.mark.parametrize("make, word", [
     (lambda: Resampler(24)(torch.zeros(1, 9, 2, 24)), "9 frames, and the resampler has vectors for 8"),
     (lambda: Resampler(24)(torch.zeros(1, 2, 2, 12)), "width 12 for a resampler of width 24"),
-    (lambda: Resampler(24, latents=0), "latents=0"), (lambda: Resampler(24, depth=0), "depth=0"),
-    (lambda: Resampler(24, frames=-1), "frames=-1")])
+    (lambda: Resampler(24)(torch.zeros(1, 2, 24)), r"tokens of shape \(1, 2, 24\): .n, T, m, D. are needed"),
+    (lambda: Resampler(24, latents=0), "latents must be .*got 0"), (lambda: Resampler("24"), "dim must be .*'24'"),
+    (lambda: Resampler(24, depth=1.5), "depth must be .*1.5"), (lambda: Resampler(24, heads=0), "heads must .*got 0"),
+    (lambda: Resampler(24, frames=-1), "frames must be .*0 or more, got -1")])
 def test_what_it_refuses(make, word):
     with pytest.raises(ValueError, match=word): make()
