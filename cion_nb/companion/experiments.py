@@ -20,6 +20,8 @@ from .arms import ARMS, BUDGETS, Claim, CLAIMS, searched, SHARES, street_world, 
 from cion_nb.companion.choices import (
     climb,
     climb_dino,
+    dino_learned_at,
+    DINO_RUNGS,
     learned_at,
     MOST_SECONDS,
     search_finetuning,
@@ -227,12 +229,22 @@ def costs(
         left = {world: missing(claim, profile, world, folder) for world in range(1, claim.worlds + 1)}
         runs = {run_name(r) for arms in left.values() for r in arms.values() if r["stage"] in TRAININGS} - counted
         counted |= runs
-        is_known = all(map(is_prepared, claim.networks))       # else there is a search before
+        is_known = not _waits(claim, profile)       # else there is a search before
         to_do = sum(map(bool, left.values())) if is_known else claim.worlds
         rows.append(dict(claim=claim.name, worlds=claim.worlds, to_do=to_do,
                          trainings=len(runs) if is_known else np.nan,
                          minutes=sum(pace.get(run.split("-")[0], np.nan) for run in runs) if is_known else np.nan))
     return pd.DataFrame(rows).set_index("claim")
+
+def _waits(claim: Claim, profile: str) -> bool:
+    "Whether something is still to be chosen for a claim's arms: a network's settings, a loss's rate, VILLS's budget."
+    if claim.networks: return not all(map(is_prepared, claim.networks))
+    return not _is_lost(claim) and any(asked_of(arm, profile, 1) is None for arm in claim.arms)
+
+def _is_lost(claim: Claim) -> bool:
+    "Whether DINO, which VILLS builds on, was seen not to learn."
+    try: return claim.of == "VILLS" and dino_learned_at() is None
+    except LookupError: return False
 
 def named(text: str | None) -> list[str] | None:
     "Claims as a page's parameter names them: commas between, or spaces where no name has one; None: all."
@@ -388,6 +400,7 @@ def _void(claim: Claim, comparison: str, results: pd.DataFrame) -> str:
 
 def _given_up(claim: Claim, comparison: str) -> str:
     "Of a comparison whose network was given up."
+    if _is_lost(claim): return f"DINO does not lead at {DINO_RUNGS[-1]:,} presentations"
     for better, worse in claim.comparisons:
         if ARMS[better].presentations or claim.said(better, worse) != comparison: continue
         try: lost = bool(ARMS[better].backbone) and learned_at(ARMS[better].backbone) is None

@@ -38,10 +38,10 @@ def arms_table(
     "What became of each arm of a claim."
     results = of_today(read_results(profile, folder), profile)
     shown = {"mAP": ("mAP", 100, 1), "rank-1": ("rank1", 100, 1), "mAP, near": ("mAP_near", 100, 1),
-             "AP50": ("AP50", 100, 1), "own camera": ("own_camera", 1, 1),
+             "AP50": ("AP50", 100, 1), "attention on the part": ("mass", 100, 1), "own camera": ("own_camera", 1, 1),
              "rank of features": ("feature_rank", 1, 1), "F1 of identities": ("label_f1", 100, 1)}
     if claim.score == "seconds": shown = {"presentations": ("presentations", 1, 0), "seconds": ("seconds", 1, 1)}
-    main = next(iter(shown)) if claim.score != "seconds" else "seconds"
+    main = next(name for name, (key, *_) in shown.items() if key in (claim.column, "seconds"))
     def line(part):
         told = {name: f"{scale * part[key].mean():.{digits}f}" for name, (key, scale, digits) in shown.items()
                 if part[key].notna().any()}
@@ -74,6 +74,7 @@ def plot_arms(
     some = {arm: "" if k == len(table) else f" ({k} of {len(table)} worlds)" for arm, k in n.items()}
     ax.set_yticks(at, [claim.label(arm) + some[arm] for arm in claim.arms], fontsize=10)
     what = "mAP of frozen features" if claim.score == "frozen" else f"mAP, {claim.score}"
+    if claim.column == "mass": what = claim.score
     ax.set_xlabel(f"{what}, on held-out people, per cent", fontsize=9)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
