@@ -293,7 +293,7 @@ def climb_dino(profile: str = "small", folder: Path = None, jobs: int = None) ->
         for world in range(1, DINO_WORLDS + 1):
             settings = json.dumps(dict(world=world))
             if settings not in done: add_trial(_dino_trial(profile, world, rung, settings, jobs), folder)
-        if rung and dino_learned_at(folder): break
+        if rung and _leads(folder).loc[str(rung), "verdict"] == "holds": break
     return dino_learned_at(folder)
 
 def _dino() -> str: return recipe("vills", "small")["backbone"]
@@ -316,11 +316,14 @@ def dino_ladder(folder: Path = None) -> pd.DataFrame:   # a row a world, a colum
     scores = table.assign(world=world, mAP=table["mAP"].astype(float), rung=table["presentations"].astype(int))
     return scores.pivot(index="world", columns="rung", values="mAP")
 
-def dino_learned_at(folder: Path = None) -> int | None:   # presentations; None: at no rung
-    "The first rung at which DINO's lead over the untrained network holds. LookupError while worlds are missing."
+def _leads(folder: Path = None) -> pd.DataFrame:   # a row a rung, as `decide` has it
     table = dino_ladder(folder).reindex(columns=(0, *DINO_RUNGS))
     leads = {str(rung): (100 * (table[rung] - table[0])).dropna().tolist() for rung in DINO_RUNGS}
-    told = decide(leads, DINO_WORLDS)
+    return decide(leads, DINO_WORLDS)
+
+def dino_learned_at(folder: Path = None) -> int | None:   # presentations; None: at no rung
+    "The first rung at which DINO's lead over the untrained network holds. LookupError while worlds are missing."
+    told = _leads(folder)
     for rung in DINO_RUNGS:
         if told.loc[str(rung), "n"] < DINO_WORLDS:
             raise LookupError(f"the ladder of VILLS at {rung:,} presentations: {told.loc[str(rung), 'verdict']}")

@@ -286,9 +286,10 @@ def _compute_world(claim, world, profile, folder, jobs) -> None:
     make_runs(_needed(asked), f"{claim.name}, world {world}", 1 if is_timed else jobs)
     rows = [measure(arm, world, made) for arm, made in asked.items()]
     write_results(profile, rows, {run_name(made): made for made in asked.values()}, folder)
-    said = ", ".join(f"{row['arm']} {row['seconds']:.0f} s" if is_timed else f"{row['arm']} {100 * row['mAP']:.1f}"
-                     for row in rows)
-    print(f"{claim.name}, world {world}: {'' if is_timed else 'mAP, '}{claim.score}: {said}", flush=True)
+    def told(row): return f"{row['seconds']:.0f} s" if is_timed else f"{100 * row[claim.column]:.1f}"
+    what = "mAP, " * (claim.column == "mAP" and not is_timed) + claim.score
+    said = ", ".join(f"{row['arm']} {told(row)}" for row in rows)
+    print(f"{claim.name}, world {world}: {what}: {said}", flush=True)
 
 # %% ../../nbs/9_companion/06_experiments.ipynb #65e55130
 def prepare(claim: Claim, network: str, profile: str, jobs: int = None) -> None:
