@@ -81,11 +81,11 @@ HEAVY = ["torchvision", "faiss", "onnxruntime", "onnx", "cv2", "trackers", "trac
 # Rooms that import timm, by themselves or by a room above them; timm imports torchvision itself.
 WITH_TIMM = """models/architectures models/backbones models/checkpoints models/features models/leaving
 retrieval/inspection training/views training/samplers training/pretrain training/finetune training/cluster_contrast
-video/clips video/denseil video/video_reid detection/scene_pairs detection/pointid detection/find detection/idfree
-detection/embedded detection/search semantics/vills companion/score companion/reproduce
-companion/choices companion/arms companion/experiments companion/publishing companion/drawings companion/evidence
-companion/comparisons companion/families companion/adaptation companion/mechanism companion/clip_pages
-companion/search_pages companion/scene_pages""".split()
+training/mgn video/clips video/denseil video/video_reid detection/scene_pairs detection/pointid detection/find
+detection/idfree detection/embedded detection/search semantics/vills semantics/readings training/transreid
+companion/score companion/reproduce companion/choices companion/arms companion/experiments companion/publishing
+companion/drawings companion/evidence companion/comparisons companion/families companion/adaptation
+companion/mechanism companion/clip_pages companion/search_pages companion/scene_pages companion/part_pages""".split()
 # Each module is imported in a fork of one process that holds torch already, and then timm, for those that import it
 # anyway: starting a Python for each took a minute. A room that begins to import timm shows: its fork lacks it.
 PROBE = """
