@@ -275,11 +275,11 @@ def wardrobe_world(profile: str, world: int) -> dict:
 def of_semantics(
     profile: str,
     world: int,
-    presentations: int = 0,   # images; 0: as the profile has it
+    presentations: int = 0,   # images; 0: few at tiny, else as the profile has it
     **settings,
 ) -> dict:
     "The recipe of a run of vills in a world with wardrobes."
-    usual = recipe("vills", profile)
+    usual, presentations = recipe("vills", profile), presentations or (2_400 if profile == "tiny" else 0)
     brief = dict(images_per_epoch=max(usual["batch_size"], presentations // usual["epochs"])) if presentations else {}
     return recipe("vills", profile, data=wardrobe_world(profile, world), seed=world, **brief, **settings)
 

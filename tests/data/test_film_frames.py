@@ -50,16 +50,20 @@ def files(root) -> dict:
 
 # --- worlds that were there
 
-@pytest.mark.parametrize("bank, company, walks, ways", [("A", .18, "753c4897921f", "13f74885d932"),
-                                                        ("B", .6, "5f85c5cf9e4b", "97bd375840f8")])
+def rounded(x): return (np.round(np.asarray(x, float), 6) + 0.).tolist()       # no negative zero
+
+
+@pytest.mark.parametrize("bank, company, walks, ways", [("A", .18, "67e49b512a20", "2ac9664a0d81"),
+                                                        ("B", .6, "41258bca3c2b", "94a388e66ecd")])
 def test_walks_that_were_there_are_the_same(bank, company, walks, ways):
-    "Of before there were turns: the numbers of every walk, and where it leads, to the bit."
+    "Of before there were turns: the numbers of every walk, and where it leads, to a millionth (sines differ by CPU)."
     people = dict(pretrain_people=24, train_people=12, test_people=12)
     w = P._cast("tiny", 5, P.PROFILES["tiny"] | people | dict(bank=bank, company=company))
-    told = [(v.name, v.frames, [(q.person, q.start, q.path, q.speed, q.phase) for q in v.walks]) for v in w.videos]
+    told = [(v.name, v.frames, [(q.person, q.start, rounded(q.path), rounded(q.speed), rounded(q.phase))
+                                for q in v.walks]) for v in w.videos]
     assert hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12] == walks
     led = [part for v in w.videos for q in v.walks for part in (*q.where(np.arange(0, 12, 1 / 12)), q.length)]
-    assert hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in led)).hexdigest()[:12] == ways
+    assert hashlib.sha256(json.dumps(list(map(rounded, led))).encode()).hexdigest()[:12] == ways
 
 
 def test_worlds_that_were_there_say_nothing_of_frames_and_turns():
