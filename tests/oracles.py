@@ -105,9 +105,11 @@ def denoise_in_loops(features, samples, half_width, sigma_cst=.2, sigma_drm=.18)
     x = np.asarray(features, np.float64)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     table = samples.assign(row=np.arange(len(x)), rank=pd.factorize(samples.video)[0]).sort_values(["frame", "path"])
-    tracklets = {t: g.row.tolist() for t, g in table.groupby("tracklet")}
+    tracklets = {}
+    for t, row in zip(table.tracklet.tolist(), table.row.tolist()): tracklets.setdefault(t, []).append(row)
     rank = dict(zip(samples.tracklet, pd.factorize(samples.video)[0]))
-    order = sorted(tracklets, key=lambda t: (rank[t], samples.frame.iloc[tracklets[t][0]], t))
+    frame = samples.frame.to_numpy()
+    order = sorted(tracklets, key=lambda t: (rank[t], frame[tracklets[t][0]], t))
     state, home, removed = ["kept"] * len(x), np.full(len(x), -1), []
     for p, t in enumerate(order):
         rows = tracklets[t]
@@ -133,10 +135,10 @@ def denoise_in_loops(features, samples, half_width, sigma_cst=.2, sigma_drm=.18)
         def root(i):
             while parent[i] != i: i = parent[i]
             return i
-        for i in range(n):
-            for j in i + 1 + np.flatnonzero(1 - c[i + 1:] @ c[i] < sigma_drm):
+        for at in range(0, n, 256):                     # a product a row took most of the time of a test
+            for i, j in (at + np.argwhere(np.triu(1 - c[at:at + 256] @ c[at:].T < sigma_drm, 1))).tolist():
                 if may(i, j):
-                    a, b = sorted((root(i), root(int(j))))
+                    a, b = sorted((root(i), root(j)))
                     parent[b] = a
         seen = {}
         return np.array([seen.setdefault(root(i), len(seen)) for i in range(n)])

@@ -28,7 +28,7 @@ worlds = dict(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 60), dim=st.integ
 
 
 @pytest.mark.slow("hundreds of random worlds")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(**worlds, sigma_cst=st.floats(.02, 1.5), sigma_drm=st.floats(.02, 1.5),
        dtype=st.sampled_from([np.float16, np.float32, np.float64]))
 def test_clusters(seed, n, dim, half_width, levels, sigma_cst, sigma_drm, dtype):
@@ -37,7 +37,7 @@ def test_clusters(seed, n, dim, half_width, levels, sigma_cst, sigma_drm, dtype)
 
 
 @pytest.mark.slow("hundreds of random worlds")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(**worlds, kind=st.sampled_from(["lattice", "copies"]), sigma_cst=st.sampled_from([.0731, .2113, .3719]),
        sigma_drm=st.sampled_from([.0311, .1879, .4013]))
 def test_ties(seed, n, dim, half_width, levels, kind, sigma_cst, sigma_drm):
@@ -46,7 +46,7 @@ def test_ties(seed, n, dim, half_width, levels, kind, sigma_cst, sigma_drm):
 
 
 @pytest.mark.slow("hundreds of random worlds")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40),
        levels=st.sampled_from([("tracklet",), ("tracklet", "video")]), sigma_cst=st.sampled_from([1.0, 2.0]))
 def test_exact_thresholds_and_means_without_direction(seed, n, levels, sigma_cst):
@@ -76,7 +76,7 @@ def test_oracles_agree(seed):
 
 # ---------------------------------------------------------------- properties
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["clusters", "lattice", "copies", "axes"]),
        levels=st.sampled_from(PREFIXES))
 @pytest.mark.slow("hundreds of random worlds")
@@ -101,7 +101,7 @@ def test_rows_with_one_frame_and_path_are_ordered_by_their_features():
                               denoise(x[order], samples.iloc[order], measure=False).labels)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["clusters", "lattice"]))
 def test_new_tracklet_numbers_in_the_same_order_change_no_label(seed, kind):
     x, samples = random_world(seed, kind, 50)
@@ -111,7 +111,7 @@ def test_new_tracklet_numbers_in_the_same_order_change_no_label(seed, kind):
 
 
 @pytest.mark.slow("hundreds of random worlds")
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_tracklet_numbers_only_rename_labels(seed):
     "Where no two tracklets of a video begin in one frame, their numbers decide nothing at all."
@@ -122,7 +122,7 @@ def test_any_tracklet_numbers_only_rename_labels(seed):
                           denoise(x, samples.assign(tracklet=samples.tracklet.map(new))).labels)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["clusters", "lattice", "copies"]))
 def test_open_thresholds_change_nothing(seed, kind):
     x, samples = random_world(seed, kind, 50)
@@ -132,7 +132,7 @@ def test_open_thresholds_change_nothing(seed, kind):
 
 
 @pytest.mark.slow("hundreds of random worlds")
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["clusters", "lattice"]), sigma_cst=st.floats(.05, .8))
 def test_what_each_state_promises(seed, kind, sigma_cst):
     x, samples = random_world(seed, kind, 60)
