@@ -98,27 +98,30 @@ def draw_attention(
     images: list,    # n arrays (h, w, 3)
     maps: dict,      # name -> (n, tokens, rows, columns)
 ):
-    "A row an image and network: the image, what the class token looks at, and what each part's token does."
+    "A row an image: itself, then what each token of each network looks at, against an even look."
     import matplotlib.pyplot as plt
-    rows, columns = len(images) * len(maps), 2 + len(PARTS)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.05 * columns, 1.5 * rows), dpi=80, squeeze=False)
-    for ax in axes.flat: ax.axis("off")
-    for ax, title in zip(axes[0], ("image", "class token", *PARTS)): ax.set_title(title, fontsize=9)
-    for i, image in enumerate(images):
-        for k, (name, own) in enumerate(maps.items()):
-            line = axes[i * len(maps) + k]
-            line[0].imshow(image)
-            line[0].text(-.1, .5, name, rotation=90, va="center", ha="right", fontsize=9, transform=line[0].transAxes)
-            for ax, seen in zip(line[1:], own[i]): _over(ax, image, seen)
-    fig.tight_layout(pad=.3)
+    shown = [(name, t) for name, own in maps.items() for t in range(own.shape[1])]
+    size = .95 * (1 + len(shown)) + .7, 1.75 * len(images)
+    fig, axes = plt.subplots(len(images), 1 + len(shown), figsize=size, dpi=80, squeeze=False, layout="constrained")
+    for ax in axes.flat: ax.set(xticks=[], yticks=[])
+    for line, i in zip(axes, range(len(images))):
+        line[0].imshow(images[i])
+        for ax, (name, t) in zip(line[1:], shown): drawn = _over(ax, images[i], maps[name][i, t])
+    for ax, (name, t) in zip(axes[0, 1:], shown): ax.set_title(f"{name}\n{('class', *PARTS)[t]}", fontsize=9)
+    _legend(fig, axes, drawn)
     plt.close(fig)
     return fig
 
-def _over(ax, image: np.ndarray, seen: np.ndarray) -> None:
-    "A grey image under its attention, the most seen patch yellow."
+def _over(ax, image: np.ndarray, seen: np.ndarray, even: float = None):
+    "A grey image under its attention: how many times as much as an even look (`even`, else the map's mean)."
     h, w = image.shape[:2]
-    ax.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
-    ax.imshow(seen, cmap="inferno", alpha=.6, extent=(-.5, w - .5, h - .5, -.5), vmin=0, interpolation="nearest")
+    ratio = np.log2(np.maximum(seen / (even or seen.mean()), 1e-6))
+    ax.imshow(image.mean(-1), cmap="gray", vmin=-60, vmax=300)
+    return ax.imshow(ratio, cmap="PuOr_r", alpha=.6, extent=(-.5, w - .5, h - .5, -.5), vmin=-1, vmax=1)
+
+def _legend(fig, axes, drawn) -> None:
+    bar = fig.colorbar(drawn, ax=axes, fraction=.03, pad=.02, ticks=[-1, 0, 1])
+    bar.set_ticklabels(["half", "even", "twice"], fontsize=9)
 
 # %% ../../nbs/9_companion/18_part_pages.ipynb #73d8d884
 def draw_clip(
@@ -129,16 +132,14 @@ def draw_clip(
     "A row a latent: what it looks at in every frame of a clip."
     import matplotlib.pyplot as plt
     chosen = _unlike(seen.reshape(len(seen), -1), latents)
-    fig, axes = plt.subplots(1 + len(chosen), len(frames), figsize=(.9 * len(frames), 1.3 * (1 + len(chosen))), dpi=80,
-                             squeeze=False)
+    size = .9 * len(frames) + .7, 1.5 * (1 + len(chosen))
+    fig, axes = plt.subplots(1 + len(chosen), len(frames), figsize=size, dpi=80, squeeze=False, layout="constrained")
     for ax, frame in zip(axes[0], frames): ax.imshow(frame)
     for line, k in zip(axes[1:], chosen):
-        for ax, frame, own in zip(line, frames, seen[k]):
-            _over(ax, frame, own)
-            ax.images[-1].set_clim(0, seen[k].max())
+        for ax, frame, own in zip(line, frames, seen[k]): drawn = _over(ax, frame, own, seen[k].mean())
         line[0].set_ylabel(f"latent {k}", fontsize=9)
     for ax in axes.flat: ax.set(xticks=[], yticks=[])
-    fig.tight_layout(pad=.3)
+    _legend(fig, axes, drawn)
     plt.close(fig)
     return fig
 
@@ -240,10 +241,9 @@ def plot_curves(rows: list[dict]):
         axes[0].annotate(row.method, (row.epoch, row.rank1), xytext=(5, 3), textcoords="offset points", fontsize=9)
     axes[0].set(title="the paper's, PRCC (three points are told)", ylim=(50, 60), xlim=(0, 45))
     if len(ours):
-        for name, part in ours.groupby("start", sort=False):
-            line, = axes[1].plot(part["epoch"], 100 * part["rank1"], "-", lw=1.2)
-            axes[1].annotate(name, (part["epoch"].iloc[-1], 100 * part["rank1"].iloc[-1]), fontsize=9, xytext=(3, 0),
-                             textcoords="offset points", color=line.get_color())
+        for (name, part), mark in zip(ours.groupby("start", sort=False), ("o-", "s--", "^:")):
+            axes[1].plot(part["epoch"], 100 * part["rank1"], mark, ms=4, lw=1.2, label=f"from {name}")
+        axes[1].legend(fontsize=9, frameon=False)
     else: axes[1].text(.5, .5, "not run here", ha="center", transform=axes[1].transAxes, color=".4")
     axes[1].set(title="ours, generated people in other clothes")
     for ax in axes:

@@ -23,7 +23,7 @@ STORED = dict(   # by profile: smoke, tiny, small, paper
     uda="bf11ff5f6e 00e77c938b 1b0526ee6a 7176142049",
     video_reid="68f87c044f e8c1ab40cd e2b13eb08e b50703a1ea",
     find="21c50977b8 70a11f03cf 5e624587b9 8c2b0ccc39",
-    idfree="cf0b1c046a 3e08aa3a93 62e9a25e3c eb3e8d1a65",
+    idfree="37a71db4da 7b227b7c1d 9a07befc0d eb3e8d1a65",
     vills="93359c21d4 50a9b23c95 0cff2358d8 2a03d0df41")
 
 
