@@ -189,7 +189,7 @@ def test_each_method_has_its_loss_and_its_gradient(street, runs, changes):
             if P: terms.append(-sum(torch.log(e / (e + far)) for e in near) / len(P))
         want = torch.stack(terms).mean()
     assert float(told["identity"]) == pytest.approx(float(want.detach()), rel=1e-4)
-    detection = told["heat"] + .1 * told["box"] + told["offset"]
+    detection = told["heat"] + task.recipe["box_weight"] * told["box"] + told["offset"]
     if task.recipe["balance"] is None:
         w = torch.tensor([-1.85, -1.05])
         whole = (torch.exp(-w[0]) * detection + torch.exp(-w[1]) * want) / 2 + w.sum()
