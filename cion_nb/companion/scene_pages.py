@@ -9,7 +9,7 @@ __all__ = ['COUNTS', 'MOT17_BOXES', 'STEPS', 'FILTERS', 'BY', 'SLIPS', 'SHOWN', 
            'sequence_rows', 'as_printed', 'idfree_table3', 'crowded_frame', 'frame_of', 'transformed',
            'draw_transforms', 'as_picture', 'idfree_figure1', 'search_query', 'best_matches', 'choose_queries',
            'ranked_matches', 'cut_around', 'draw_ranked', 'figure4_recipes', 'video_recipe', 'idfree_figure4',
-           'ranked_picture']
+           'ranked_picture', 'kept_picture']
 
 # %% ../../nbs/9_companion/17_scene_pages.ipynb #8f60317f
 import tempfile
@@ -592,7 +592,11 @@ def _lines_of(done: dict) -> list[dict]:
 
 def ranked_picture(page: Page, lines: list[dict], name: str = "idfree_ranked"):
     "Drawn where there are lines; else the kept picture."
+    return kept_picture(page, draw_ranked(lines) if lines else None, name)
+
+def kept_picture(page: Page, fig, name: str):   # fig None: nothing was drawn here
+    "What was drawn, kept beside the report; else the picture that the repository keeps, or a sentence."
     from IPython.display import Image as Shown
-    if lines: return as_picture(page.save(draw_ranked(lines), name))
+    if fig is not None: return as_picture(page.save(fig, name))
     kept = results_folder() / "pages" / f"{name}.jpg"
     return Shown(filename=str(kept)) if kept.exists() else Markdown("*The runs it is drawn from are not here.*")

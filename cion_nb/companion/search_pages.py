@@ -18,14 +18,18 @@ from ..core.files import counted
 # %% ../../nbs/9_companion/16_search_pages.ipynb #c006
 FOUND = {"mAP, changed": "mAP", "top-1, changed": "rank1", "mAP, near": "mAP_near", "AP50 of detection": "AP50"}
 
-def found_of(arm: str, results: pd.DataFrame) -> dict:   # of `FOUND`, and worlds; empty text: not run
+def found_of(
+    arm: str,
+    results: pd.DataFrame,
+    shown: dict = FOUND,   # what a number is called -> its column
+) -> dict:                 # of `shown`, and worlds; empty text: not run
     "What worlds say of an arm."
     part = results[results["arm"] == arm]
     def text(column):
         values = 100 * part[column].dropna().astype(float)
         if not len(values): return ""
         return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
-    return {name: text(column) for name, column in FOUND.items()} | dict(worlds=str(len(part)) if len(part) else "")
+    return {name: text(column) for name, column in shown.items()} | dict(worlds=str(len(part)) if len(part) else "")
 
 def arms_found(
     arms: dict,              # what it is called in the table -> arm
